@@ -1,0 +1,192 @@
+"""The command line: a table of verbs, a short help, one-line errors. `train` is the default verb.
+
+Nothing heavy is imported before the verb is known: `--help` takes a tenth of a second, a typo in a
+setting half a second, and torch is imported only by a command that is going to use it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ghosttrain.config.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Options:
+    """What stands on the command line besides `key=value`."""
+
+    overrides: list[str]
+    folders: list[str]
+    config_dir: str | None = None
+    multirun: bool = False
+    cfg: str | None = None
+    info: str | None = None
+    out: str | None = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; return the exit code: 0, 1 (a run of a sweep failed), 2 (a mistake of the user),
+    130 (Ctrl-C).
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if any(a in ("-h", "--help", "help") for a in args):
+        from ghosttrain.help import help_text
+
+        with suppress(BrokenPipeError):  # `--help | head` closes the pipe early
+            print(help_text(), flush=True)
+            return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if "--version" in args:
+        from ghosttrain import __version__
+
+        print(f"ghosttrain {__version__}")
+        return 0
+    verb = args.pop(0) if args and args[0] in VERBS else "train"
+    try:
+        return VERBS[verb](_options(verb, args))
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        where = f" (rank {rank})" if rank != "0" else ""
+        print(f"ghosttrain: error{where}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nghosttrain: interrupted; the same command goes on from the last finished epoch",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _train(options: Options) -> int:
+    """Train (or finish, or show) one run; with -m one run after another."""
+    from ghosttrain.config.compose import compose
+
+    if options.folders:
+        known = did_you_mean(options.folders[0], VERBS)
+        raise UserError(f"{options.folders[0]!r} is neither a verb nor key=value.{known}")
+    if options.info or options.cfg in ("hydra", "all"):
+        return _ask_hydra(options)
+    if options.multirun:
+        from ghosttrain.study.sweep import sweep
+
+        return sweep(options.overrides, options.config_dir)
+    if int(os.environ.get("RANK", "0")) > 0:
+        from ghosttrain.engine.train import train
+
+        train(None, [])  # the settings come from rank 0
+        return 0
+    composed = compose(options.overrides, options.config_dir)
+    if options.cfg:
+        import yaml
+
+        print(yaml.safe_dump(composed.config.model_dump(mode="json"), sort_keys=False), end="")
+        return 0
+    from ghosttrain.engine.launch import launch
+
+    return launch(composed)
+
+
+def _eval(options: Options) -> int:
+    """Evaluate a finished or unfinished run again, exactly."""
+    from ghosttrain.engine.reevaluate import evaluate_run
+
+    return evaluate_run(_one_folder("eval", options), options.overrides)
+
+
+def _fuse(options: Options) -> int:
+    """Write the inference model of a run."""
+    from ghosttrain.engine.checkpoint import fuse_run
+
+    if options.overrides:
+        raise UserError(f"fuse takes a run folder and --out FILE, not {options.overrides[0]!r}")
+    fuse_run(_one_folder("fuse", options), options.out)
+    return 0
+
+
+def _report(options: Options) -> int:
+    """Print the results of runs side by side."""
+    from ghosttrain.study.report import report
+
+    if options.overrides:
+        raise UserError(f"report takes run folders, not {options.overrides[0]!r}")
+    if not options.folders:
+        raise UserError("report needs run folders: python -m ghosttrain report runs/compact_kd/*")
+    print(report([Path(f) for f in options.folders]))
+    return 0
+
+
+VERBS: dict[str, Callable[[Options], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "fuse": _fuse,
+    "report": _report,
+}
+FLAGS = ("--help", "--version", "--multirun", "--cfg", "--info", "--config-dir", "--out")
+
+
+def _options(verb: str, args: list[str]) -> Options:
+    """Split the arguments into key=value, folders and flags; refuse unknown flags."""
+    found: dict[str, str | bool] = {}
+    overrides, folders = [], []
+    rest = iter(args)
+    for arg in rest:
+        flag, equals, value = arg.partition("=")
+        if arg in ("-m", "--multirun"):
+            found["multirun"] = True
+        elif flag in ("--cfg", "--info", "--config-dir", "--out", "-c", "-cd"):
+            name = {"-c": "cfg", "-cd": "config_dir"}.get(flag, flag.lstrip("-").replace("-", "_"))
+            given = value if equals else next(rest, None)
+            if not given:
+                raise UserError(f"{flag} needs a value: {flag} {_EXAMPLE[name]}")
+            found[name] = given
+        elif arg.startswith("-"):
+            raise UserError(f"unknown option {flag!r}.{did_you_mean(flag, FLAGS)}")
+        elif equals:
+            overrides.append(arg)
+        else:
+            folders.append(arg)
+    if found.get("cfg") not in (None, "job", "hydra", "all"):
+        raise UserError(f"--cfg {found['cfg']}: choose job, hydra or all")
+    allowed = {"train": {"multirun", "cfg", "info", "config_dir"}, "fuse": {"out"}}.get(verb, set())
+    for name in set(found) - allowed:
+        raise UserError(
+            f"--{name.replace('_', '-')} does not belong to {verb}; see python -m ghosttrain --help"
+        )
+    return Options(overrides, folders, **found)  # type: ignore[arg-type]
+
+
+_EXAMPLE = {"cfg": "job", "info": "defaults", "config_dir": "FOLDER", "out": "FILE"}
+
+
+def _one_folder(verb: str, options: Options) -> Path:
+    if len(options.folders) != 1:
+        raise UserError(
+            f"{verb} needs one run folder: python -m ghosttrain {verb} runs/compact_kd/NAME"
+        )
+    return Path(options.folders[0])
+
+
+def _ask_hydra(options: Options) -> int:
+    """Let Hydra itself answer --info and --cfg hydra|all about this composition."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from ghosttrain.config.compose import compose, shipped
+
+    composed = compose(options.overrides, options.config_dir)
+    GlobalHydra.instance().clear()
+    flag = ["--info", options.info] if options.info else ["--cfg", options.cfg or "all"]
+    program, sys.argv = sys.argv, ["ghosttrain", *composed.hydra_overrides, *[str(f) for f in flag]]
+    try:
+        hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")(
+            lambda _: None
+        )()
+    finally:
+        sys.argv = program
+    return 0

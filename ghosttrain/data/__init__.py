@@ -1,0 +1,1 @@
+"""From a sample's number to a normalised tensor on the device."""

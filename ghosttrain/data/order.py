@@ -1,0 +1,105 @@
+"""Which samples, in which order, on which rank: pure functions of (seed, epoch, rank, world).
+
+Owns the seeds of everything that is drawn (`mix`) and the order of the samples. Knows nothing of
+images. Because nothing here has a state, a run resumes in the middle of an epoch by asking for the
+batches from a later step on.
+
+    order of an epoch   |---------- step 0 ----------|---------- step 1 ----------| rest: dropped
+    one step            | k0 r0 | k0 r1 | k1 r0 | k1 r1 |
+
+Micro-batch k of rank r is slice k * world + r of its step. The images of a step depend on the
+global batch alone, and the micro-batches (what batch norm sees) on the micro-batch alone: 2 ranks
+without accumulation see the same micro-batches as 1 rank that accumulates twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ghosttrain.config.errors import UserError
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of splitmix64
+_ORDER = 1  # keeps these seeds apart from what others mix from the same (seed, epoch)
+
+
+def mix(*ints: int) -> int:
+    """Hash integers, in their order, into one seed in [0, 2^63).
+
+    Each integer (its low 64 bits) is folded into the state, and the state goes through the output
+    function of splitmix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195).
+    """
+    state = len(ints)
+    for value in ints:
+        state = ((state ^ value) + _GOLDEN) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
+    return state >> 1
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """Return this epoch's permutation (n,); the global random state is neither read nor moved."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(_ORDER, seed, epoch)))
+
+
+def steps_per_epoch(n: int, global_batch: int) -> int:
+    """Return how many whole global batches `n` images hold; an incomplete last one is dropped.
+
+    Raises:
+        UserError: not even one.
+    """
+    if n < global_batch:
+        raise UserError(
+            f"train.global_batch={global_batch} is more than the {n:,} training images: "
+            f"type train.global_batch={1 << (n.bit_length() - 1) if n else 1} or less"
+        )
+    return n // global_batch
+
+
+def train_batches(
+    n: int,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+) -> Iterator[list[int]]:
+    """Return this rank's micro-batches of one epoch, from global step `start_step` on.
+
+    Args:
+        n: training images.
+        seed: the run's `seed`.
+        epoch: from 0.
+        global_batch: images per optimizer step, over all ranks and accumulation steps.
+        micro_batch: images per forward pass and rank.
+        rank: this process, in [0, world).
+        world: processes.
+        start_step: global steps of this epoch already done.
+
+    Raises:
+        UserError: `global_batch` exceeds `n`.
+        ValueError: `global_batch` is no multiple of `micro_batch` x `world`.
+    """
+    chunk = micro_batch * world
+    if global_batch % chunk:
+        raise ValueError(f"{global_batch=} is no multiple of {micro_batch=} x {world=}")
+    stop = steps_per_epoch(n, global_batch) * global_batch
+    order = epoch_order(n, seed, epoch)
+    starts = range(start_step * global_batch + rank * micro_batch, stop, chunk)
+    return (order[start : start + micro_batch].tolist() for start in starts)
+
+
+def eval_indices(n: int, rank: int = 0, world: int = 1) -> range:
+    """Return this rank's share of `n` images: each image is on exactly one rank, nothing padded."""
+    return range(rank, n, world)
+
+
+def eval_batches(indices: Sequence[int], batch: int) -> Iterator[list[int]]:
+    """Cut indices into batches; the last one may be smaller."""
+    return (list(indices[start : start + batch]) for start in range(0, len(indices), batch))

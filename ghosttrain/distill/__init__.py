@@ -1,0 +1,1 @@
+"""Teachers and the losses with which a student learns from them."""

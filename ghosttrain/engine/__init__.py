@@ -1,0 +1,3 @@
+"""Composes the floors below into runs: the training loop, evaluation, saving, processes,
+metrics.
+"""

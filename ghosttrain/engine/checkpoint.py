@@ -1,0 +1,213 @@
+"""Saving and loading: the state of a run (to resume), and weights (to evaluate, fuse, deploy).
+
+`checkpoints/last.pt` holds everything a run needs to go on: raw weights, EMA, optimizer, step,
+best-so-far. Weights files are safetensors whose metadata says which model they are, so that they
+load again without the run. All writes are atomic; all reads are `weights_only`: a checkpoint can
+hold data, never code. The teacher is in none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Config
+from ghosttrain.engine.folder import read_config
+from ghosttrain.models.profile import count_macs, count_params
+from ghosttrain.models.registry import create_model, create_timm_model
+from ghosttrain.models.reparam import fuse
+
+Which = Literal["ema", "raw", "fused"]
+
+
+def build_student(config: Config, num_classes: int) -> nn.Module:
+    """Return the student of `config`, freshly initialised or with `model.weights`."""
+    model, in_chans = config.model, config.data.in_chans
+    if model.source == "timm":
+        return create_timm_model(model.name, num_classes, in_chans, model.dropout, model.weights)
+    return create_model(
+        model.name, num_classes, in_chans, config.reparam, model.dropout, model.weights
+    )
+
+
+def can_fuse(config: Config) -> bool:
+    """Whether the student of `config` has an inference form of its own."""
+    return config.model.source == "ghosttrain"
+
+
+def describe_weights(config: Config, classes: list[str], form: Which) -> dict[str, str]:
+    """Return safetensors metadata: what the weights are and what images they expect."""
+    data = config.data
+    about = {
+        "model": config.model.model_dump(mode="json", exclude={"weights"}),
+        "reparam": None if form == "fused" else config.reparam.model_dump(mode="json"),
+        "form": form,
+        "classes": classes,
+        "input": data.model_dump(
+            mode="json",
+            include={"in_chans", "mean", "std", "eval_size", "crop_pct", "interpolation"},
+        ),
+    }
+    return {"format": "pt", "ghosttrain": json.dumps(about)}
+
+
+def save_weights(path: Path, model: nn.Module, about: dict[str, str]) -> None:
+    """Write a model's weights as safetensors, atomically."""
+    part = path.with_name(f".{path.name}.part")
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    save_file(state, part, metadata=about)
+    part.replace(path)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically: on disk before it takes the old one's name."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        UserError: the file is damaged, or is no checkpoint of this project.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())[:80]}); delete it to start this run "
+            "anew"
+        ) from None
+    if not isinstance(state, dict) or "student" not in state:
+        raise UserError(f"{path} is no checkpoint of ghosttrain; delete it to start this run anew")
+    return state
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None:
+    """Load a state dict whose every key and shape must match.
+
+    Raises:
+        UserError: naming what does not fit: these are the weights of another model.
+    """
+    own = model.state_dict()
+    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [
+        k for k in state if k not in own
+    ]
+    if wrong:
+        raise UserError(
+            f"{origin} holds the weights of another model: {len(wrong)} entries do not fit (first: "
+            f"{wrong[0]}); "
+            "choose another run.name or run.fresh=true"
+        )
+    model.load_state_dict(state)
+
+
+def load_run(folder: str | Path, weights: Which = "ema") -> nn.Module:
+    """Return the model of a run in eval mode, on the CPU.
+
+    Args:
+        folder: a run folder.
+        weights: `ema` (the result), `raw` (as the optimizer left them), or `fused` (EMA in
+            inference form).
+
+    Raises:
+        UserError: no run there, or nothing saved yet, or an unknown `weights`.
+    """
+    folder = Path(folder).expanduser()
+    config = read_config(folder)
+    if weights not in ("ema", "raw", "fused"):
+        raise UserError(f"weights={weights!r}: choose 'ema', 'raw' or 'fused'")
+    if weights == "fused":
+        if not can_fuse(config):
+            raise UserError(f"{config.model.name} is a timm model: it has no fused form")
+        return fuse(load_run(folder, "ema"))
+    final = folder / "model.safetensors"
+    if weights == "ema" and final.is_file():
+        state, about = read_weights(final)
+        model = build_student(without_start(config), len(about["classes"]))
+        load_into(model, state, final)
+        return model.eval()
+    last = folder / "checkpoints" / "last.pt"
+    if not last.is_file():
+        raise UserError(f"{folder} has no weights yet: no epoch has ended")
+    saved = load_state(last)
+    model = build_student(without_start(config), len(saved["classes"]))
+    load_into(model, saved["student"] if weights == "raw" else saved["ema"]["model"], last)
+    return model.eval()
+
+
+def without_start(config: Config) -> Config:
+    """Return the settings without `model.weights`: a saved run does not need the file it started
+    from.
+    """
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a weights file's tensors and what its metadata says they are.
+
+    Raises:
+        UserError: damaged, or not written by `save_weights`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["ghosttrain"])
+        return load_file(path), about
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as weights of ghosttrain: {' '.join(str(error).split())}"
+        ) from None
+
+
+def classes_of(folder: Path) -> list[str]:
+    """Return the class names a run was trained with."""
+    final = folder / "model.safetensors"
+    if final.is_file():
+        return read_weights(final)[1]["classes"]
+    return load_state(folder / "checkpoints" / "last.pt")["classes"]
+
+
+def fuse_run(folder: str | Path, out: str | None = None) -> Path:
+    """Write the inference model of a run; `create_model(name, weights=FILE, fused=True)` loads it.
+
+    Raises:
+        UserError: no run there, or nothing to fuse, or the file cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    config = read_config(folder)
+    model = load_run(folder, "ema")
+    fused = load_run(folder, "fused")
+    path = Path(out).expanduser() if out else folder / "model.fused.safetensors"
+    size, chans = config.data.eval_size, config.data.in_chans
+    x = torch.randn(4, chans, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        difference = (model(x) - fused(x)).abs().max().item()
+    try:
+        save_weights(path, fused, describe_weights(config, classes_of(folder), "fused"))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    print(
+        f"{path}\nparameters {count_params(model):,} -> {count_params(fused):,}; "
+        f"MACs at {size} px {count_macs(model, size, chans):,} -> "
+        f"{count_macs(fused, size, chans):,}; "
+        f"largest difference of a logit {difference:.1e}\n"
+        f"load it: ghosttrain.create_model({config.model.name!r}, "
+        f"num_classes={len(classes_of(folder))}, "
+        f"in_chans={chans}, fused=True, weights={str(path)!r})"
+    )
+    return path

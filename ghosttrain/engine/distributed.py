@@ -1,0 +1,138 @@
+"""Ranks: torchrun's environment, what rank 0 tells the others, sums over ranks. One process needs
+none of it.
+
+Every function does the obvious thing when there is one process, so that the training loop has no
+special cases.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ghosttrain.config.errors import UserError
+
+
+def rank() -> int:
+    """Return this process's rank, 0 when there is one process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start() -> None:
+    """Join the other ranks (torchrun's variables, or the file that `launch.spawn` names)."""
+    if world_size() > 1 and not dist.is_initialized():
+        if "GHOSTTRAIN_RENDEZVOUS" in os.environ:
+            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store = os.environ.get("GHOSTTRAIN_RENDEZVOUS", "env://")
+        dist.init_process_group(backend, init_method=store, rank=rank(), world_size=world_size())
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it has ended, however it ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def stop() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(setting: str) -> torch.device:
+    """Return the device of this rank for `launch.device`.
+
+    Raises:
+        UserError: CUDA was asked for and there is none, or fewer GPUs than ranks.
+    """
+    if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "launch.device=cuda, but PyTorch sees no CUDA device; type launch.device=cpu or auto"
+        )
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"{local + 1} processes on {torch.cuda.device_count()} GPUs; start one process per GPU"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def broadcast(value: Any) -> Any:
+    """Return rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Return the sum of `x` over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_max(x: Tensor) -> Tensor:
+    """Return the element-wise maximum of `x` over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model whose backward averages gradients over ranks; the model itself when there is
+    one process.
+    """
+    if world_size() == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    # Running statistics stay each rank's own during training; `average_buffers` joins them before
+    # they are used.
+    return DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def no_sync(model: nn.Module, active: bool) -> AbstractContextManager[None]:
+    """Skip the gradient average (all but the last accumulation step)."""
+    if active and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+@torch.no_grad()
+def average_buffers(*models: nn.Module) -> None:
+    """Replace floating buffers (the running statistics of batch norm) by their mean over ranks."""
+    if world_size() == 1:
+        return
+    for model in models:
+        buffers = [b for b in model.buffers() if b.is_floating_point()]
+        if buffers:
+            flat = all_sum(torch.cat([b.flatten() for b in buffers])) / world_size()
+            for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+                buffer.copy_(mean.view_as(buffer))

@@ -1,0 +1,63 @@
+"""Exact top-1 and top-5 of several models over one pass of the held-out images.
+
+Legend: B batch, K classes. Every image is counted once, whatever the number of ranks: ranks may
+hold different numbers of images, and counts are added as integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ghosttrain.data.loader import Batch, Loader
+from ghosttrain.data.order import eval_batches, eval_indices
+from ghosttrain.engine import distributed
+
+
+def held_out_batches(loader: Loader, n: int, batch: int) -> Iterator[Batch]:
+    """Return this rank's batches of a held-out set of `n` images, each image on exactly one
+    rank.
+    """
+    indices = eval_indices(n, distributed.rank(), distributed.world_size())
+    return loader.batches(eval_batches(indices, batch))
+
+
+@torch.inference_mode()
+def evaluate(
+    models: Mapping[str, nn.Module], batches: Iterable[Batch], device: torch.device
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Evaluate all models on the same batches, in float32 and eval mode.
+
+    Args:
+        models: name -> model returning logits (B, K); with "ema" and "fused" their logits are
+            compared.
+        batches: (images (B,C,H,W), labels (B,), sample numbers (B,)) of this rank.
+        device: where the models are.
+
+    Returns:
+        name -> {"top1": per cent, "top5": per cent, "n": images}, and the largest absolute
+        difference between a logit of "ema" and of "fused" (0 when either is missing).
+    """
+    modes = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    counts = torch.zeros(len(models), 3, dtype=torch.int64, device=device)
+    largest = torch.zeros((), device=device)
+    for images, labels, _ in batches:
+        logits = {name: model(images).float() for name, model in models.items()}
+        for row, answer in zip(counts, logits.values(), strict=True):
+            best = answer.topk(min(5, answer.shape[1])).indices
+            hit = best == labels[:, None]
+            row += torch.stack([hit[:, 0].sum(), hit.sum(), labels.new_tensor(len(labels))])
+        if "ema" in logits and "fused" in logits:
+            largest = torch.maximum(largest, (logits["ema"] - logits["fused"]).abs().max())
+    for name, model in models.items():
+        model.train(modes[name])
+    distributed.all_sum(counts)
+    distributed.all_max(largest)
+    table = {}
+    for name, (first, five, n) in zip(models, counts.tolist(), strict=True):
+        table[name] = {"top1": 100 * first / max(n, 1), "top5": 100 * five / max(n, 1), "n": n}
+    return table, largest.item()

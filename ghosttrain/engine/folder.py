@@ -1,0 +1,210 @@
+"""The run folder: where it is, whether a run there can go on, and what is known about its origin.
+Imports no torch.
+
+`config.yaml` settings, `provenance.json` origin, `metrics.jsonl`, `log.txt`, `checkpoints/`,
+`model.safetensors` (final EMA weights), `result.json`, `curves.png`, `card.md`. A run is finished
+when `result.json` exists: it is written last. Everything is written atomically: a file is either
+the old one or the new one, never half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ghosttrain import __version__
+from ghosttrain.config.compose import fingerprint, result_settings, run_name
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Config
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def run_folder(config: Config) -> Path:
+    """Return the folder of this run; the same settings always give the same folder."""
+    return Path(config.run.root).expanduser().resolve() / run_name(config)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return `result.json` of a finished run, None for an unfinished one."""
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_config(folder: Path) -> Config:
+    """Return the settings of the run in `folder`.
+
+    Raises:
+        UserError: no run there, or settings this version does not know.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml")
+    try:
+        return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def check_same_run(folder: Path, config: Config) -> None:
+    """Refuse to go on in a folder that holds a run with other settings.
+
+    Raises:
+        UserError: naming the settings that differ and what to type.
+    """
+    if not (folder / "config.yaml").is_file():
+        return
+    old = read_config(folder)
+    if fingerprint(old) == fingerprint(config) and old.seed == config.seed:
+        return
+    before, now = ({**result_settings(c), "seed": c.seed} for c in (old, config))
+    changes = [f"{k}: {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
+    shown = "; ".join(changes[:4]) + ("; ..." if len(changes) > 4 else "")
+    raise UserError(
+        f"{folder} holds a run with other settings ({shown}); choose another run.name or "
+        "run.fresh=true"
+    )
+
+
+def prepare(config: Config, notes: list[str]) -> Path:
+    """Create the run folder (or move an old run aside for `run.fresh`), and write settings and
+    provenance.
+
+    Raises:
+        UserError: the folder cannot be written, or holds a run with other settings.
+    """
+    folder = run_folder(config)
+    try:
+        if config.run.fresh and folder.exists():
+            aside = folder.with_name(f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            notes.append(f"run.fresh: the earlier run was moved to {aside}")
+        check_same_run(folder, config)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        settings = config.model_copy(update={"run": config.run.model_copy(update={"fresh": False})})
+        write_text(
+            folder / "config.yaml",
+            yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False),
+        )
+        write_json(folder / "provenance.json", provenance())
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run folder {folder}: {error.strerror or error}; type "
+            "run.root=/a/folder/you/may/write"
+        ) from None
+    return folder
+
+
+def provenance() -> dict[str, Any]:
+    """Return versions, commit, command and machine of this process."""
+    names = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "pillow")
+    return {
+        "ghosttrain": __version__,
+        "code": code_hash(),
+        "commit": _commit(),
+        "command": shlex.join(["python", "-m", "ghosttrain", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in names},
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def code_hash() -> str:
+    """Hash (8 hex digits) of the package's Python sources: which version of the code a run was made
+    by.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def made_by_other_code(folder: Path) -> str | None:
+    """Return a line when the run in `folder` was made by another version of the code."""
+    path = folder / "provenance.json"
+    made = json.loads(path.read_text(encoding="utf-8")).get("code") if path.is_file() else None
+    if made == code_hash():
+        return None
+    now = code_hash()
+    return f"made by another version of the code ({made}, now {now}); run.fresh=true runs it anew"
+
+
+def result_lines(result: dict[str, Any]) -> list[str]:
+    """Return the final table of a run, one string per line."""
+    lines = [f"{'weights':<10}{'top-1 %':>9}{'top-5 %':>9}"]
+    for name, row in result["weights"].items():
+        mark = "   <- the result" if name == result["headline"] else ""
+        lines.append(f"{name:<10}{row['top1']:>9.2f}{row['top5']:>9.2f}{mark}")
+    best, form = result["best"], result["model"]
+    lines += [
+        f"best EMA on the way: {best['top1']:.2f} % top-1 after epoch {best['epoch']} (not the "
+        "result: it is chosen on "
+        "the held-out set)",
+        f"fused vs unfused: largest difference of a logit {result['fuse_max_diff']:.1e}",
+        f"parameters {form['params_train'] / 1e6:.3f} M -> {form['params_fused'] / 1e6:.3f} M "
+        "fused; "
+        f"MACs at {form['eval_size']} px {form['macs_train'] / 1e6:.1f} M -> "
+        f"{form['macs_fused'] / 1e6:.1f} M fused",
+        f"time {clock(result['seconds'])}; {result['images_per_second']:.0f} images/s in training",
+    ]
+    return lines
+
+
+def clock(seconds: float) -> str:
+    """Return `h:mm:ss` or `m:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the git commit of a checkout, with '+' when files differ from it; None for an
+    installed wheel.
+    """
+    if not (_PACKAGE.parent / ".git").exists():
+        return None
+    git = ["git", "-C", str(_PACKAGE.parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(dirty.strip())

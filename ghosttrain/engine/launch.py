@@ -1,0 +1,111 @@
+"""From a composed configuration to running processes. Imports no torch: a finished run answers at
+once.
+
+One process trains in place. `launch.nproc=N` starts N copies of the same command with torchrun's
+environment variables, rendezvous through a file, and ends all of them when one fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ghosttrain.config.compose import Composed
+from ghosttrain.engine.folder import (
+    check_same_run,
+    made_by_other_code,
+    read_result,
+    result_lines,
+    run_folder,
+)
+
+
+def launch(composed: Composed) -> int:
+    """Train, finish or show this run; return the exit code."""
+    config = composed.config
+    alone = "WORLD_SIZE" not in os.environ
+    folder = run_folder(config)
+    result = None if config.run.fresh else read_result(folder)
+    if result is not None:
+        check_same_run(folder, config)
+        print(f"finished: {folder}")
+        other = made_by_other_code(folder)
+        print("\n".join([*([other] if other else []), *result_lines(result)]))
+        if not alone:
+            from ghosttrain.engine import distributed
+
+            distributed.start()
+            distributed.broadcast(None)  # tells the other ranks that there is nothing to do
+            distributed.stop()
+        return 0
+    if alone and config.launch.nproc > 1:
+        return spawn(composed.arguments, config.launch.nproc)
+    from ghosttrain.engine.train import train
+
+    notes = [f"  {line}" for line in composed.replaced]
+    if notes:
+        why = (
+            f"the budget {config.budget!r} of data={config.data.name} replaces values of the recipe"
+        )
+        notes.insert(0, f"{why} (budget=full leaves them):")
+    train(config, notes)
+    return 0
+
+
+def spawn(arguments: tuple[str, ...], nproc: int) -> int:
+    """Run `python -m ghosttrain ARGUMENTS` as ranks 0..nproc-1; return the first failing rank's
+    exit code, else 0.
+
+    Rank 0 writes to this terminal. Another rank's error output is shown when that rank failed and
+    rank 0 did not.
+    """
+    with tempfile.TemporaryDirectory(prefix="ghosttrain-") as scratch:
+        processes, errors = [], []
+        for rank in range(nproc):
+            env = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(nproc),
+                "LOCAL_WORLD_SIZE": str(nproc),
+                "GHOSTTRAIN_RENDEZVOUS": f"file://{scratch}/store",
+            }
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+            quiet = open(Path(scratch) / f"rank{rank}", "w+") if rank else None  # noqa: SIM115
+            errors.append(quiet)
+            command = [sys.executable, "-m", "ghosttrain", *arguments]
+            processes.append(subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet))
+        try:
+            codes = _wait(processes)
+        except KeyboardInterrupt:
+            codes = [p.wait() for p in processes]
+        failed = next((rank for rank, code in enumerate(codes) if code > 0), None)
+        if failed is not None and (quiet := errors[failed]) is not None:
+            quiet.seek(0)
+            sys.stderr.write(quiet.read())
+        for quiet in errors:
+            if quiet is not None:
+                quiet.close()
+    return next((code for code in codes if code > 0), int(any(codes)))
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], grace: float = 3.0) -> list[int]:
+    """Wait for all; once one has failed the others get `grace` seconds to end by themselves."""
+    failed_at = None
+    while any(p.poll() is None for p in processes):
+        if failed_at is None and any(p.poll() for p in processes):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > grace:
+            for p in processes:
+                if p.poll() is None:
+                    p.send_signal(
+                        signal.SIGTERM
+                        if time.monotonic() - failed_at < 3 * grace
+                        else signal.SIGKILL
+                    )
+        time.sleep(0.05)
+    return [p.wait() for p in processes]

@@ -1,0 +1,86 @@
+"""The verb `eval`: evaluate a run's weights again, on one process or many, and compare with what it
+reported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ghosttrain.config.compose import override_run
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Launch
+from ghosttrain.engine.folder import read_config, read_result
+
+MAY_CHANGE = (
+    "data.root",
+    "data.workers",
+    "data.eval_size",
+    "data.crop_pct",
+    "data.val_split",
+    "launch.nproc",
+    "launch.device",
+    "train.eval_batch",
+)
+
+
+def evaluate_run(folder: Path, overrides: list[str]) -> int:
+    """Print top-1 and top-5 of the raw, EMA and fused weights of a run.
+
+    Raises:
+        UserError: no run there, or a setting that would make it another model.
+    """
+    saved = read_config(folder)
+    alone = saved.model_copy(update={"launch": Launch()})  # however many processes trained it
+    config = override_run(alone, overrides, MAY_CHANGE)
+    if config.launch.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        from ghosttrain.engine.launch import spawn
+
+        return spawn(("eval", str(folder), *overrides), config.launch.nproc)
+
+    from ghosttrain.data.datasets import build_datasets
+    from ghosttrain.data.loader import eval_loader
+    from ghosttrain.engine import distributed
+    from ghosttrain.engine.checkpoint import Which, can_fuse, classes_of, load_run
+    from ghosttrain.engine.evaluate import evaluate, held_out_batches
+
+    distributed.start()
+    device = distributed.pick_device(config.launch.device)
+    held_out = build_datasets(config.data)[1]
+    if held_out.classes != classes_of(folder):
+        raise UserError(
+            f"{folder} was trained on {len(classes_of(folder))} classes, the images of "
+            f"data.root={config.data.root} "
+            f"have {len(held_out.classes)} (or others of the same number); name the data it was "
+            "trained for"
+        )
+    forms: tuple[Which, ...] = ("raw", "ema", "fused") if can_fuse(config) else ("raw", "ema")
+    models = {str(name): load_run(folder, name).to(device) for name in forms}
+    batch = config.train.eval_batch or config.train.micro_batch or config.train.global_batch
+    with eval_loader(held_out, config.data, device) as loader:
+        batches = held_out_batches(loader, len(held_out), batch)
+        table, difference = evaluate(models, batches, device)
+    if distributed.rank() == 0:
+        print("\n".join(_lines(table, difference, read_result(folder))))
+    distributed.stop()
+    return 0
+
+
+def _lines(
+    table: dict[str, dict[str, float]], difference: float, result: dict[str, Any] | None
+) -> list[str]:
+    lines = [f"{'weights':<10}{'top-1 %':>9}{'top-5 %':>9}{'images':>9}"]
+    for name, row in table.items():
+        then = (result or {}).get("weights", {}).get(name)
+        said = (
+            ""
+            if then is None
+            else "   as reported"
+            if then == row
+            else f"   reported: {then['top1']:.2f}"
+        )
+        lines.append(f"{name:<10}{row['top1']:>9.2f}{row['top5']:>9.2f}{row['n']:>9.0f}{said}")
+    if "fused" in table:
+        lines.append(f"fused vs unfused: largest difference of a logit {difference:.1e}")
+    return lines

@@ -1,0 +1,233 @@
+"""What a run says while it runs: terminal, log.txt, metrics.jsonl, Weights & Biases, TensorBoard;
+and its curves.
+
+A terminal gets a progress bar, a pipe or a file gets plain lines. Only rank 0 has a tracker that
+writes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ghosttrain.config.compose import run_name
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Config
+from ghosttrain.engine.folder import clock
+
+Row = dict[str, float]
+
+
+class Meter:
+    """Mean losses and speed since the last reading; summed on the device: no step waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was added and start the clock."""
+        self.sums, self.count, self.images, self.since = {}, 0, 0, time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], images: int) -> None:
+        """Add the losses of one forward pass, and the images it stands for over all ranks."""
+        for name, value in losses.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        self.images += images
+
+    def read(self) -> Row:
+        """Return the mean losses and images_per_second, and start again."""
+        means = torch.stack([s.float() for s in self.sums.values()]) / self.count
+        row = dict(zip(self.sums, means.tolist(), strict=True))
+        row["images_per_second"] = self.images / (time.perf_counter() - self.since)
+        self.start()
+        return row
+
+
+class Tracker:
+    """Writes rows of metrics to every place the settings name; a silent one (`folder=None`) for
+    other ranks.
+    """
+
+    def __init__(
+        self, config: Config, folder: Path | None, start_step: int, total_steps: int
+    ) -> None:
+        self.folder = folder
+        self.bar: tqdm[Any] | None = None
+        self.wandb: Any = None
+        self.tensorboard: Any = None
+        if folder is None:
+            return
+        self.started, self.start_step, self.total = time.perf_counter(), start_step, total_steps
+        self.log_file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+        self._forget_rows_after(start_step)
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if config.tracker.wandb != "off":
+            self.wandb = _wandb(config, folder, config.tracker.wandb)
+        if config.tracker.tensorboard:
+            self.tensorboard = _tensorboard(folder)
+
+    def __enter__(self) -> Tracker:
+        """Show the progress bar, where there is a terminal to show it on."""
+        if self.folder is not None and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.total, initial=self.start_step, unit="step", dynamic_ncols=True
+            )
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close everything, also when training failed."""
+        if self.folder is None:
+            return
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        self.log_file.close()
+        self.metrics.close()
+
+    def say(self, line: str) -> None:
+        """Print a line and keep it in log.txt."""
+        if self.folder is None:
+            return
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+        self.log_file.write(line + "\n")
+        self.log_file.flush()
+
+    def log(self, kind: str, step: int, row: Row) -> None:
+        """Write one row of metrics of `kind` train or eval, and move the progress bar."""
+        if self.folder is None:
+            return
+        self.metrics.write(json.dumps({"kind": kind, "step": step} | row) + "\n")
+        self.metrics.flush()
+        if self.wandb is not None:
+            self.wandb.log({f"{kind}/{k}": v for k, v in row.items()}, step=step)
+        if self.tensorboard is not None:
+            for name, value in row.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            if kind == "train":
+                self.bar.set_postfix_str(describe(row))
+
+    def eta(self, step: int) -> str:
+        """Return the time left, from the speed since this process started."""
+        if self.folder is None or step <= self.start_step:
+            return "?"
+        speed = (time.perf_counter() - self.started) / (step - self.start_step)
+        return clock(speed * (self.total - step))
+
+    def _forget_rows_after(self, step: int) -> None:
+        """Drop rows written after the checkpoint that this run resumes from: those steps run
+        again.
+        """
+        path = (self.folder or Path()) / "metrics.jsonl"
+        if path.is_file():
+            kept = [row for row in read_metrics(path.parent) if row["step"] <= step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def describe(row: Row) -> str:
+    """Return `loss 1.234 (label 1.0 + soft_ce 0.2)  lr 1.2e-03  540 images/s`."""
+    parts = [f"{k} {v:.3f}" for k, v in row.items() if k not in ("loss", "lr", "images_per_second")]
+    inside = f" ({' + '.join(parts)})" if len(parts) > 1 else ""
+    speed = f"{row['images_per_second']:.0f} images/s"
+    return f"loss {row['loss']:.3f}{inside}  lr {row['lr']:.2e}  {speed}"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def draw_curves(folder: Path, title: str) -> None:
+    """Draw losses, learning rate and held-out accuracy of metrics.jsonl into curves.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(folder)
+    train = [r for r in rows if r["kind"] == "train"]
+    held = [r for r in rows if r["kind"] == "eval"]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, rate, accuracy = figure.subplots(1, 3)
+    names = [
+        k
+        for k in (train[0] if train else {})
+        if k not in ("kind", "step", "lr", "images_per_second")
+    ]
+    for name in names:
+        losses.plot([r["step"] for r in train], [r[name] for r in train], label=name, linewidth=1.2)
+    rate.plot([r["step"] for r in train], [r["lr"] for r in train], color="tab:gray")
+    for name in ("raw", "ema"):
+        rows_with = [r for r in held if f"{name}_top1" in r]
+        accuracy.plot(
+            [r["step"] for r in rows_with], [r[f"{name}_top1"] for r in rows_with], ".-", label=name
+        )
+    if held:
+        best = max(r["ema_top1"] for r in held)
+        accuracy.set_title(f"last EMA {held[-1]['ema_top1']:.2f} %, best {best:.2f} %", fontsize=9)
+        accuracy.legend(frameon=False)
+    if names:
+        losses.legend(frameon=False)
+    for axis, label in (
+        (losses, "training loss"),
+        (rate, "learning rate"),
+        (accuracy, "held-out top-1 %"),
+    ):
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(folder / "curves.png", dpi=130)
+
+
+def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> Any:
+    import wandb
+
+    try:
+        return wandb.init(
+            project=config.tracker.project,
+            name=run_name(config),
+            dir=folder,
+            mode=mode,
+            config=config.model_dump(mode="json"),
+            id=folder.name,
+            resume="allow",
+        )
+    except (wandb.Error, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"Weights & Biases did not start ({reason}); type tracker.wandb=offline or off"
+        ) from None
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tracker.tensorboard=true needs the package: pip install tensorboard"
+        ) from None
+    return SummaryWriter(log_dir=str(folder / "tensorboard"))

@@ -1,0 +1,275 @@
+"""THE loop. `train()` reads top to bottom: set up, build, resume, train, finish.
+
+Legend: B images of one micro-batch, C channels, H W pixels, K classes. A *step* is one optimizer
+step; it sums the gradients of `plan.accumulation` micro-batches on each of the ranks.
+
+All randomness is a function of (seed, step, rank) or (augment.seed, epoch, sample), so that a run
+that was stopped and resumed computes what an uninterrupted one computes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Config
+from ghosttrain.data.augment import mix_batch
+from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.data.loader import eval_loader, train_loader
+from ghosttrain.data.order import epoch_order, eval_batches, mix, train_batches
+from ghosttrain.distill.losses import LOSSES
+from ghosttrain.distill.teacher import Teacher, build_teacher, check_teacher, refuse_chance
+from ghosttrain.engine import distributed, folder, summary, track
+from ghosttrain.engine.checkpoint import (
+    build_student,
+    can_fuse,
+    describe_weights,
+    load_into,
+    load_state,
+    save_state,
+    save_weights,
+)
+from ghosttrain.engine.evaluate import evaluate, held_out_batches
+from ghosttrain.engine.plan import make_plan
+from ghosttrain.models.reparam import fuse
+from ghosttrain.optim.build import build_optimizer
+from ghosttrain.optim.ema import Ema
+from ghosttrain.optim.schedule import lr_at, set_lr
+
+
+def train(config: Config | None, notes: list[str]) -> None:
+    """Train one student as `config` says; everything it leaves behind is in the run folder.
+
+    Args:
+        config: all settings on rank 0; None on the other ranks, which receive rank 0's.
+        notes: lines for the head of the log.
+
+    Raises:
+        UserError: data, teacher, weights or run folder are not as the settings say; training
+            diverged.
+    """
+    # ---------------------------------------------------------------- Set up
+    distributed.start()
+    config = distributed.broadcast(config)
+    if config is None:  # rank 0 found a finished run
+        return distributed.stop()
+    device = distributed.pick_device(config.launch.device)
+    rank, ranks = distributed.rank(), distributed.world_size()
+    run = folder.run_folder(config)
+    if rank == 0:
+        folder.prepare(config, notes)
+    distributed.barrier()
+
+    # ---------------------------------------------------------------- Data
+    train_set, held_out = build_datasets(config.data)
+    classes, n = train_set.classes, len(train_set)
+    plan = make_plan(config, n, ranks)
+    train_images = train_loader(
+        train_set, config.data, config.augment, device, config.train.channels_last
+    )
+    held_images = eval_loader(held_out, config.data, device, config.train.channels_last)
+    eval_batch = config.train.eval_batch or plan.micro_batch
+
+    # ---------------------------------------------------------------- Student, teacher, optimizer
+    torch.manual_seed(config.seed)
+    student = build_student(config, len(classes)).to(device)
+    if config.train.channels_last:
+        student = student.to(memory_format=torch.channels_last)
+    teacher, about_teacher = ready_teacher(config, train_set, device)
+    optimizer = build_optimizer(config.optim, student)
+    ema = Ema(student, config.ema.decay, config.ema.warmup)
+
+    # ---------------------------------------------------------------- Resume
+    last = run / "checkpoints" / "last.pt"
+    step, seconds, best = 0, 0.0, {"top1": -1.0, "epoch": 0}
+    if last.is_file():
+        saved = load_state(last)
+        step, seconds, best = saved["step"], saved["seconds"], saved["best"]
+        load_into(student, saved["student"], last)
+        ema.load_state_dict(saved["ema"])
+        if step < plan.total_steps:
+            optimizer.load_state_dict(saved["optimizer"])
+        notes.append(f"resumed after epoch {step // plan.steps_per_epoch}, step {step}")
+        del saved
+
+    # ---------------------------------------------------------------- Loop
+    tracker = track.Tracker(config, run if rank == 0 else None, step, plan.total_steps)
+    if config.train.compile:
+        student.compile()
+    forward = distributed.parallel(student, device)
+    autocast = mixed_precision(config.train.precision, device)
+    started, meter = time.perf_counter() - seconds, track.Meter()
+    student.train()
+    with train_images, held_images, tracker:
+        for line in summary.head(
+            config, plan, run, train_set, held_out, student, about_teacher, device, notes
+        ):
+            tracker.say(line)
+        while step < plan.total_steps:
+            epoch, done = divmod(step, plan.steps_per_epoch)
+            end = min(step - done + plan.steps_per_epoch, plan.total_steps)
+            batches = train_images.batches(
+                train_batches(
+                    n,
+                    config.seed,
+                    epoch,
+                    config.train.global_batch,
+                    plan.micro_batch,
+                    rank,
+                    ranks,
+                    start_step=done,
+                ),
+                draw_number=epoch,
+            )
+            meter.start()
+            while step < end:
+                lr = lr_at(step, plan.total_steps, plan.warmup_steps, plan.lr, config.schedule)
+                set_lr(optimizer, lr)
+                torch.manual_seed(mix(config.seed, step, rank))
+                for part in range(plan.accumulation):
+                    images, labels, indices = next(batches)
+                    images, targets = mix_batch(
+                        images, labels, len(classes), config.augment, epoch, indices.tolist()
+                    )
+                    with distributed.no_sync(forward, part + 1 < plan.accumulation):
+                        with autocast():
+                            losses = objective(config, forward, teacher, images, targets)
+                        (losses["loss"] / plan.accumulation).backward()
+                    meter.add(losses, len(images) * ranks)
+                if config.optim.clip_grad is not None:
+                    nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                ema.update(student)
+                step += 1
+                if step % config.tracker.log_every == 0 or step == end:
+                    row = meter.read() | {"lr": lr}
+                    check_finite(row, step)
+                    tracker.log("train", step, row)
+
+            # -------------------------------------------------------- Evaluate, save
+            distributed.average_buffers(student, ema.model)
+            line = f"epoch {epoch + 1}/{plan.epochs}  {track.describe(row)}"
+            line += f"  ETA {tracker.eta(step)}"
+            if (epoch + 1) % config.train.eval_every == 0 or step == plan.total_steps:
+                batches = held_out_batches(held_images, len(held_out), eval_batch)
+                table, _ = evaluate({"raw": student, "ema": ema.model}, batches, device)
+                top1 = {name: table[name]["top1"] for name in table}
+                tracker.log("eval", step, {f"{name}_top1": value for name, value in top1.items()})
+                line += f"  held-out top-1: EMA {top1['ema']:.2f} %, raw {top1['raw']:.2f} %"
+                if top1["ema"] > best["top1"]:
+                    best = {"top1": top1["ema"], "epoch": epoch + 1}
+                    if rank == 0:
+                        about = describe_weights(config, classes, "ema")
+                        save_weights(run / "checkpoints" / "best.safetensors", ema.model, about)
+            tracker.say(line)
+            seconds = time.perf_counter() - started
+            if rank == 0:
+                state: dict[str, Any] = {
+                    "student": student.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict() if step < plan.total_steps else {},
+                    "step": step,
+                    "seconds": seconds,
+                    "best": best,
+                    "classes": classes,
+                }
+                save_state(last, state)
+
+        # ------------------------------------------------------------ Finish
+        models: dict[str, nn.Module] = {"raw": student, "ema": ema.model}
+        if can_fuse(config):
+            models["fused"] = fuse(ema.model)
+        batches = held_out_batches(held_images, len(held_out), eval_batch)
+        weights, difference = evaluate(models, batches, device)
+        if rank == 0:
+            result = {
+                "headline": "ema",
+                "weights": weights,
+                "best": best,
+                "fuse_max_diff": difference,
+                "model": summary.sizes(config, models),
+                "seconds": time.perf_counter() - started,
+                "images_per_second": plan.total_steps * config.train.global_batch / seconds,
+                "steps": plan.total_steps,
+                "device": summary.device_name(device),
+            }
+            save_weights(
+                run / "model.safetensors", ema.model, describe_weights(config, classes, "ema")
+            )
+            track.draw_curves(run, folder.run_name(config))
+            folder.write_text(run / "card.md", summary.card(config, result, held_out, notes))
+            folder.write_json(run / "result.json", result)
+            for line in ["", *folder.result_lines(result), f"run folder: {run}"]:
+                tracker.say(line)
+    distributed.stop()
+
+
+def objective(
+    config: Config, student: nn.Module, teacher: Teacher | None, images: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """Return every term of the loss by name, weighted, and their sum as "loss".
+
+    Args:
+        config: which terms, their weights and temperature.
+        student: returns logits (B, K).
+        teacher: returns logits (B, K), or None.
+        images: (B, C, H, W) as the student sees them.
+        targets: (B, K) class probabilities of the labels.
+    """
+    distill = config.distill
+    logits = student(images).float()
+    label = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
+    losses = {"label": distill.label_weight * label}
+    if teacher is not None:
+        term = LOSSES[distill.name](logits, teacher(images), distill.temperature)
+        losses[distill.name] = distill.weight * term
+    return losses | {"loss": torch.stack(list(losses.values())).sum()}
+
+
+def ready_teacher(
+    config: Config, train_set: Dataset, device: torch.device
+) -> tuple[Teacher | None, str]:
+    """Return the teacher, checked on unaugmented training images, and a line that says what it is.
+
+    With `distill=none` there is none.
+    """
+    if config.distill.name == "none":
+        return None, "none"
+    data = config.data
+    teacher = build_teacher(
+        config.teacher, train_set.classes, data.mean, data.std, data.in_chans, device
+    )
+    assert teacher is not None  # the composer refuses distillation without a teacher
+    about = f"{config.teacher.name} ({config.teacher.weights}), {teacher.input_size} px"
+    sample = epoch_order(len(train_set), 0, 0)[: config.teacher.check_samples].tolist()
+    if sample:
+        with eval_loader(train_set, data, device) as images:
+            batches = images.batches(eval_batches(sample, 64))
+            top1, n = check_teacher(teacher, ((x, label) for x, label, _ in batches))
+        refuse_chance(top1, n, len(train_set.classes))
+        about += f", top-1 {100 * top1:.1f} % on {n} unaugmented training images"
+    return teacher, about
+
+
+def mixed_precision(setting: str, device: torch.device) -> Callable[[], torch.autocast]:
+    """Return the autocast context of `train.precision` (auto: bf16 on CUDA, off on the CPU)."""
+    enabled = setting == "bf16" or (setting == "auto" and device.type == "cuda")
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def check_finite(row: track.Row, step: int) -> None:
+    """Stop a run whose loss is NaN or infinite, while its last checkpoint is still good."""
+    bad = [k for k, v in row.items() if v != v or abs(v) == float("inf")]
+    if bad:
+        raise UserError(
+            f"{bad[0]} is {row[bad[0]]} at step {step}: training diverged; the checkpoint of the "
+            "last epoch is kept; "
+            "try a lower optim.lr, optim.clip_grad=1 or train.precision=fp32"
+        )

@@ -1,0 +1,103 @@
+"""`--help`: verbs, groups with their choices, recipes, settings and options, in a tenth of a
+second.
+
+Reads file names and the text of schema.py instead of importing it: pydantic and Hydra alone would
+cost half a second.
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+_HEAD = """\
+ghosttrain: trains compact, re-parameterized vision networks with a distillation teacher.
+
+usage: python -m ghosttrain [VERB] [key=value ...] [options]
+
+  python -m ghosttrain +recipe=compact_kd model=ghostnetv3_130        the embedded digits
+  python -m ghosttrain +recipe=compact_kd data=imagenet data.root=D   ImageNet
+  torchrun --nproc_per_node=8 -m ghosttrain +recipe=compact_kd ...    on 8 devices
+  python -m ghosttrain -m +recipe=compact_kd,baseline seed=1,2,3      every combination
+
+verbs
+  train             the default; the same command again resumes, or shows a finished run's result
+  eval RUN          evaluate a run again, exactly; data.root= and launch.nproc= may differ
+  fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere)
+  report RUN...     results side by side: mean and standard deviation over seeds
+
+options
+  -m, --multirun    sweep over comma-separated values; finished runs are not repeated
+  --cfg job         print the composed settings and stop (hydra, all: Hydra's own)
+  --info defaults   where they come from (also: defaults-tree, config, searchpath, plugins)
+  --config-dir D    your own groups (D/optim/x.yaml) and recipes (D/recipe/x.yaml)
+  --version         print the version
+"""
+
+
+def help_text() -> str:
+    """Return the help: head, groups, recipes and every setting with its default."""
+    conf, recipes = (_shipped(name) for name in ("conf", "recipes"))
+    parts = [_HEAD, "groups (GROUP=CHOICE; * is the default)"]
+    chosen = dict(_default_choices(conf / "config.yaml"))
+    for group in sorted(p for p in conf.iterdir() if p.is_dir()):
+        names = sorted(f.stem for f in group.glob("*.yaml"))
+        starred = [name + "*" * (chosen.get(group.name) == name) for name in names]
+        parts.append(_row(group.name, " ".join(starred)))
+    names = sorted(
+        f.relative_to(recipes).with_suffix("").as_posix() for f in recipes.rglob("*.yaml")
+    )
+    parts += ["", "recipes (+recipe=NAME, stacked: '+recipe=[compact_kd,ablation/no_ema]')"]
+    parts += [
+        _row("", " ".join(names)),
+        "",
+        "settings (section.name=value; defaults before groups and recipes)",
+    ]
+    for section, settings in _settings().items():
+        parts.append(
+            _row(section or "(top)", " ".join(f"{name}={value}" for name, value in settings))
+        )
+    parts += ["", "What each setting means, its unit and bounds: ghosttrain/config/schema.py"]
+    return "\n".join(parts)
+
+
+def _shipped(folder: str) -> Path:
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+def _row(name: str, text: str) -> str:
+    return textwrap.fill(
+        f"  {name:<10}{text}", 98, subsequent_indent=" " * 12, break_on_hyphens=False
+    )
+
+
+def _default_choices(path: Path) -> list[tuple[str, str]]:
+    lines = (line.split("#")[0].strip(" -\n") for line in path.read_text().splitlines())
+    return [(k, v.strip()) for k, _, v in (line.partition(":") for line in lines) if v.strip()]
+
+
+def _settings() -> dict[str, list[tuple[str, str]]]:
+    """Section -> (name, default) of every setting, from the source of schema.py."""
+    tree = ast.parse((_PACKAGE / "config" / "schema.py").read_text(encoding="utf-8"))
+    found: dict[str, list[tuple[str, str]]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef) or node.name == "Settings":
+            continue
+        fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
+        if node.name == "Config":
+            fields = [f for f in fields if ast.unparse(f.target) == "seed"]
+        name = "" if node.name == "Config" else node.name.lower()
+        found[name] = [(ast.unparse(f.target), _default(f.value)) for f in fields]
+    return found
+
+
+def _default(value: ast.expr | None) -> str:
+    first = value.args[0] if isinstance(value, ast.Call) else value
+    text = ast.unparse(first) if first is not None else "?"
+    return {"None": "null", "True": "true", "False": "false"}.get(
+        text, text.strip("'").replace(" ", "")
+    )

@@ -1,0 +1,1 @@
+"""Students: structure, re-parameterization, weights, size. Importing it needs no torch."""

@@ -1,0 +1,140 @@
+"""Name -> network: the table of students, `create_model` and `create_timm_model`.
+
+Importing this module imports no torch, so that a misspelt name is reported at once. A new student
+is one line in `STUDENTS` and one YAML in `conf/model/`; a new family is a module whose class takes
+(name, <its own arguments>, num_classes, in_chans, reparam, dropout).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ValidationError
+
+from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.schema import Reparam
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Entry(NamedTuple):
+    """Where a student is defined: module of this package, class, and what makes it this one."""
+
+    module: str
+    cls: str
+    kwargs: dict[str, Any]
+
+
+STUDENTS: dict[str, Entry] = {
+    "ghostnetv3_050": Entry("ghostnet", "GhostNet", {"width": 0.5}),
+    "ghostnetv3_100": Entry("ghostnet", "GhostNet", {"width": 1.0}),
+    "ghostnetv3_130": Entry("ghostnet", "GhostNet", {"width": 1.3}),
+    "ghostnetv3_160": Entry("ghostnet", "GhostNet", {"width": 1.6}),
+}
+REPARAM = {
+    "full": Reparam(branches=3, scale=True, identity=True),
+    "none": Reparam(branches=1, scale=False, identity=False),
+}
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    reparam: str | Mapping[str, Any] | Reparam = "full",
+    dropout: float = 0.2,
+    weights: str | None = None,
+    fused: bool = False,
+) -> nn.Module:
+    """Build a student in training mode: images (B, in_chans, H, W) -> logits (B, num_classes).
+
+    - `reparam`: "full" (3 branches, scale, identity), "none" (the plain published network), or
+      settings with `branches`, `scale`, `identity`.
+    - `dropout`: probability before the classifier.
+    - `weights`: file of a state dict in any dialect of `weights.py`.
+    - `fused`: build the inference form, convolutions with bias and no batch norm. It takes fused
+      weights as they are, and folds weights of the training form (of the given `reparam`).
+
+    Raises UserError for an unknown name or setting and for weights that do not fit.
+    """
+    _check_sizes(num_classes, in_chans, dropout)
+    settings = as_reparam(reparam)
+    if name not in STUDENTS:
+        raise UserError(f"Model {name!r} is no student.{did_you_mean(name, STUDENTS)}")
+    from ghosttrain.models.reparam import fuse
+    from ghosttrain.models.weights import detect, load_state, read_state
+
+    state = None if weights is None else read_state(weights)
+    holds_branches = state is not None and detect(state) != "fused"
+    if fused and not holds_branches:
+        settings = REPARAM["none"]  # every setting folds to the same shapes; the least to build
+    module, cls, kwargs = STUDENTS[name]
+    build = getattr(importlib.import_module(f"ghosttrain.models.{module}"), cls)
+    model = build(
+        name,
+        **kwargs,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        reparam=settings,
+        dropout=dropout,
+    )
+    if state is not None and holds_branches:
+        load_state(model, state, str(weights))
+    if fused:
+        model = fuse(model.eval()).train()
+    if state is not None and not holds_branches:
+        load_state(model, state, str(weights))
+    return model
+
+
+def create_timm_model(
+    name: str,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    dropout: float = 0.0,
+    weights: str | None = None,
+) -> nn.Module:
+    """Build any timm model, randomly initialised or with the weights of a file, in training mode.
+
+    It is trained as it is: no branches, no fused form. Raises UserError for a name that timm does
+    not know and for weights that do not fit.
+    """
+    _check_sizes(num_classes, in_chans, dropout)
+    import timm
+
+    from ghosttrain.models.weights import fit_state, read_state
+
+    if not timm.is_model(name):
+        raise UserError(f"Model {name!r} is no timm model.{did_you_mean(name, timm.list_models())}")
+    model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, drop_rate=dropout)
+    if weights is not None:
+        fit_state(model, read_state(weights), name, weights)
+    return model
+
+
+def as_reparam(reparam: str | Mapping[str, Any] | Reparam) -> Reparam:
+    """Return settings for "full", "none", a mapping of fields, or settings themselves."""
+    if isinstance(reparam, Reparam):
+        return reparam
+    if isinstance(reparam, str):
+        if reparam not in REPARAM:
+            raise UserError(f"reparam={reparam!r} is unknown.{did_you_mean(reparam, REPARAM)}")
+        return REPARAM[reparam]
+    try:
+        return Reparam(**reparam)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        names = Reparam.model_fields
+        hint = "" if field in names else did_you_mean(field, names)
+        raise UserError(f"reparam.{field}={first['input']!r}: {first['msg']}.{hint}") from None
+
+
+def _check_sizes(num_classes: int, in_chans: int, dropout: float) -> None:
+    if num_classes < 1 or in_chans < 1:
+        raise UserError(f"num_classes={num_classes} and in_chans={in_chans} must be 1 or more.")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout} must be a probability of at least 0 and less than 1.")

@@ -1,0 +1,146 @@
+"""Structural re-parameterization: convolutions that train as several branches and infer as one.
+
+Owns `RepConv2d`, `fuse(model)`, and the only batch-norm folding algebra of the project: with
+running statistics a conv-BN branch is linear, so a sum of branches is one convolution with a bias
+(RepVGG, https://arxiv.org/abs/2101.03697; GhostNetV3, https://arxiv.org/abs/2404.11202).
+
+Shapes: B batch, C channels, H W map, k kernel side.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Reparam
+from ghosttrain.models.layers import ConvBN
+
+
+class RepConv2d(nn.Module):
+    """Sum of conv-BN branches over one input: (B, C_in, H, W) -> (B, C_out, H', W').
+
+    `reparam.branches` k x k branches; with `reparam.scale` a 1x1 branch where k > 1; with
+    `reparam.identity` a batch norm of the input where input and output have equal shapes. With 1,
+    false, false it is an ordinary conv-BN. Strides and padding are those of `ConvBN`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        reparam: Reparam,
+    ) -> None:
+        super().__init__()
+
+        def branch(kernel_size: int) -> ConvBN:
+            return ConvBN(in_channels, out_channels, kernel_size, stride, groups)
+
+        has_scale = reparam.scale and kernel_size > 1
+        has_identity = reparam.identity and in_channels == out_channels and stride == 1
+        self.num_branches = reparam.branches
+        self.branches = nn.ModuleList(branch(kernel_size) for _ in range(reparam.branches))
+        self.scale = branch(1) if has_scale else None
+        self.identity = nn.BatchNorm2d(in_channels) if has_identity else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C_in, H, W) to (B, C_out, H', W'), without activation."""
+        return self.forward_branches(x)
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """Evaluate one branch after another: the definition that any faster forward must equal."""
+        y = self.branches[0](x)
+        # In place: backward of a batch norm needs its input, not its output.
+        for branch in self.branches[1:]:
+            y += branch(x)
+        if self.scale is not None:
+            y += self.scale(x)
+        if self.identity is not None:
+            y += self.identity(x)
+        return y
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` in eval mode, each `RepConv2d` and `ConvBN` one convolution.
+
+    The copy computes the same function up to rounding (float64: relative error of the logits below
+    1e-12 on randomised statistics, `tests/numerics/test_fuse.py`) and can be trained: the new
+    parameters require gradients. Folding is done in float64 whatever the dtype of the model, and
+    draws no random numbers. What is folded already, or is none of these layers, is copied as it is.
+
+    Raises UserError in training mode, where the outputs of `model` depend on the batch.
+    """
+    if any(module.training for module in model.modules()):
+        raise UserError(
+            "fuse() folds the running statistics of batch norms: call model.eval() first."
+        )
+    with torch.no_grad():
+        return _folded(copy.deepcopy(model)).eval()
+
+
+def _folded(module: nn.Module) -> nn.Module:
+    """Return the folded form of `module`; its children are replaced in place."""
+    if isinstance(module, RepConv2d):
+        return _fold_branches(module)
+    if isinstance(module, ConvBN):
+        return _conv_like(module.conv, *_fold(module.conv.weight, module.bn))
+    for name, child in module.named_children():
+        setattr(module, name, _folded(child))
+    return module
+
+
+def _fold_branches(rep: RepConv2d) -> nn.Conv2d:
+    branches = cast("list[ConvBN]", list(rep.branches))
+    conv = branches[0].conv
+    half = conv.kernel_size[0] // 2
+    folded = [_fold(branch.conv.weight, branch.bn) for branch in branches]
+    if rep.scale is not None:
+        centred = F.pad(rep.scale.conv.weight, (half, half, half, half))
+        folded.append(_fold(centred, rep.scale.bn))
+    if rep.identity is not None:
+        folded.append(_fold(_identity_kernel(conv), rep.identity))
+    kernels, biases = zip(*folded, strict=True)
+    return _conv_like(conv, torch.stack(kernels).sum(0), torch.stack(biases).sum(0))
+
+
+def _identity_kernel(conv: nn.Conv2d) -> Tensor:
+    """Kernel of the shape of `conv` that copies its input: one tap of 1 per output channel."""
+    kernel = torch.zeros_like(conv.weight)
+    outputs = torch.arange(conv.out_channels, device=kernel.device)
+    row, column = (k // 2 for k in conv.kernel_size)
+    kernel[outputs, outputs % kernel.shape[1], row, column] = 1
+    return kernel
+
+
+def _fold(kernel: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Kernel (C_out, C_in / groups, k, k) and bias (C_out,) of `bn` after a kernel, float64."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+    bias = bn.bias.double() - bn.running_mean.double() * scale
+    return kernel.double() * scale[:, None, None, None], bias
+
+
+def _conv_like(conv: nn.Conv2d, kernel: Tensor, bias: Tensor) -> nn.Conv2d:
+    """Return a convolution that moves over the map as `conv` does, with this kernel and bias."""
+    folded = nn.utils.skip_init(  # an ordinary initialisation would advance the global RNG
+        nn.Conv2d,
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        groups=conv.groups,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    folded.weight.copy_(kernel)
+    folded.bias.copy_(bias)
+    return folded

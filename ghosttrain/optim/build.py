@@ -1,0 +1,25 @@
+"""From the settings of an optimizer to the optimizer."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from ghosttrain.config.schema import Optim
+from ghosttrain.optim.groups import param_groups
+from ghosttrain.optim.lamb import Lamb
+
+
+def build_optimizer(cfg: Optim, model: nn.Module) -> Optimizer:
+    """Return the optimizer of the model's trainable parameters, at `cfg.lr`.
+
+    Norm parameters and biases are not decayed. SGD is Nesterov's where it has momentum, and its
+    decay is an L2 term.
+    """
+    groups = param_groups(model, cfg.weight_decay)
+    betas = (cfg.beta1, cfg.beta2)
+    if cfg.name == "lamb":
+        return Lamb(groups, lr=cfg.lr, betas=betas, eps=cfg.eps)
+    if cfg.name == "adamw":
+        return AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, foreach=True)
+    return SGD(groups, lr=cfg.lr, momentum=cfg.beta1, nesterov=cfg.beta1 > 0, foreach=True)

@@ -1,0 +1,53 @@
+"""Learning rate: how it follows the steps of a run and the size of the batch.
+
+Owns two pure functions and the line that writes a learning rate into an optimizer. It imports no
+torch, because `scaled_lr` is called while a configuration is composed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ghosttrain.config.schema import Optim, Schedule
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+def lr_at(step: int, total_steps: int, warmup_steps: int, peak: float, cfg: Schedule) -> float:
+    """Return the learning rate of optimizer step `step`: first 0, last `total_steps - 1`.
+
+    Linear from `warmup_lr_ratio * peak` at step 0 to `peak` at step `warmup_steps`; from there half
+    a cosine down to `min_lr_ratio * peak` at the last step, or constant. A warm-up as long as the
+    run or longer ends at the last step, so that a short run reaches its peak too; a single step is
+    at the peak. Steps after the last keep its value.
+    """
+    last = max(total_steps - 1, 0)
+    warmup = min(warmup_steps, last)
+    step = min(step, last)
+    if step < warmup:
+        return peak * (cfg.warmup_lr_ratio + (1 - cfg.warmup_lr_ratio) * step / warmup)
+    if cfg.name == "constant" or step == warmup:
+        return peak
+    cosine = (1 + math.cos(math.pi * (step - warmup) / (last - warmup))) / 2
+    return peak * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
+
+
+def scaled_lr(cfg: Optim, global_batch: int) -> float:
+    """Return the peak learning rate for `global_batch` images a step: `cfg.lr` is for `lr_batch`.
+
+    LAMB and AdamW scale with the square root of the batch (You et al.,
+    https://arxiv.org/abs/1904.00962), SGD linearly (Goyal et al., https://arxiv.org/abs/1706.02677).
+    With `lr_batch` null it is `cfg.lr`.
+    """
+    if cfg.lr_batch is None:
+        return cfg.lr
+    ratio = global_batch / cfg.lr_batch
+    return cfg.lr * (ratio if cfg.name == "sgd" else math.sqrt(ratio))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

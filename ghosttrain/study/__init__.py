@@ -1,0 +1,1 @@
+"""What stands on finished runs: sweeps over settings and tables of results."""

@@ -1,0 +1,39 @@
+"""`-m`: every combination of the listed values, one run after another, each in its own folder.
+
+All cells are composed (and checked) before the first one starts. A finished cell is shown, not
+repeated; a cell that fails is named at the end and the others still run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ghosttrain.config.compose import cells, compose
+from ghosttrain.config.errors import UserError
+from ghosttrain.engine.folder import read_result, run_folder
+from ghosttrain.engine.launch import launch
+from ghosttrain.study.report import report
+
+
+def sweep(overrides: list[str], config_dir: str | None) -> int:
+    """Run all cells; return 0, or 1 when a cell failed."""
+    runs = [compose(cell, config_dir) for cell in cells(overrides, config_dir)]
+    folders = [run_folder(run.config) for run in runs]
+    failed = []
+    for number, run in enumerate(runs, start=1):
+        print(f"\n=== {number}/{len(runs)}: {' '.join(run.arguments)}", flush=True)
+        try:
+            code = launch(run)
+        except UserError as error:
+            print(f"ghosttrain: error: {error}", file=sys.stderr)
+            code = 2
+        if code == 130:
+            return code
+        if code:
+            failed.append(f"{' '.join(run.arguments)} (exit code {code})")
+    done = [folder for folder in folders if read_result(folder) is not None]
+    if done:
+        print(f"\n=== {len(done)} of {len(runs)} runs finished\n" + report(done))
+    for line in failed:
+        print(f"ghosttrain: failed: {line}", file=sys.stderr)
+    return int(bool(failed))

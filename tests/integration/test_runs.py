@@ -1,0 +1,269 @@
+"""Whole runs through the command line: what they print, what they leave behind, and that they go
+on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import only_run
+from safetensors.torch import load_file
+
+import ghosttrain as package
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(
+    f.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+    for f in (ROOT / "recipes").rglob("*.yaml")
+)
+
+
+def test_a_run_leaves_what_the_architecture_promises(ghosttrain, tiny, tmp_path):
+    outcome = ghosttrain(*tiny)
+    assert outcome.code == 0, outcome.err
+    run = only_run(tmp_path)
+    for name in (
+        "config.yaml provenance.json metrics.jsonl log.txt model.safetensors result.json card.md "
+        "curves.png checkpoints/last.pt checkpoints/best.safetensors"
+    ).split():
+        assert (run / name).stat().st_size > 0, name
+    assert not list(run.rglob("*.part"))
+    result = json.loads((run / "result.json").read_text())
+    assert set(result["weights"]) == {"raw", "ema", "fused"} and result["headline"] == "ema"
+    assert result["weights"]["ema"]["n"] == 21 and result["steps"] == 6
+    assert result["fuse_max_diff"] < 1e-3
+    assert result["model"]["params_fused"] < result["model"]["params_train"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {r["kind"] for r in rows} == {"train", "eval"}
+    assert all(
+        {"loss", "label", "lr", "images_per_second"} <= set(r) for r in rows if r["kind"] == "train"
+    )
+    assert (run / "log.txt").read_text().strip() in outcome.out.strip()
+    assert "<- the result" in outcome.out and "best EMA on the way" in outcome.out
+    made = json.loads((run / "provenance.json").read_text())
+    assert made["code"] and made["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_the_same_command_again_shows_the_result_and_fresh_runs_anew(ghosttrain, tiny, tmp_path):
+    tiny = [*tiny, "train.max_steps=1"]
+    first = ghosttrain(*tiny)
+    run = only_run(tmp_path)
+    before = (run / "result.json").stat().st_mtime_ns
+    again = ghosttrain(*tiny)
+    assert again.code == 0 and again.out.startswith("finished: ")
+    assert (run / "result.json").stat().st_mtime_ns == before
+    assert (
+        first.out.split("weights ")[1].splitlines()[1:4]
+        == again.out.split("weights ")[1].splitlines()[1:4]
+    )
+
+    made = json.loads((run / "provenance.json").read_text())
+    (run / "provenance.json").write_text(json.dumps(made | {"code": "00000000"}))
+    assert "made by another version of the code (00000000" in ghosttrain(*tiny).out
+
+    fresh = ghosttrain(*tiny, "run.fresh=true")
+    assert fresh.code == 0 and "the earlier run was moved to" in fresh.out
+    assert (run / "result.json").stat().st_mtime_ns > before
+    assert len(list(run.parent.glob(f".{run.name}.*"))) == 1
+
+
+def test_killed_and_resumed_equals_uninterrupted(ghosttrain, tiny, tmp_path):
+    """Bit for bit: weights, EMA, metrics; with augmentation, two workers and dropout on."""
+    tiny = [a for a in tiny if not a.startswith(("run.root", "data.workers"))]
+    tiny += ["data.workers=2", "train.epochs=3", "launch.device=cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert ghosttrain(*tiny, f"run.root={whole}").code == 0
+
+    command = [sys.executable, "-m", "ghosttrain", *tiny, f"run.root={cut}"]
+    with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):  # printed before epoch 2 is saved: epoch 1 is on disk
+                process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (only_run(cut) / "result.json").exists()
+    outcome = ghosttrain(*tiny, f"run.root={cut}")
+    assert outcome.code == 0 and "resumed after epoch" in outcome.out
+
+    one, two = only_run(whole), only_run(cut)
+    for name in ("model.safetensors", "checkpoints/best.safetensors"):
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    raw = [torch.load(r / "checkpoints/last.pt", weights_only=True)["student"] for r in (one, two)]
+    assert all(torch.equal(raw[0][k], raw[1][k]) for k in raw[0])
+
+    def losses(run):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [(r["kind"], r["step"], r.get("loss"), r.get("ema_top1")) for r in rows]
+
+    assert losses(one) == losses(two)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_two_steps(ghosttrain, recipe, tmp_path):
+    base = [] if not recipe.startswith("ablation/") else ["compact_kd"]
+    small = [] if recipe == "teacher_digits" else ["model=ghostnetv3_050"]
+    outcome = ghosttrain(
+        f"+recipe=[{','.join([*base, recipe])}]",
+        *small,
+        "train.max_steps=2",
+        "train.global_batch=32",
+        f"run.root={tmp_path}",
+    )
+    assert outcome.code == 0, outcome.err
+    assert json.loads((only_run(tmp_path) / "result.json").read_text())["steps"] == 2
+
+
+def test_the_first_lines_say_what_the_budget_replaced_and_how_to_name_imagenet(
+    ghosttrain, tmp_path
+):
+    outcome = ghosttrain(
+        "+recipe=compact_kd", "model=ghostnetv3_050", "train.max_steps=1", f"run.root={tmp_path}"
+    )
+    assert outcome.code == 0, outcome.err
+    head = outcome.out.split("epoch 1/")[0]
+    assert "data=imagenet data.root=/path" in head
+    assert "teacher: beitv2_base -> digits" in head and "train.epochs: 600 -> " in head
+    assert "square root" in head
+    assert "soft_ce" in outcome.out
+
+
+def test_two_processes_evaluate_every_image_once_and_resume_alone(ghosttrain, tiny, tmp_path):
+    two = [*tiny, "launch.nproc=2", "launch.device=cpu", "train.max_steps=3"]
+    outcome = subprocess.run(
+        [sys.executable, "-m", "ghosttrain", *two],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert "x 2 processes" in outcome.stdout
+    run = only_run(tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    assert result["weights"]["ema"]["n"] == 21  # odd: the ranks hold 11 and 10
+    assert outcome.stdout.count("run folder: ") == 2  # head and end, of rank 0 alone
+    alone = ghosttrain("eval", run)
+    assert alone.code == 0 and alone.out.count("as reported") == 3, alone.out
+
+
+def test_eval_fuse_and_load_run(ghosttrain, tiny, tmp_path):
+    assert ghosttrain(*tiny, "train.max_steps=2").code == 0
+    run = only_run(tmp_path)
+    again = ghosttrain("eval", run, "train.eval_batch=5")
+    assert again.code == 0 and again.out.count("as reported") == 3, again.out
+
+    fused = ghosttrain("fuse", run)
+    assert fused.code == 0 and "largest difference of a logit" in fused.out
+    x = torch.randn(2, 3, 64, 64)
+    ema, deployed = package.load_run(run), package.load_run(run, weights="fused")
+    loaded = package.create_model(
+        "ghostnetv3_050", num_classes=3, fused=True, weights=str(run / "model.fused.safetensors")
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(deployed(x), loaded(x))
+        assert torch.allclose(ema(x), loaded(x), atol=1e-4)
+        assert not torch.equal(package.load_run(run, weights="raw")(x), ema(x))
+    loaded.train()(x).sum().backward()  # the fused form trains again if asked
+    assert all(p.grad is not None for p in loaded.parameters())
+    with pytest.raises(ValueError, match="choose 'ema', 'raw' or 'fused'"):
+        package.load_run(run, weights="best")  # type: ignore[arg-type]
+
+    cannot = ghosttrain("fuse", run, "--out", run / "config.yaml" / "x.safetensors")
+    assert cannot.code == 2 and "cannot write" in cannot.err
+    assert "cannot be changed for a run" in ghosttrain("eval", run, "optim.lr=1").err
+
+
+def test_a_sweep_runs_what_is_missing_and_reports(ghosttrain, tiny, tmp_path):
+    sweep = ["-m", *tiny, "train.max_steps=1", "seed=1,2"]
+    first = ghosttrain(*sweep)
+    assert first.code == 0, first.err
+    assert "2 of 2 runs finished" in first.out and "| 2 (1, 2)" in first.out
+    results = sorted(tmp_path.rglob("result.json"))
+    times = [r.stat().st_mtime_ns for r in results]
+    assert len(results) == 2
+    wider = ghosttrain(*sweep[:-1], "seed=1,2,3")
+    assert wider.code == 0 and "3 of 3 runs finished" in wider.out
+    assert [r.stat().st_mtime_ns for r in results] == times
+    assert wider.out.count("\nfinished: ") == 2
+
+    table = ghosttrain("report", tmp_path)
+    tops = [
+        json.loads(r.read_text())["weights"]["ema"]["top1"] for r in tmp_path.rglob("result.json")
+    ]
+    mean = sum(tops) / 3
+    spread = (sum((t - mean) ** 2 for t in tops) / 2) ** 0.5
+    assert f"{mean:.2f} ± {spread:.2f}" in table.out
+    assert ghosttrain("report", tmp_path / "absent").code == 2
+
+
+def test_accumulation_equals_one_large_batch_without_batch_statistics(ghosttrain, tiny, tmp_path):
+    """The sample order does not depend on micro_batch, and the accumulated loss is the mean."""
+    rows = {}
+    for micro in (16, 4):
+        root = tmp_path / str(micro)
+        assert (
+            ghosttrain(
+                *tiny[:-1], f"train.micro_batch={micro}", "train.max_steps=1", f"run.root={root}"
+            ).code
+            == 0
+        )
+        log = (only_run(root) / "log.txt").read_text()
+        rows[micro] = json.loads((only_run(root) / "metrics.jsonl").read_text().splitlines()[0])
+        assert (
+            f"batch: 16 = {micro} (seen by batch norm) x {16 // micro} accumulated x 1 process"
+            in log
+        )
+    assert rows[4]["loss"] == pytest.approx(rows[16]["loss"], rel=0.05)
+
+
+def test_trackers_are_one_setting_each(ghosttrain, tiny, tmp_path):
+    outcome = ghosttrain(
+        *tiny, "train.max_steps=1", "tracker.wandb=offline", "tracker.tensorboard=true"
+    )
+    assert outcome.code == 0, outcome.err
+    run = only_run(tmp_path / "runs")
+    assert list(run.rglob("events.out.tfevents.*"))
+    assert list(run.rglob("*.wandb"))
+
+
+def test_timm_student(ghosttrain, tiny, tmp_path):
+    outcome = ghosttrain(*tiny, "model=timm", "model.name=test_resnet", "train.max_steps=1")
+    assert outcome.code == 0, outcome.err
+    assert "fused" not in json.loads((only_run(tmp_path) / "result.json").read_text())["weights"]
+    assert "it has no fused form" in ghosttrain("fuse", only_run(tmp_path)).err
+
+
+def test_help_is_instant_and_complete(ghosttrain):
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "ghosttrain", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.perf_counter() - started < 1.0  # 0.1 s on an idle machine
+    for word in (
+        "train",
+        "eval RUN",
+        "fuse RUN",
+        "report RUN",
+        "ghostnetv3_130",
+        "lamb*",
+        *RECIPES,
+    ):
+        assert word in done.stdout
+
+
+def test_cfg_and_info(ghosttrain):
+    job = ghosttrain("+recipe=compact_kd", "seed=3", "--cfg", "job")
+    assert job.code == 0 and "seed: 3" in job.out and "global_batch" in job.out
+    info = ghosttrain("+recipe=compact_kd", "--info", "defaults")
+    assert info.code == 0 and "optim/lamb" in info.out and "teacher/digits" in info.out

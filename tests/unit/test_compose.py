@@ -1,0 +1,253 @@
+"""The composer: order of layers, budgets, names of runs, and one clear line for every mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ghosttrain.config.compose import (
+    batch_split,
+    cells,
+    compose,
+    fingerprint,
+    override_run,
+    result_settings,
+    run_name,
+)
+from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.schema import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+KD = "+recipe=compact_kd"
+FULL = [KD, "budget=full"]
+
+
+def refusal(*overrides: str, config_dir: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        compose(overrides, config_dir)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_recipe_values_are_those_of_the_file():
+    config = compose(FULL).config
+    assert (config.optim.name, config.optim.lr, config.optim.lr_batch) == ("lamb", 5e-3, 2048)
+    assert (config.train.epochs, config.train.global_batch) == (600, 2048)
+    assert (config.distill.name, config.ema.decay) == ("soft_ce", 0.9999)
+    assert config.teacher.name.startswith("beitv2_base")
+    assert config.recipe == "compact_kd"
+
+
+def test_plus_is_optional_and_recipe_none_is_allowed():
+    assert compose(["recipe=compact_kd"]).config == compose([KD]).config
+    assert compose(["recipe=null"]).config.recipe == "none"
+
+
+def test_budget_stands_between_recipe_and_command_line():
+    budget = compose([KD]).config
+    full = compose(FULL).config
+    assert budget.budget == "digits" and full.budget == "full"
+    assert budget.train.epochs < full.train.epochs
+    assert budget.teacher.weights == "digits"
+    assert compose([KD, "train.epochs=7"]).config.train.epochs == 7
+
+
+def test_every_replaced_recipe_value_is_listed_once():
+    notes = compose([KD]).replaced
+    assert "teacher: beitv2_base -> digits" in notes
+    assert any(n.startswith("train.epochs: 600 -> ") for n in notes)
+    assert any(n.startswith("train.global_batch: 2048 -> ") for n in notes)
+    assert len(notes) == len({n.split(":")[0] for n in notes})
+    assert compose(FULL).replaced == ()
+
+
+def test_the_budget_leaves_out_what_the_user_or_an_ablation_named():
+    notes = compose([KD, "train.epochs=600", "teacher=none", "distill=none"]).replaced
+    assert not any(n.startswith(("train.epochs", "teacher")) for n in notes)
+    ablation = compose(["+recipe=[compact_kd,ablation/no_teacher]"])
+    assert ablation.config.teacher.name is None
+    assert not any(n.startswith("teacher") for n in ablation.replaced)
+
+
+def test_another_group_choice_drops_the_recipes_values_for_that_group():
+    sgd = compose([*FULL, "optim=sgd"]).config.optim
+    assert sgd.name == "sgd"
+    assert sgd == compose(["optim=sgd", "budget=full"]).config.optim != compose(FULL).config.optim
+    assert compose([*FULL, "optim=lamb"]).config.optim.lr == 5e-3
+    stacked = compose(["+recipe=[compact_kd,ablation/sgd]", "budget=full"]).config
+    assert stacked.optim == sgd and stacked.recipe == "compact_kd+ablation/sgd"
+
+
+def test_a_learning_rate_typed_by_hand_is_not_scaled():
+    assert compose([KD]).config.optim.lr_batch == 2048
+    assert compose([KD, "optim.lr=0.001"]).config.optim.lr_batch is None
+    assert compose([KD, "optim.lr=0.001", "optim.lr_batch=256"]).config.optim.lr_batch == 256
+
+
+def test_an_own_folder_adds_groups_recipes_and_budgets(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /optim: fast\ntrain:\n  epochs: 3\n"
+    )
+    (tmp_path / "optim" / "fast.yaml").write_text("name: adamw\nlr: 0.01\nlr_batch: 64\n")
+    config = compose(["+recipe=mine", "budget=full"], str(tmp_path)).config
+    assert (config.optim.name, config.optim.lr, config.train.epochs) == ("adamw", 0.01, 3)
+    assert "no such folder" in refusal(config_dir=str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lrr=1", "Did you mean 'optim.lr'?"),
+        ("+foo=1", "there is no setting 'foo'"),
+        ("++train.epochz=1", "Did you mean 'train.epochs'?"),
+        ("lr=1", "Did you mean 'optim.lr'?"),
+        ("epochs", "is not key=value"),
+        ("modle=ghostnetv3_100", "Did you mean 'model'?"),
+        (
+            "model=ghostnetv3_13",
+            "no model is called 'ghostnetv3_13'. Did you mean 'ghostnetv3_130'?",
+        ),
+        ("model.name=ghostnetv3_131", "Did you mean 'ghostnetv3_130'?"),
+        ("+recipe=compact_kdd", "Did you mean 'compact_kd'?"),
+        ("+recipe=[compact_kd,ablation/no_emma]", "Did you mean 'ablation/no_ema'?"),
+        ("budget=small", "no budget is called 'small'"),
+        ("optim.lr=nan", "optim.lr=nan is not a finite number"),
+        ("optim.lr=-1", "greater than 0"),
+        ("optim.lr=fast", "optim.lr=fast is not a valid number"),
+        ("train.epochs=2.5", "train.epochs=2.5 is not a valid integer"),
+        ("train.epochs=true", "train.epochs=True is not a valid integer"),
+        ("optim.name=lam", "Did you mean 'lamb'?"),
+        ("optim={lr:1}", "no optim is called"),
+        ("train=1", "'train' is a section"),
+        ("train.epochs", "is not key=value"),
+        ("seed=1,2", "add -m"),
+        ("~teacher", "is not key=value"),
+        ("~teacher=none", "cannot be deleted"),
+        ("data=folder", "type data.root=/path"),
+        ("data.root=[", "cannot read"),
+        ("model=timm", "model.name"),
+        ("model.weights=absent.pth", "model.weights=absent.pth: no such file"),
+        ("distill=kl", "needs a teacher"),
+        ("augment.mixup_alpha=0.2", "augment=with_mixup"),
+        ("augment.cutmix_alpha=1.0", "augment=with_mixup"),
+        ("augment.scale_min=1.0", "augment.scale_min=1.0 is above"),
+        ("data.mean=[0.5]", "data.mean has 1 values for data.in_chans=3"),
+        ("train.micro_batch=48", "train.micro_batch may be"),
+        ("launch.nproc=3", "does not divide over 3 processes"),
+    ],
+)
+def test_a_mistake_is_one_line_that_helps(override, expected):
+    assert expected in refusal(
+        override,
+        "teacher=none" if override == "distill=kl" else "seed=0",
+        "augment.scale_max=0.5" if "scale_min" in override else "seed=0",
+        "train.global_batch=100" if "train.global" not in override else "seed=0",
+    )
+
+
+def test_missing_data_root_and_imagenet_dir(tmp_path, monkeypatch):
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+    assert "IMAGENET_DIR" in refusal("data=imagenet")
+    monkeypatch.setenv("IMAGENET_DIR", str(tmp_path))
+    assert compose(["data=imagenet"]).config.data.root == str(tmp_path)
+    gone = tmp_path / "gone"
+    assert refusal("data=folder", f"data.root={gone}") == f"data.root={gone}: no such folder"
+
+
+def test_a_broken_recipe_names_its_file(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    for body, expected in [
+        ("train:\n  epoch: 3\n", "Did you mean 'train.epochs'?"),
+        ("defaults:\n  - optim: sgd\n", "override /GROUP: CHOICE"),
+        ("defaults:\n  - override /optim: sdg\n", "Did you mean 'sgd'?"),
+        ("train: [", "not readable YAML"),
+    ]:
+        (tmp_path / "recipe" / "bad.yaml").write_text("# @package _global_\n" + body)
+        message = refusal("+recipe=bad", config_dir=str(tmp_path))
+        assert "bad.yaml" in message and expected in message
+
+
+def test_batch_split():
+    config = compose([KD, "train.global_batch=96", "train.micro_batch=16"]).config
+    assert batch_split(config, 1) == (16, 6)
+    assert batch_split(config, 3) == (16, 2)
+    assert batch_split(compose([KD, "train.global_batch=96"]).config, 4) == (24, 1)
+    with pytest.raises(UserError, match="type train.global_batch=95 or 100"):
+        batch_split(config, 5)
+
+
+def test_run_name_depends_on_what_changes_the_result_and_on_nothing_else():
+    base = compose([KD]).config
+    for same in (
+        "data.workers=3",
+        "launch.device=cpu",
+        "tracker.wandb=offline",
+        "run.root=x",
+        "seed=5",
+    ):
+        assert fingerprint(compose([KD, same]).config) == fingerprint(base)
+    for other in ("optim.lr=0.1", "reparam=none", "augment.seed=1", "train.micro_batch=32"):
+        assert fingerprint(compose([KD, other]).config) != fingerprint(base)
+    assert run_name(base) == f"compact_kd/digits-ghostnetv3_100-{fingerprint(base)}-s0"
+    mixed = compose(["+recipe=[compact_kd,ablation/mixup]"]).config
+    assert run_name(mixed).startswith("compact_kd+mixup/digits-ghostnetv3_100-mixup-")
+    assert "seed" not in result_settings(base) and "optim.lr" in result_settings(base)
+
+
+def test_a_sweep_is_every_combination_in_order():
+    grid = cells(["+recipe=compact_kd,baseline", "seed=1,2", "train.epochs=3"])
+    assert grid == [
+        ["+recipe=compact_kd", "seed=1", "train.epochs=3"],
+        ["+recipe=compact_kd", "seed=2", "train.epochs=3"],
+        ["+recipe=baseline", "seed=1", "train.epochs=3"],
+        ["+recipe=baseline", "seed=2", "train.epochs=3"],
+    ]
+    assert len(cells(["+recipe=[compact_kd,ablation/no_ema],[compact_kd,ablation/sgd]"])) == 2
+    assert len(cells(["seed=range(0,3)"])) == 3
+    for cell in grid:
+        compose(cell)
+
+
+def test_saved_settings_may_be_changed_only_where_allowed():
+    config = compose([KD]).config
+    assert override_run(config, ["data.workers=0"], ("data.workers",)).data.workers == 0
+    with pytest.raises(UserError, match="cannot be changed for a run that exists"):
+        override_run(config, ["optim.lr=1"], ("data.workers",))
+    with pytest.raises(UserError, match="data.workers=-1 is not greater"):
+        override_run(config, ["data.workers=-1"], ("data.workers",))
+
+
+def test_settings_are_frozen_and_survive_json():
+    config = compose([KD]).config
+    with pytest.raises(ValueError, match="frozen"):
+        config.optim.lr = 1.0  # type: ignore[misc]
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_did_you_mean():
+    assert did_you_mean("lam", ["lamb", "sgd"]) == " Did you mean 'lamb'?"
+    assert did_you_mean("zzz", ["b", "a"]) == " Choose from: a, b."
+    assert did_you_mean("x", []) == ""
+
+
+def test_every_file_in_conf_composes():
+    for group in (p for p in (ROOT / "conf").iterdir() if p.is_dir()):
+        for file in group.glob("*.yaml"):
+            extra = {
+                "model": ["model.name=resnet10t"] if file.stem == "timm" else [],
+                "teacher": ["teacher.name=resnet18", "teacher.weights=hub"] * (file.stem == "timm"),
+                "data": [f"data.root={ROOT}"],
+                "distill": ["teacher=digits"],
+            }.get(group.name, [])
+            choice = f"{group.name}={file.stem}"
+            assert compose([choice, *extra]).groups.get(group.name, file.stem) == file.stem
+
+
+def test_config_imports_no_torch():
+    code = "import ghosttrain.config.compose, ghosttrain.cli, ghosttrain.engine.launch, sys"
+    code += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.data.decode import open_image, to_pixels
+
+
+def picture(height=48, width=64):
+    """A smooth colour picture, uint8 (H, W, 3)."""
+    y, x = np.mgrid[:height, :width]
+    channels = (x * 255 / width, y * 255 / height, (x + y) * 255 / (width + height))
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def load(path, in_chans=3, **kwargs):
+    return to_pixels(open_image(str(path)), in_chans, **kwargs)
+
+
+def grey(rgb):
+    return np.asarray(Image.fromarray(rgb).convert("L"))
+
+
+SAVED = {
+    "RGB.png": ("RGB", {}, 0),
+    "RGB.bmp": ("RGB", {}, 0),
+    "RGB.tif": ("RGB", {}, 0),
+    "RGB.jpg": ("RGB", {"quality": 95}, 6),
+    "RGB.webp": ("RGB", {"lossless": True}, 0),
+    "CMYK.jpg": ("CMYK", {"quality": 95}, 8),
+    "CMYK.tif": ("CMYK", {}, 2),
+    "YCbCr.jpg": ("YCbCr", {"quality": 95}, 6),
+    "RGBA.png": ("RGBA", {}, 0),
+    "P.png": ("P", {}, 60),
+    "P.gif": ("P", {}, 60),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_every_kind_of_colour_file_decodes(tmp_path, name, in_chans):
+    mode, options, most = SAVED[name]
+    rgb = picture()
+    Image.fromarray(rgb).convert(mode).save(tmp_path / name, **options)
+    image = load(tmp_path / name, in_chans)
+    assert (image.mode, image.size) == ("RGB" if in_chans == 3 else "L", (64, 48))
+    expected = rgb if in_chans == 3 else grey(rgb)
+    assert np.abs(np.asarray(image, dtype=int) - expected).max() <= most
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.pgm", "a.tif"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_grey_files_decode(tmp_path, name, in_chans):
+    pixels = grey(picture())
+    Image.fromarray(pixels).save(tmp_path / name, **({"quality": 100} if name == "a.jpg" else {}))
+    image = np.asarray(load(tmp_path / name, in_chans), dtype=int)
+    assert image.shape == ((48, 64, 3) if in_chans == 3 else (48, 64))
+    assert np.abs(image.reshape(48, 64, -1) - pixels[..., None]).max() <= 2
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_16_bits_keep_their_upper_8(tmp_path, name, in_chans):
+    deep = np.array([[0, 255, 256, 511, 32768, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / name)
+    image = np.asarray(load(tmp_path / name, in_chans)).reshape(6, -1)
+    assert (image == np.array([0, 0, 1, 1, 128, 255])[:, None]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "PA-bytes", "L-key", "RGB-key"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_bitmaps_and_transparency_decode_without_a_warning(tmp_path, mode, in_chans):
+    image, options = Image.fromarray(picture()), {}
+    if mode == "PA-bytes":
+        image, options = image.convert("P"), {"transparency": bytes(range(256))}
+    elif mode.endswith("-key"):
+        image = image.convert(mode[:-4])
+        options = {"transparency": 5 if image.mode == "L" else (1, 2, 3)}
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "a.png", **options)
+    decoded = load(tmp_path / "a.png", in_chans)
+    assert (decoded.mode, decoded.size) == ("RGB" if in_chans == 3 else "L", (64, 48))
+
+
+def test_the_content_decides_not_the_name(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "n01.JPEG", format="PNG")
+    assert (np.asarray(load(tmp_path / "n01.JPEG")) == picture()).all()
+
+
+def test_in_memory_images_pass_through():
+    image = Image.fromarray(picture())
+    assert to_pixels(image, 3) is image
+    assert to_pixels(image, 1).mode == "L"
+
+
+# --- decoding at less than full size ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("least", "size"),
+    [
+        (None, (801, 600)),
+        ((801, 600), (801, 600)),
+        ((500, 300), (801, 600)),
+        ((400, 300), (401, 300)),
+        ((200, 150), (201, 150)),
+        ((100, 75), (101, 75)),
+        ((1, 1), (101, 75)),
+        ((9000, 9000), (801, 600)),
+    ],
+)
+def test_a_jpeg_is_decoded_no_smaller_than_asked(tmp_path, least, size):
+    Image.fromarray(picture(600, 801)).save(tmp_path / "a.jpg", quality=95)
+    image = load(tmp_path / "a.jpg", least=least)
+    assert image.size == size
+    reference = Image.fromarray(picture(600, 801)).resize(size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(reference)).max() <= 12
+
+
+def test_other_formats_ignore_the_hint(tmp_path):
+    Image.fromarray(picture(600, 801)).save(tmp_path / "a.png")
+    assert load(tmp_path / "a.png", least=(10, 10)).size == (801, 600)
+
+
+# --- broken files -------------------------------------------------------------------------------
+
+
+def test_a_truncated_jpeg_is_named_in_one_line(tmp_path):
+    path = tmp_path / "n02.JPEG"
+    Image.fromarray(picture()).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(
+        UserError, match=r"cannot decode .*n02\.JPEG \(.*truncated.*\): put an intact copy"
+    ) as raised:
+        load(path)
+    assert "\n" not in str(raised.value)
+    assert raised.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "no image format"), (b"<html>404</html>", "no image format")]
+)
+def test_what_is_no_image_is_named(tmp_path, content, reason):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.jpg \({reason}"):
+        load(tmp_path / "a.jpg")
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.jpg \(No such file or directory\)"):
+        load(tmp_path / "gone.jpg")
+    with pytest.raises(UserError, match="Is a directory"):
+        load(tmp_path)
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif .*floating-point"):
+        load(tmp_path / "a.tif")
+
+
+def test_exhausted_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    image = open_image(str(tmp_path / "a.png"))
+    monkeypatch.setattr(image, "load", lambda: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        to_pixels(image, 3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow remarks on some of the damage
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif", "a.bmp", "a.webp", "a.tif", "a.pgm"])
+def test_damage_anywhere_ends_in_pixels_or_one_line(tmp_path, name):
+    path = tmp_path / name
+    Image.fromarray(picture()).convert("L" if name == "a.pgm" else "RGB").save(path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for trial in range(60):
+        if trial % 2:
+            damaged = whole[: rng.randrange(len(whole))]
+        else:
+            damaged = bytearray(whole)
+            for _ in range(5):
+                damaged[rng.randrange(len(whole) if trial % 4 else 80)] = rng.randrange(256)
+        path.write_bytes(bytes(damaged))
+        try:
+            assert load(path).mode == "RGB"
+        except UserError as error:
+            refused += 1
+            assert name in str(error) and "\n" not in str(error)
+    assert refused > 12

@@ -1,0 +1,226 @@
+"""Files of weights: what is read, which dialect it is, and what is said when it does not fit."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.models.registry import create_model, create_timm_model
+from ghosttrain.models.reparam import fuse
+from ghosttrain.models.weights import detect, from_timm, load_state, read_state, to_timm
+
+NAME = "ghostnetv3_050"
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """A network in eval mode with random running statistics."""
+    torch.manual_seed(1)
+    model = create_model(NAME, 4)
+    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        bn.running_mean.uniform_(-0.3, 0.3)
+        bn.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(1, 3, 40, 33, generator=torch.Generator().manual_seed(2))
+
+
+def refusal(error: pytest.ExceptionInfo[UserError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        lambda s: {"model": s, "optimizer": {"state": {0: torch.zeros(2)}}},
+        lambda s: {"state_dict": {}, "state_dict_ema": s},
+        lambda s: {"model": {"state_dict": s}},
+        lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+        lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+        lambda s: {"n_averaged": torch.tensor(4), **{f"module.{k}": v for k, v in s.items()}},
+    ],
+)
+def test_wrappers_and_prefixes_are_removed(tmp_path, wrap):
+    torch.save(wrap(TENSORS), tmp_path / "x.pth")
+    state = read_state(tmp_path / "x.pth")
+    assert state.keys() == TENSORS.keys()
+    assert all(torch.equal(state[k], v) for k, v in TENSORS.items())
+
+
+def test_ema_weights_are_preferred(tmp_path):
+    ema = {k: v + 1 for k, v in TENSORS.items()}
+    torch.save({"state_dict": TENSORS, "state_dict_ema": ema}, tmp_path / "x.pth")
+    assert torch.equal(read_state(str(tmp_path / "x.pth"))["a.bias"], ema["a.bias"])
+
+
+def test_a_name_that_only_some_share_is_no_prefix(tmp_path):
+    state = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
+    torch.save(state, tmp_path / "x.pth")
+    assert read_state(tmp_path / "x.pth").keys() == state.keys()
+
+
+def test_safetensors(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors", metadata={"model": "x"})
+    assert torch.equal(read_state(tmp_path / "x.safetensors")["a.weight"], TENSORS["a.weight"])
+
+
+class Unsafe:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "expected"),
+    [
+        ("none.pth", lambda p: None, "no such file"),
+        ("folder.pth", lambda p: p.mkdir(), "no such file"),
+        ("empty.pth", lambda p: p.write_bytes(b""), "cannot be read"),
+        ("text.pth", lambda p: p.write_text("hello"), "cannot be read"),
+        ("text.safetensors", lambda p: p.write_text("hello"), "cannot be read"),
+        ("cut.safetensors", lambda p: p.write_bytes(b"\xff" * 100), "cannot be read"),
+        ("list.pth", lambda p: torch.save([1], p), "no tensor in the file"),
+        ("config.pth", lambda p: torch.save({"state_dict": {"a": 1}}, p), "no tensor in the file"),
+        ("count.pth", lambda p: torch.save({"n_averaged": torch.ones(1)}, p), "no tensor"),
+        ("unsafe.pth", lambda p: torch.save({"a": Unsafe()}, p), "holds tensors only"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path, monkeypatch, name, write, expected):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name)
+    with pytest.raises(UserError) as error:
+        read_state(tmp_path / name)
+    assert expected in refusal(error) and name in str(error.value)
+    assert "weights_only" not in str(error.value), "torch's advice to load it unsafely"
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_truncated_torch_file(tmp_path):
+    torch.save(TENSORS, tmp_path / "x.pth")
+    content = (tmp_path / "x.pth").read_bytes()
+    (tmp_path / "x.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_state(tmp_path / "x.pth")
+
+
+# --- dialects -----------------------------------------------------------------------------------
+
+
+def test_each_dialect_loads_by_name_and_computes_the_same(tmp_path, model, image):
+    ours, fused = model.state_dict(), fuse(model).state_dict()
+    dialects = {"ghosttrain": ours, "fused": fused, "timm": to_timm(ours)}
+    with torch.no_grad():
+        expected = model(image)
+        for dialect, state in dialects.items():
+            assert detect(state) == dialect
+            path = tmp_path / f"{dialect}.safetensors"
+            save_file({k: v.contiguous() for k, v in state.items()}, path)
+            deployed = create_model(NAME, 4, weights=str(path), fused=True)
+            assert deployed.training
+            assert not any(isinstance(m, nn.BatchNorm2d) for m in deployed.modules())
+            torch.testing.assert_close(deployed.eval()(image), expected, rtol=1e-4, atol=1e-5)
+            if dialect != "fused":
+                loaded = create_model(NAME, 4, weights=str(path)).eval()
+                assert torch.equal(loaded(image), expected)
+    assert detect(TENSORS) == "unknown"
+
+
+def test_counters_of_batch_norms_may_be_missing(model):
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    assert load_state(create_model(NAME, 4), state, "file") == "ghosttrain"
+
+
+def test_timm_has_no_network_for_other_branches():
+    state = create_model(NAME, 2, reparam={"branches": 2}).state_dict()
+    with pytest.raises(
+        UserError, match="reparam.branches=2 reparam.scale=true reparam.identity=true"
+    ):
+        to_timm(state)
+
+
+def test_names_that_nobody_knows_stay():
+    assert from_timm(TENSORS).keys() == TENSORS.keys()
+
+
+# --- misfits ------------------------------------------------------------------------------------
+
+
+def misfit(state, **kwargs) -> str:
+    model = create_model(**{"name": NAME, "num_classes": 4, **kwargs})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_state(model, state, "x.pth")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "half loaded"
+    message = refusal(error)
+    assert message.startswith("x.pth ")
+    return message
+
+
+def test_another_number_of_classes(model):
+    for state in (model.state_dict(), to_timm(model.state_dict())):
+        message = misfit(state, num_classes=10)
+        assert "4 classes, the model 10: use data of 4 classes (num_classes=4)" in message
+
+
+def test_another_number_of_channels(model):
+    message = misfit(model.state_dict(), in_chans=1)
+    assert "3 channels, the model 1: use data.in_chans=3 (in_chans=3)" in message
+    plain = create_model(NAME, 4, in_chans=1, fused=True)
+    with pytest.raises(UserError, match="3 channels, the model 1: use data.in_chans=3"):
+        load_state(plain, fuse(model).state_dict(), "x.pth")
+
+
+def test_another_width(model):
+    message = misfit(model.state_dict(), name="ghostnetv3_100")
+    assert "does not fit ghostnetv3_100" in message
+    assert "stem.conv.weight (8, 3, 3, 3) instead of (16, 3, 3, 3)" in message
+
+
+def test_other_branches(model):
+    message = misfit(model.state_dict(), reparam="none")
+    assert "The file has reparam.branches=3 reparam.scale=true reparam.identity=true" in message
+    plain = create_model(NAME, 4, reparam="none").state_dict()
+    assert "reparam.branches=1 reparam.scale=false" in misfit(plain)
+
+
+def test_missing_and_unexpected_keys_are_named(model):
+    state = dict(model.state_dict())
+    state["heads.weight"] = state.pop("head.weight")
+    message = misfit(state)
+    assert "1 missing (head.weight); 1 unexpected (heads.weight)" in message
+
+
+def test_a_checkpoint_of_another_model():
+    message = misfit(timm.create_model("resnet10t", num_classes=4).state_dict())
+    assert "and" in message and "more)" in message and "conv1.0.weight" in message
+    assert len(message) < 1000
+
+
+def test_fused_weights_need_the_fused_form(model):
+    assert f"create_model('{NAME}', fused=True" in misfit(fuse(model).state_dict())
+
+
+def test_weights_of_a_timm_model(tmp_path):
+    state = timm.create_model("resnet10t", num_classes=3).state_dict()
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    loaded = create_timm_model("resnet10t", 3, weights=str(tmp_path / "x.pth")).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
+    with pytest.raises(UserError, match="x.pth does not fit resnet10t: 2 of another shape"):
+        create_timm_model("resnet10t", 5, weights=str(tmp_path / "x.pth"))
