@@ -24,7 +24,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models import PretrainedCfg, load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -134,7 +134,7 @@ def build_teacher(
     chans = _size(published.first_conv, state, dim=1) or 3
     if in_chans not in (1, chans):
         raise UserError(
-            f"teacher {cfg.name} takes images of {chans} channel, the data has {in_chans}:"
+            f"teacher {cfg.name} takes {chans}-channel images, the data has {in_chans} channels:"
             f" type data.in_chans={chans}, or give another teacher"
         )
     teacher = Teacher(
@@ -193,7 +193,8 @@ def save_packed(path: Path, state: Mapping[str, Tensor], about: About) -> None:
     too_large = [k for k, t in packed.items() if not t.isfinite().all()]
     if too_large:
         raise ValueError(f"not finite in float16: {', '.join(too_large)}")
-    save_file(packed, path, metadata={k: json.dumps(v) for k, v in asdict(about).items()})
+    about_it = {k: json.dumps(v) for k, v in asdict(about).items()}
+    path.write_bytes(save(packed, metadata=about_it))
 
 
 def load_packed(path: Path) -> tuple[dict[str, Tensor], About]:
@@ -202,7 +203,7 @@ def load_packed(path: Path) -> tuple[dict[str, Tensor], About]:
         raise UserError(f"the teacher file {path} is missing: install ghosttrain again")
     with safe_open(path, framework="pt") as file:
         values: dict[str, Any] = {k: json.loads(v) for k, v in file.metadata().items()}
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        state = {key: file.get_tensor(key) for key in file.keys()}
     for key in ("mean", "std", "classes"):
         values[key] = tuple(values[key])
     return state, About(**values)
@@ -334,8 +335,8 @@ def _size(layer: str | Sequence[str] | None, state: Mapping[str, Tensor], dim: i
 def _per_channel(name: str, values: Sequence[float], chans: int) -> list[float]:
     if len(values) not in (1, chans):
         raise UserError(
-            f"teacher.{name} has {len(values)} values, but the teacher takes {chans} channel:"
-            f" type teacher.{name}=[...] with {chans}"
+            f"teacher.{name} has {len(values)} values, but the teacher takes {chans}-channel"
+            f" images: type teacher.{name}=[...] with {chans}"
         )
     return [*values] * (chans // len(values))
 
@@ -361,7 +362,7 @@ def _other_classes(name: str, known: int, classes: Sequence[str]) -> str:
 
 
 def _names(classes: Sequence[str]) -> str:
-    return f"{len(classes)} ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
+    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
 def _first_line(error: Exception) -> str:

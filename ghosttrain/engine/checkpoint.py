@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
@@ -66,7 +66,7 @@ def save_weights(path: Path, model: nn.Module, about: dict[str, str]) -> None:
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    save_file(state, part, metadata=about)
+    part.write_bytes(save(state, metadata=about))  # save_file would make it private to the user
     part.replace(path)
 
 

@@ -151,17 +151,21 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         mark = "   <- the result" if name == result["headline"] else ""
         lines.append(f"{name:<10}{row['top1']:>9.2f}{row['top5']:>9.2f}{mark}")
     best, form = result["best"], result["model"]
-    lines += [
-        f"best EMA on the way: {best['top1']:.2f} % top-1 after epoch {best['epoch']} (not the "
-        "result: it is chosen on "
-        "the held-out set)",
-        f"fused vs unfused: largest difference of a logit {result['fuse_max_diff']:.1e}",
-        f"parameters {form['params_train'] / 1e6:.3f} M -> {form['params_fused'] / 1e6:.3f} M "
-        "fused; "
-        f"MACs at {form['eval_size']} px {form['macs_train'] / 1e6:.1f} M -> "
-        f"{form['macs_fused'] / 1e6:.1f} M fused",
-        f"time {clock(result['seconds'])}; {result['images_per_second']:.0f} images/s in training",
-    ]
+    lines.append(
+        f"best EMA on the way: {best['top1']:.2f} % top-1 after epoch {best['epoch']} "
+        "(not the result: the held-out set chose it)"
+    )
+    sizes = f"{form['params_train'] / 1e6:.3f} M parameters, {form['macs_train'] / 1e6:.1f} M MACs"
+    if "fused" in result["weights"]:
+        lines.append(
+            f"fused vs unfused: largest difference of a logit {result['fuse_max_diff']:.1e}"
+        )
+        fused = f"{form['params_fused'] / 1e6:.3f} M, {form['macs_fused'] / 1e6:.1f} M"
+        sizes = f"{sizes} in training form; {fused} fused"
+    lines.append(f"{sizes}; at {form['eval_size']} px")
+    lines.append(
+        f"time {clock(result['seconds'])}; {result['images_per_second']:.0f} images/s in training"
+    )
     return lines
 
 

@@ -75,7 +75,7 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
                 "GHOSTTRAIN_RENDEZVOUS": f"file://{scratch}/store",
             }
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-            quiet = open(Path(scratch) / f"rank{rank}", "w+") if rank else None  # noqa: SIM115
+            quiet = open(Path(scratch) / f"rank{rank}", "w+") if rank else None
             errors.append(quiet)
             command = [sys.executable, "-m", "ghosttrain", *arguments]
             processes.append(subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet))

@@ -7,11 +7,12 @@ writes.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor
@@ -68,9 +69,9 @@ class Tracker:
         if folder is None:
             return
         self.started, self.start_step, self.total = time.perf_counter(), start_step, total_steps
-        self.log_file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+        self.log_file = _locked(folder / "log.txt")
         self._forget_rows_after(start_step)
-        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
         if config.tracker.wandb != "off":
             self.wandb = _wandb(config, folder, config.tracker.wandb)
         if config.tracker.tensorboard:
@@ -201,6 +202,19 @@ def draw_curves(folder: Path, title: str) -> None:
         axis.grid(alpha=0.25)
     figure.suptitle(title, fontsize=10)
     figure.savefig(folder / "curves.png", dpi=130)
+
+
+def _locked(path: Path) -> TextIO:
+    """Open a log to append to, for this process alone; the lock ends with the process."""
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(
+            f"another process is training in {path.parent}; wait for it, or choose another run.name"
+        ) from None
+    return file
 
 
 def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> Any:

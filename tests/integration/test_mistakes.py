@@ -1,5 +1,6 @@
 """Mistakes of a user: one clear line, exit code 2, nothing lost."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -136,6 +137,17 @@ def test_a_checkpoint_of_another_model(ghosttrain, tiny, tmp_path):
     refused(ghosttrain(*named), "holds the weights of another model")
     last.write_bytes(b"PK\x03\x04 cut short")
     refused(ghosttrain(*named), "is damaged", "delete it")
+
+
+def test_a_folder_that_another_process_trains_in(ghosttrain, tiny, tmp_path):
+    assert ghosttrain(*tiny, "train.max_steps=1", "run.name=mine").code == 0
+    run = tmp_path / "runs" / "mine"
+    (run / "result.json").unlink()
+    with open(run / "log.txt", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(
+            ghosttrain(*tiny, "train.max_steps=1", "run.name=mine"), "another process", str(run)
+        )
 
 
 def test_training_that_diverges_says_so(ghosttrain, tiny):

@@ -109,7 +109,7 @@ def test_a_grey_image_is_repeated(tmp_path: Path) -> None:
 def test_a_grey_teacher(tmp_path: Path) -> None:
     weights = saved(tmp_path, network(in_chans=1))
     message = refusal(lambda: build(weights=weights))
-    assert "1 channel" in message and "data.in_chans=1" in message
+    assert "1-channel images" in message and "data.in_chans=1" in message
     message = refusal(lambda: build(weights=weights, in_chans=1))
     assert "teacher.mean has 3 values" in message
     built = build(weights=weights, in_chans=1, mean=(0.5,), std=(0.5,), input_size=48)
@@ -222,7 +222,7 @@ def test_files_that_hold_no_weights(tmp_path: Path, name: str, write: Callable) 
 def test_other_classes_are_refused_naming_both_sides(tmp_path: Path) -> None:
     weights = saved(tmp_path, network(num_classes=9))
     message = refusal(lambda: build(weights=weights))
-    assert "knows 9 classes, the data has 4 (ant, bee, cat, ...)" in message
+    assert "knows 9 classes, the data has 4 classes (ant, bee, cat, ...)" in message
     assert "teacher=none" in message
 
 
@@ -403,7 +403,7 @@ def test_the_digits_teacher_refuses(digits_file: Path) -> None:
     assert "install ghosttrain again" in refusal(lambda: build(name="digits", weights="digits"))
     save_packed(digits_file, network().state_dict(), ABOUT)
     message = refusal(lambda: build(["0", "1", "2", "3"], name="digits", weights="digits"))
-    assert "knows 4 (ant, bee, cat, ...), the data has 4 (0, 1, 2, ...)" in message
+    assert "knows 4 classes (ant, bee, cat, ...), the data has 4 classes (0, 1, 2, ...)" in message
     assert "teacher=digits" in refusal(lambda: build(name="resnet18", weights="digits"))
 
 

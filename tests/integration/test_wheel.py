@@ -1,0 +1,48 @@
+"""The built wheel works from any folder: it carries conf/, recipes/ and the digits teacher."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def test_build_install_and_two_steps(tmp_path):
+    dist, site, home = (tmp_path / name for name in ("dist", "site", "home"))
+    home.mkdir()
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist)]
+    run(*build, cwd=ROOT)
+    (wheel,) = dist.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in (
+        "ghosttrain/conf/config.yaml",
+        "ghosttrain/recipes/compact_kd.yaml",
+        "ghosttrain/recipes/ablation/no_ema.yaml",
+        "ghosttrain/distill/digits_teacher.safetensors",
+    ):
+        assert name in names
+    assert not any(name.startswith(("tests", "conf", "recipes")) for name in names)
+
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    run(*pip, "--target", str(site), str(wheel), cwd=home)
+    isolated = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    where = run(
+        sys.executable, "-c", "import ghosttrain; print(ghosttrain.__file__)", cwd=home, **isolated
+    )
+    assert Path(where.strip()).is_relative_to(site)
+    train = [sys.executable, "-m", "ghosttrain", "+recipe=compact_kd", "model=ghostnetv3_050"]
+    out = run(*train, "train.max_steps=2", cwd=home, **isolated)
+    assert "teacher: digits" in out and "<- the result" in out
+    (result,) = home.rglob("result.json")
+    assert json.loads(result.read_text())["steps"] == 2
