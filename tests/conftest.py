@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 os.environ["WANDB_SILENT"] = "true"
+os.environ["WANDB_ERROR_REPORTING"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,17 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         bases, ablations = book.recipes(_pick(user, "recipe"))
 
         chosen = book.default_groups()
-        for layer in (*bases, *ablations):
+        for layer in bases:
+            chosen |= layer.groups
+        unused = {group for group, choice in chosen.items() if choice == "none"}
+        for layer in ablations:
             chosen |= layer.groups
         chosen |= user_groups
-        budget = book.budget(_pick(user, "budget"), chosen["data"])
+        own = [layer.values["budget"] for layer in bases if "budget" in layer.values]
+        budget = book.budget(_pick(user, "budget") or (own or [None])[-1], chosen["data"])
+        # A budget picks a smaller teacher, it does not give one to a recipe that has none.
+        kept = {group: choice for group, choice in budget.groups.items() if group not in unused}
+        budget = replace(budget, groups=kept)
 
         layers = [*bases, budget, *ablations]
         values, chosen = _stack(layers, book.default_groups(), user_groups)

@@ -130,7 +130,7 @@ def test_the_first_lines_say_what_the_budget_replaced_and_how_to_name_imagenet(
     head = outcome.out.split("epoch 1/")[0]
     assert "data=imagenet data.root=/path" in head
     assert "teacher: beitv2_base -> digits" in head and "train.epochs: 600 -> " in head
-    assert "square root" in head
+    assert "optim.lr: 0.005 -> 0.01" in head
     assert "soft_ce" in outcome.out
 
 

@@ -71,6 +71,15 @@ def test_the_budget_leaves_out_what_the_user_or_an_ablation_named():
     assert not any(n.startswith("teacher") for n in ablation.replaced)
 
 
+def test_a_recipe_may_name_its_budget_and_one_without_a_teacher_gets_none():
+    made = compose(["+recipe=teacher_digits"])
+    assert (made.config.budget, made.replaced) == ("full", ())
+    assert compose(["+recipe=teacher_digits", "budget=digits"]).config.budget == "digits"
+    plain = compose(["+recipe=baseline"])
+    assert plain.config.teacher.name is None and plain.config.budget == "digits"
+    assert not any(n.startswith("teacher") for n in plain.replaced)
+
+
 def test_another_group_choice_drops_the_recipes_values_for_that_group():
     sgd = compose([*FULL, "optim=sgd"]).config.optim
     assert sgd.name == "sgd"
@@ -81,7 +90,7 @@ def test_another_group_choice_drops_the_recipes_values_for_that_group():
 
 
 def test_a_learning_rate_typed_by_hand_is_not_scaled():
-    assert compose([KD]).config.optim.lr_batch == 2048
+    assert compose(FULL).config.optim.lr_batch == 2048
     assert compose([KD, "optim.lr=0.001"]).config.optim.lr_batch is None
     assert compose([KD, "optim.lr=0.001", "optim.lr_batch=256"]).config.optim.lr_batch == 256
 
