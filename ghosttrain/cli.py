@@ -6,11 +6,12 @@ setting half a second, and torch is imported only by a command that is going to 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ghosttrain.config.errors import UserError, did_you_mean
@@ -55,12 +56,29 @@ def main(argv: list[str] | None = None) -> int:
         where = f" (rank {rank})" if rank != "0" else ""
         print(f"ghosttrain: error{where}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"ghosttrain: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _lost_a_peer(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"ghosttrain: rank {rank} stops because another rank did", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
             "\nghosttrain: interrupted; the same command goes on from the last finished epoch",
             file=sys.stderr,
         )
         return 130
+
+
+def _lost_a_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because the process at its other end is gone."""
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed by peer"))
 
 
 def _train(options: Options) -> int:
@@ -73,6 +91,15 @@ def _train(options: Options) -> int:
     if options.info or options.cfg in ("hydra", "all"):
         return _ask_hydra(options)
     if options.multirun:
+        if "WORLD_SIZE" in os.environ:
+            raise UserError("a sweep starts its own processes: launch.nproc=N in place of torchrun")
+        if options.cfg:
+            from ghosttrain.config.compose import cells
+
+            for cell in cells(options.overrides, options.config_dir):
+                print(f"# {' '.join(cell)}")
+                _train(replace(options, overrides=cell, multirun=False))
+            return 0
         from ghosttrain.study.sweep import sweep
 
         return sweep(options.overrides, options.config_dir)

@@ -5,9 +5,9 @@ recipes, command line. Recipes and budgets are read here as *layers* (group choi
 merged in that order, and handed to Hydra as one node between the groups and the command line;
 everything after this module sees plain typed data.
 
-When a stronger layer chooses another file of a group (`optim=sgd`), the values that weaker layers
-wrote for that group (a LAMB learning rate) are dropped with it: they belong to the choice they were
-written for.
+A recipe that chooses a file of a group (`override /optim: lamb`) writes its values of that group
+(the learning rate) for that file: when a stronger layer chooses another one (`optim=sgd`), they go
+with it.
 
 This module imports no torch: a mistake in the command costs the user half a second.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,19 @@ def shipped(folder: str) -> Path:
     """Return `conf` or `recipes`: inside the package in a wheel, beside it in a checkout."""
     inside = PACKAGE / folder
     return inside if inside.is_dir() else PACKAGE.parent / folder
+
+
+def _text_keys() -> set[str]:
+    """Dotted names of all settings that hold free text."""
+    return {
+        f"{section}.{name}"
+        for section, group in Config.model_fields.items()
+        for name, setting in getattr(group.annotation, "model_fields", {}).items()
+        if setting.annotation in (str, str | None)
+    }
+
+
+TEXT_KEYS = _text_keys()
 
 
 @dataclass(frozen=True)
@@ -95,22 +109,19 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         for layer in bases:
             chosen |= layer.groups
         unused = {group for group, choice in chosen.items() if choice == "none"}
-        for layer in ablations:
-            chosen |= layer.groups
-        chosen |= user_groups
+        stronger = {g: c for layer in ablations for g, c in layer.groups.items()} | user_groups
         own = [layer.values["budget"] for layer in bases if "budget" in layer.values]
-        budget = book.budget(_pick(user, "budget") or (own or [None])[-1], chosen["data"])
-        # A budget picks a smaller teacher, it does not give one to a recipe that has none.
-        kept = {group: choice for group, choice in budget.groups.items() if group not in unused}
-        budget = replace(budget, groups=kept)
-
-        layers = [*bases, budget, *ablations]
-        values, chosen = _stack(layers, book.default_groups(), user_groups)
+        budget = book.budget(_pick(user, "budget") or (own or [None])[-1], chosen | stronger)
+        # A budget picks a smaller teacher; it does not give one to a recipe that has none.
+        smaller = {g: c for g, c in budget.groups.items() if g not in unused}
+        budget = replace(budget, groups=smaller)
+        chosen |= smaller | stronger
+        values = _stack((*bases, budget, *ablations), chosen)
         recipe = "+".join(layer.name for layer in (*bases, *ablations)) or "none"
         store = ConfigStore.instance()
         store.store(name="schema", node=Config().model_dump(mode="json"))
         node = OmegaConf.create(values | {"recipe": recipe, "budget": budget.name})
-        name = recipe.replace("/", ".")
+        name = re.sub(r"[^A-Za-z0-9_+]", ".", recipe)
         store.store(group="layers", name=name, node=node, package="_global_")
         passed = [f"{group}={choice}" for group, choice in chosen.items()]
         passed += [f"+layers={name}"]
@@ -123,9 +134,12 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         config = _typed(_hydra(passed))
     named = {o.key_or_group for o in user}
     if "optim.lr" in named and "optim.lr_batch" not in named:
-        config = _replace(
-            config, "optim", lr_batch=None
-        )  # a learning rate typed by hand is used as typed
+        config = _replace(config, "optim", lr_batch=None)  # typed by hand: used as typed
+    if user_groups.get("teacher", "none") != "none" and config.distill.name == "none":
+        raise UserError(
+            f"teacher={user_groups['teacher']} would never be asked, because distill=none; "
+            "type distill=soft_ce (or kl) too"
+        )
     config = _replace(config, "data", root=_data_root(config))
     _check(config, book)
     replaced = _replaced(bases, budget, ablations, user, config, book.default_groups())
@@ -161,10 +175,10 @@ def override_run(config: Config, overrides: Sequence[str], allowed: Sequence[str
             raise UserError(
                 f"{key!r} cannot be changed for a run that exists.{did_you_mean(key, allowed)}"
             )
-        try:
-            value = parser.parse_override(text).value()
-        except HydraException:
-            raise UserError(f"cannot read {text!r}: write key=value") from None
+        override = _parse(parser, text)
+        if override.is_sweep_override():
+            raise UserError(f"{text!r} names several values; give one")
+        value = override.value()
         tree = _merged(tree, _unflatten({key: value}))
     return _typed(tree)
 
@@ -255,6 +269,8 @@ class _Book:
                 raise UserError(f"--config-dir {config_dir}: no such folder")
             self.conf.append(own)
             self.recipe_dirs.append(own / "recipe")
+            _refuse_shadows(self.conf)
+            _refuse_shadows(self.recipe_dirs)
         self.groups = {
             group.name: sorted(
                 {f.stem for root in self.conf for f in (root / group.name).glob("*.yaml")}
@@ -272,7 +288,8 @@ class _Book:
         )
 
     def search_path(self) -> list[str]:
-        return [f"hydra.searchpath=['file://{root}']" for root in self.conf[1:]]
+        folders = [_quoted(f"file://{root}") for root in self.conf[1:]]
+        return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
     def default_groups(self) -> dict[str, str]:
         lines = yaml.safe_load((self.conf[0] / "config.yaml").read_text())["defaults"]
@@ -293,13 +310,7 @@ class _Book:
             if "=" not in text:
                 hint = did_you_mean(text, [*self.groups, *self.keys, "recipe", "budget"])
                 raise UserError(f"{text!r} is not key=value.{hint}")
-            try:
-                override = parser.parse_override(text)
-            except HydraException:
-                raise UserError(
-                    f"cannot read {text!r}: write key=value, lists as key=[a,b], text with spaces "
-                    "as 'key=\"a b\"'"
-                ) from None
+            override = _parse(parser, text)
             self._check_name(override, sweep)
             parsed.append(override)
         return parsed
@@ -370,10 +381,18 @@ class _Book:
                 )
         return Layer(name, groups, body)
 
-    def budget(self, choice: Any, data: str) -> Layer:
-        """Return the named budget, or the one called like the data set, or none."""
+    def budget(self, choice: Any, chosen: dict[str, str]) -> Layer:
+        """Return the named budget, or the one called like the data set, or none.
+
+        `overrides` always count; those under `only_with: {GROUP=CHOICE: [...]}` only with it.
+        """
+        data = chosen["data"]
         name = str(choice) if choice else data if data in self.choices("budget") else "full"
-        lines = _load_yaml(_find([d / "budget" for d in self.conf], name)).get("overrides", [])
+        body = _load_yaml(_find([d / "budget" for d in self.conf], name))
+        lines = list(body.get("overrides", []))
+        for condition, more in body.get("only_with", {}).items():
+            group, _, wanted = condition.partition("=")
+            lines += more if chosen.get(group) == wanted else []
         groups, values = {}, {}
         for override in self.parse(lines):
             key = override.key_or_group
@@ -384,13 +403,43 @@ class _Book:
         return Layer(name, groups, _unflatten(values))
 
 
+def _parse(parser: OverridesParser, text: str) -> Override:
+    """Parse `key=value`; a value that is text by the schema is taken as it stands.
+
+    Hydra's grammar alone would refuse `data.root=/tmp/été` and read `run.name=2024` as a number.
+    """
+    key, _, value = text.partition("=")
+    plain = key.lstrip("+")
+    try:
+        override = parser.parse_override(text)
+        if plain not in TEXT_KEYS or override.is_sweep_override():
+            return override
+        if override.value() is None or isinstance(override.value(), str):
+            return override
+    except HydraException:
+        if plain not in TEXT_KEYS and plain != "recipe":
+            raise UserError(f"cannot read {text!r}: write key=value, lists as key=[a,b]") from None
+    return parser.parse_override(f"{key}={_quoted(value)}")
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def _yaml_names(folder: Path) -> Iterator[str]:
     for path in folder.rglob("*.yaml"):
         yield path.relative_to(folder).with_suffix("").as_posix()
 
 
+def _refuse_shadows(folders: Sequence[Path]) -> None:
+    """Refuse a user's file that has the name of a shipped one: it would be unclear which counts."""
+    shipped_names, own_names = ({*_yaml_names(folder)} for folder in folders)
+    for name in sorted(shipped_names & own_names):
+        raise UserError(f"{folders[1] / name}.yaml has the name of a shipped file; give it another")
+
+
 def _find(folders: Sequence[Path], name: str) -> Path:
-    return next(p for d in reversed(folders) if (p := d / f"{name}.yaml").is_file())
+    return next(p for d in folders if (p := d / f"{name}.yaml").is_file())
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -408,21 +457,17 @@ def _pick(user: Sequence[Override], key: str) -> Any:
 # --- merging --------------------------------------------------------------------------------------
 
 
-def _stack(
-    layers: Sequence[Layer], defaults: dict[str, str], user_groups: dict[str, str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Merge the layers' values; drop a group's values where a stronger layer chose another file of
-    that group.
-    """
-    chosen = defaults | {}
+def _stack(layers: Sequence[Layer], chosen: dict[str, str]) -> dict[str, Any]:
+    """Merge the layers' values, without those that belong to a group file no longer chosen."""
     values: dict[str, Any] = {}
-    for layer in (*layers, Layer("command line", user_groups)):
-        for group, choice in layer.groups.items():
-            if chosen.get(group) != choice:
-                values.pop(group, None)
-            chosen[group] = choice
-        values = _merged(values, layer.values)
-    return values, chosen
+    for layer in layers:
+        kept = {
+            section: value
+            for section, value in layer.values.items()
+            if layer.groups.get(section, chosen.get(section)) == chosen.get(section)
+        }
+        values = _merged(values, kept)
+    return values
 
 
 def _merged(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
@@ -481,7 +526,8 @@ def _typed(tree: dict[str, Any]) -> Config:
 def _docstring(section: str, name: str) -> str:
     model = Config.model_fields.get(section)
     inner = getattr(model.annotation if model else None, "model_fields", {}).get(name)
-    return f" ({inner.description})" if inner is not None and inner.description else ""
+    text = " ".join((inner.description or "").split()) if inner is not None else ""
+    return f" ({text})" if text else ""
 
 
 def _replace(config: Config, section: str, **values: Any) -> Config:
@@ -523,12 +569,23 @@ def _check(config: Config, book: _Book) -> None:
             )
     for name in ("mean", "std"):
         if len(getattr(data, name)) != data.in_chans:
+            one = f"[{data.mean[0]}]", f"[{data.std[0]}]"
+            how = (
+                f"data.mean={one[0]} data.std={one[1]}"
+                if data.in_chans == 1
+                else f"data.{name}=[r,g,b]"
+            )
             raise UserError(
                 f"data.{name} has {len(getattr(data, name))} values for "
-                f"data.in_chans={data.in_chans}"
+                f"data.in_chans={data.in_chans}; type {how}"
             )
     if min(data.std) <= 0:
         raise UserError(f"data.std={list(data.std)} must be positive")
+    if data.name == "digits" and data.root:
+        raise UserError(
+            f"data.root={data.root} is not used by the embedded data=digits; "
+            "type data=imagenet, data=folder or data=idx with it"
+        )
     if data.name != "digits":
         if not data.root:
             also = " or set IMAGENET_DIR" if data.name == "imagenet" else ""

@@ -142,13 +142,17 @@ def load_run(folder: str | Path, weights: Which = "ema") -> nn.Module:
         model = build_student(without_start(config), len(about["classes"]))
         load_into(model, state, final)
         return model.eval()
-    last = folder / "checkpoints" / "last.pt"
-    if not last.is_file():
-        raise UserError(f"{folder} has no weights yet: no epoch has ended")
-    saved = load_state(last)
+    saved = _last(folder)
     model = build_student(without_start(config), len(saved["classes"]))
-    load_into(model, saved["student"] if weights == "raw" else saved["ema"]["model"], last)
+    load_into(model, saved["student"] if weights == "raw" else saved["ema"]["model"], folder)
     return model.eval()
+
+
+def _last(folder: Path) -> dict[str, Any]:
+    path = folder / "checkpoints" / "last.pt"
+    if not path.is_file():
+        raise UserError(f"{folder} has no weights yet: no epoch has ended")
+    return load_state(path)
 
 
 def without_start(config: Config) -> Config:
@@ -179,7 +183,7 @@ def classes_of(folder: Path) -> list[str]:
     final = folder / "model.safetensors"
     if final.is_file():
         return read_weights(final)[1]["classes"]
-    return load_state(folder / "checkpoints" / "last.pt")["classes"]
+    return _last(folder)["classes"]
 
 
 def fuse_run(folder: str | Path, out: str | None = None) -> Path:

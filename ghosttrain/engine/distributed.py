@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -111,11 +112,12 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
-    # Running statistics stay each rank's own during training; `average_buffers` joins them before
-    # they are used.
-    return DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    # torch moves towards another name for this, with other semantics; and it notes that the
+    # gradients of channels-last 1x1 convolutions have other strides than its buckets: they do.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Running statistics stay each rank's own in training; `average_buffers` joins them before use.
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 def no_sync(model: nn.Module, active: bool) -> AbstractContextManager[None]:

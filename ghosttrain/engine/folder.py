@@ -9,6 +9,7 @@ the old one or the new one, never half.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,33 +81,55 @@ def check_same_run(folder: Path, config: Config) -> None:
     )
 
 
-def prepare(config: Config, notes: list[str]) -> Path:
-    """Create the run folder (or move an old run aside for `run.fresh`), and write settings and
-    provenance.
+@contextmanager
+def opened(config: Config, notes: list[str]) -> Iterator[Path]:
+    """Own the run folder inside this block: create it, or move an old run aside for `run.fresh`.
+
+    Writes settings and provenance; adds to `notes` what the user should hear. The folder is locked
+    for this process until the block or the process ends.
 
     Raises:
-        UserError: the folder cannot be written, or holds a run with other settings.
+        UserError: the folder cannot be written, another process trains in it, or it holds a run
+            with other settings.
     """
     folder = run_folder(config)
+    with ExitStack() as locks:
+        try:
+            if config.run.fresh and folder.exists():
+                with _locked(folder):
+                    aside = folder.with_name(f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+                    folder.rename(aside)
+                    notes.append(f"run.fresh: the earlier run was moved to {aside}")
+            check_same_run(folder, config)
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_locked(folder))
+            made = made_by_other_code(folder)
+            if made:
+                notes.append(f"its first epochs were {made}")
+            kept = config.model_copy(update={"run": config.run.model_copy(update={"fresh": False})})
+            settings = yaml.safe_dump(kept.model_dump(mode="json"), sort_keys=False)
+            write_text(folder / "config.yaml", settings)
+            write_json(folder / "provenance.json", provenance())
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {folder}: {error.strerror or error}; "
+                "type run.root=/a/folder/you/may/write"
+            ) from None
+        yield folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        if config.run.fresh and folder.exists():
-            aside = folder.with_name(f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            folder.rename(aside)
-            notes.append(f"run.fresh: the earlier run was moved to {aside}")
-        check_same_run(folder, config)
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        settings = config.model_copy(update={"run": config.run.model_copy(update={"fresh": False})})
-        write_text(
-            folder / "config.yaml",
-            yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False),
-        )
-        write_json(folder / "provenance.json", provenance())
-    except OSError as error:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
         raise UserError(
-            f"cannot write the run folder {folder}: {error.strerror or error}; type "
-            "run.root=/a/folder/you/may/write"
+            f"another process is training in {folder}; wait for it, or choose another run.name"
         ) from None
-    return folder
+    finally:
+        os.close(handle)
 
 
 def provenance() -> dict[str, Any]:
@@ -138,9 +163,9 @@ def made_by_other_code(folder: Path) -> str | None:
     """Return a line when the run in `folder` was made by another version of the code."""
     path = folder / "provenance.json"
     made = json.loads(path.read_text(encoding="utf-8")).get("code") if path.is_file() else None
-    if made == code_hash():
-        return None
     now = code_hash()
+    if made in (None, now):
+        return None
     return f"made by another version of the code ({made}, now {now}); run.fresh=true runs it anew"
 
 

@@ -19,6 +19,7 @@ from ghosttrain.config.compose import Composed
 from ghosttrain.engine.folder import (
     check_same_run,
     made_by_other_code,
+    opened,
     read_result,
     result_lines,
     run_folder,
@@ -45,15 +46,14 @@ def launch(composed: Composed) -> int:
         return 0
     if alone and config.launch.nproc > 1:
         return spawn(composed.arguments, config.launch.nproc)
-    from ghosttrain.engine.train import train
-
     notes = [f"  {line}" for line in composed.replaced]
     if notes:
-        why = (
-            f"the budget {config.budget!r} of data={config.data.name} replaces values of the recipe"
-        )
-        notes.insert(0, f"{why} (budget=full leaves them):")
-    train(config, notes)
+        why = f"the budget {config.budget!r} of data={config.data.name} replaces values"
+        notes.insert(0, f"{why} of the recipe (budget=full leaves them):")
+    with opened(config, notes):
+        from ghosttrain.engine.train import train
+
+        train(config, notes)
     return 0
 
 
@@ -82,15 +82,22 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
         try:
             codes = _wait(processes)
         except KeyboardInterrupt:
-            codes = [p.wait() for p in processes]
-        failed = next((rank for rank, code in enumerate(codes) if code > 0), None)
+            time.sleep(1)  # a Ctrl-C in the terminal has reached every rank; `kill -INT` has not
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+            codes = _wait(processes)
+        # A mistake of the user (2) on one rank breaks the others' connections: show the mistake.
+        failed = next((r for r, code in enumerate(codes) if code == 2), None)
+        if failed is None:
+            failed = next((r for r, code in enumerate(codes) if code), None)
         if failed is not None and (quiet := errors[failed]) is not None:
             quiet.seek(0)
             sys.stderr.write(quiet.read())
         for quiet in errors:
             if quiet is not None:
                 quiet.close()
-    return next((code for code in codes if code > 0), int(any(codes)))
+    return 0 if failed is None else max(codes[failed], 1)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], grace: float = 3.0) -> list[int]:

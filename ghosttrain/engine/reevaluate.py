@@ -58,7 +58,8 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
     forms: tuple[Which, ...] = ("raw", "ema", "fused") if can_fuse(config) else ("raw", "ema")
     models = {str(name): load_run(folder, name).to(device) for name in forms}
     batch = config.train.eval_batch or config.train.micro_batch or config.train.global_batch
-    with eval_loader(held_out, config.data, device) as loader:
+    channels_last = config.train.channels_last
+    with eval_loader(held_out, config.data, device, channels_last) as loader:
         batches = held_out_batches(loader, len(held_out), batch)
         table, difference = evaluate(models, batches, device)
     if distributed.rank() == 0:

@@ -87,11 +87,11 @@ def card(config: Config, result: dict[str, Any], held_out: Dataset, notes: list[
     """Return the model card of a finished run, as Markdown."""
     table = "\n".join(result_lines(result))
     policy = config.augment.policy
-    said = "".join(f"{note}\n" for note in notes)
+    said = "\n".join(note.replace("  ", "- ", 1) if note[:2] == "  " else note for note in notes)
     mixed = " Mixup/CutMix were on." if policy == "with_mixup" else ""
     return f"""# {run_name(config)}
 
-{config.model.name} trained with the recipe `{config.recipe}` on {config.data.name}, seed
+`{config.model.name}` trained with the recipe `{config.recipe}` on {config.data.name}, seed
 {config.seed}, on {result["device"]}. The result is the final EMA weights on {len(held_out)}
 held-out images.
 

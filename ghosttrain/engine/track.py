@@ -7,12 +7,12 @@ writes.
 
 from __future__ import annotations
 
-import fcntl
 import json
+import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from tqdm import tqdm
 from ghosttrain.config.compose import run_name
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
-from ghosttrain.engine.folder import clock
+from ghosttrain.engine import distributed
+from ghosttrain.engine.folder import clock, write_text
 
 Row = dict[str, float]
 
@@ -46,8 +47,9 @@ class Meter:
         self.images += images
 
     def read(self) -> Row:
-        """Return the mean losses and images_per_second, and start again."""
-        means = torch.stack([s.float() for s in self.sums.values()]) / self.count
+        """Return the mean losses over ranks and images_per_second, and start again."""
+        sums = distributed.all_sum(torch.stack([s.float() for s in self.sums.values()]))
+        means = sums / (self.count * distributed.world_size())
         row = dict(zip(self.sums, means.tolist(), strict=True))
         row["images_per_second"] = self.images / (time.perf_counter() - self.since)
         self.start()
@@ -69,7 +71,7 @@ class Tracker:
         if folder is None:
             return
         self.started, self.start_step, self.total = time.perf_counter(), start_step, total_steps
-        self.log_file = _locked(folder / "log.txt")
+        self.log_file = open(folder / "log.txt", "a", encoding="utf-8")
         self._forget_rows_after(start_step)
         self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
         if config.tracker.wandb != "off":
@@ -139,7 +141,7 @@ class Tracker:
         path = (self.folder or Path()) / "metrics.jsonl"
         if path.is_file():
             kept = [row for row in read_metrics(path.parent) if row["step"] <= step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def describe(row: Row) -> str:
@@ -204,19 +206,6 @@ def draw_curves(folder: Path, title: str) -> None:
     figure.savefig(folder / "curves.png", dpi=130)
 
 
-def _locked(path: Path) -> TextIO:
-    """Open a log to append to, for this process alone; the lock ends with the process."""
-    file = open(path, "a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(
-            f"another process is training in {path.parent}; wait for it, or choose another run.name"
-        ) from None
-    return file
-
-
 def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> Any:
     import wandb
 
@@ -227,7 +216,7 @@ def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> 
             dir=folder,
             mode=mode,
             config=config.model_dump(mode="json"),
-            id=folder.name,
+            id=_wandb_id(folder),
             resume="allow",
         )
     except (wandb.Error, OSError) as error:
@@ -235,6 +224,14 @@ def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> 
         raise UserError(
             f"Weights & Biases did not start ({reason}); type tracker.wandb=offline or off"
         ) from None
+
+
+def _wandb_id(folder: Path) -> str:
+    """Return the id of this folder's run, so that a resumed run goes on in the same place."""
+    path = folder / "wandb.id"
+    if not path.is_file():
+        write_text(path, secrets.token_hex(4))
+    return path.read_text(encoding="utf-8")
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -42,9 +42,16 @@ from ghosttrain.optim.build import build_optimizer
 from ghosttrain.optim.ema import Ema
 from ghosttrain.optim.schedule import lr_at, set_lr
 
+DIVERGED = (
+    "training diverged; the checkpoint of the last epoch is kept; "
+    "try a lower optim.lr, optim.clip_grad=1 or train.precision=fp32"
+)
+
 
 def train(config: Config | None, notes: list[str]) -> None:
     """Train one student as `config` says; everything it leaves behind is in the run folder.
+
+    On rank 0 the caller has opened the run folder (`folder.opened`).
 
     Args:
         config: all settings on rank 0; None on the other ranks, which receive rank 0's.
@@ -62,9 +69,6 @@ def train(config: Config | None, notes: list[str]) -> None:
     device = distributed.pick_device(config.launch.device)
     rank, ranks = distributed.rank(), distributed.world_size()
     run = folder.run_folder(config)
-    if rank == 0:
-        folder.prepare(config, notes)
-    distributed.barrier()
 
     # ---------------------------------------------------------------- Data
     train_set, held_out = build_datasets(config.data)
@@ -155,6 +159,7 @@ def train(config: Config | None, notes: list[str]) -> None:
 
             # -------------------------------------------------------- Evaluate, save
             distributed.average_buffers(student, ema.model)
+            check_weights(student, ema.model, step)
             line = f"epoch {epoch + 1}/{plan.epochs}  {track.describe(row)}"
             line += f"  ETA {tracker.eta(step)}"
             if (epoch + 1) % config.train.eval_every == 0 or step == plan.total_steps:
@@ -268,8 +273,12 @@ def check_finite(row: track.Row, step: int) -> None:
     """Stop a run whose loss is NaN or infinite, while its last checkpoint is still good."""
     bad = [k for k, v in row.items() if v != v or abs(v) == float("inf")]
     if bad:
-        raise UserError(
-            f"{bad[0]} is {row[bad[0]]} at step {step}: training diverged; the checkpoint of the "
-            "last epoch is kept; "
-            "try a lower optim.lr, optim.clip_grad=1 or train.precision=fp32"
-        )
+        raise UserError(f"{bad[0]} is {row[bad[0]]} at step {step}: {DIVERGED}")
+
+
+def check_weights(student: nn.Module, averaged: nn.Module, step: int) -> None:
+    """Never save weights that are NaN or infinite: a run could not go on from them."""
+    tensors = [t.detach() for m in (student, averaged) for t in m.state_dict().values()]
+    norm = nn.utils.get_total_norm([t.float() for t in tensors])
+    if not norm.isfinite():
+        raise UserError(f"the weights are not finite at step {step}: {DIVERGED}")

@@ -1,7 +1,7 @@
 """Learning rate: how it follows the steps of a run and the size of the batch.
 
-Owns two pure functions and the line that writes a learning rate into an optimizer. It imports no
-torch, because `scaled_lr` is called while a configuration is composed.
+Owns two pure functions and the line that writes a learning rate into an optimizer. Plain numbers:
+it imports no torch.
 """
 
 from __future__ import annotations

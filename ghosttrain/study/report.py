@@ -21,7 +21,7 @@ def report(folders: list[Path]) -> str:
     Raises:
         UserError: a folder that is no run and holds none.
     """
-    runs = [run for folder in folders for run in _runs(folder)]
+    runs = sorted({run.resolve() for folder in folders for run in _runs(folder)})
     finished = [
         (read_config(run), result) for run in runs if (result := read_result(run)) is not None
     ]
@@ -40,7 +40,8 @@ def report(folders: list[Path]) -> str:
         "time",
     ]
     table = [head]
-    for (recipe, _), group in sorted(rows.items(), key=lambda item: item[0]):
+    ordered = sorted(rows.items(), key=lambda item: item[0])
+    for (recipe, _), group in ordered:
         config = group[0][0]
         weights = [result["weights"] for _, result in group]
         table.append(
@@ -60,7 +61,7 @@ def report(folders: list[Path]) -> str:
             ]
         )
     lines = _markdown(table)
-    lines += _differences([group[0][0] for group in rows.values()])
+    lines += _differences([group[0][0] for _, group in ordered])
     open_runs = [run for run in runs if read_result(run) is None]
     lines += [f"not finished: {run}" for run in open_runs]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ repeated; a cell that fails is named at the end and the others still run.
 from __future__ import annotations
 
 import sys
+import traceback
 
 from ghosttrain.config.compose import cells, compose
 from ghosttrain.config.errors import UserError
@@ -27,6 +28,9 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         except UserError as error:
             print(f"ghosttrain: error: {error}", file=sys.stderr)
             code = 2
+        except Exception:  # out of memory, a full disk, a bug: the other cells still run
+            traceback.print_exc()
+            code = 1
         if code == 130:
             return code
         if code:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from conftest import make_images, only_run
 from PIL import Image
 
+from ghosttrain.data.order import train_batches
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,6 +24,13 @@ def refused(outcome, *expected: str) -> None:
     assert len(lines) == 1 and lines[0].startswith("ghosttrain: error: "), outcome.err
     for text in expected:
         assert text in lines[0], lines[0]
+
+
+def spawned(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ghosttrain", *args]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180
+    )
 
 
 def test_before_torch_is_imported():
@@ -143,15 +153,39 @@ def test_a_folder_that_another_process_trains_in(ghosttrain, tiny, tmp_path):
     assert ghosttrain(*tiny, "train.max_steps=1", "run.name=mine").code == 0
     run = tmp_path / "runs" / "mine"
     (run / "result.json").unlink()
-    with open(run / "log.txt", "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        refused(
-            ghosttrain(*tiny, "train.max_steps=1", "run.name=mine"), "another process", str(run)
-        )
+    other = os.open(run, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for fresh in ("false", "true"):
+        again = ghosttrain(*tiny, "train.max_steps=1", "run.name=mine", f"run.fresh={fresh}")
+        refused(again, "another process", str(run))
+    os.close(other)
+    assert ghosttrain(*tiny, "train.max_steps=1", "run.name=mine").code == 0
 
 
 def test_training_that_diverges_says_so(ghosttrain, tiny):
     refused(ghosttrain(*tiny, "optim=sgd", "optim.lr=1e30", "train.epochs=4"), "diverged")
+
+
+def test_weights_that_are_not_finite_are_never_saved(ghosttrain, tiny, tmp_path):
+    """The first loss is finite, the step after it breaks the weights: no checkpoint may hold
+    them."""
+    broken = [
+        *tiny,
+        "optim=sgd",
+        "optim.lr=1e38",
+        "train.global_batch=48",
+        "schedule.warmup_epochs=0",
+    ]
+    refused(ghosttrain(*broken), "the weights are not finite at step 1")
+    assert not list(tmp_path.rglob("last.pt")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_run_without_a_finished_epoch(ghosttrain, tiny, tmp_path):
+    assert ghosttrain(*tiny, "optim=sgd", "optim.lr=1e38", "schedule.warmup_epochs=0").code == 2
+    run = only_run(tmp_path)
+    for verb in ("eval", "fuse"):
+        refused(ghosttrain(verb, run), "has no weights yet")
+    assert f"not finished: {run}" in ghosttrain("report", run).out
 
 
 def test_batches_that_do_not_fit(ghosttrain, tiny):
@@ -161,18 +195,30 @@ def test_batches_that_do_not_fit(ghosttrain, tiny):
 
 def test_a_failing_rank_ends_the_others_with_one_line(tiny, tmp_path):
     args = [*tiny, "launch.nproc=2", "launch.device=cpu", "data.train_size=16"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ghosttrain", *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = spawned(*args)
     assert done.returncode == 2
     assert sum(line.startswith("ghosttrain: error") for line in done.stderr.splitlines()) == 1, (
         done.stderr
     )
+
+
+def test_a_mistake_on_one_rank_is_shown_whatever_happens_to_the_others(tiny, tmp_path):
+    make_images(tmp_path / "d", classes=3)
+    on_rank_1 = next(train_batches(48, 0, 0, 16, 8, rank=1, world=2))[0]
+    bad = tmp_path / "d" / "train" / f"class{on_rank_1 // 16}"
+    bad = sorted(bad.iterdir())[on_rank_1 % 16]
+    bad.write_bytes(bad.read_bytes()[:400])
+    args = [a for a in tiny if not a.startswith("data.root")] + [f"data.root={tmp_path / 'd'}"]
+    done = spawned(*args, "launch.nproc=2", "launch.device=cpu")
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ghosttrain: error")]
+    assert len(errors) == 1 and str(bad) in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_sweep_under_torchrun(ghosttrain, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(ghosttrain("-m", "seed=1,2"), "launch.nproc=N")
 
 
 def test_a_failing_cell_does_not_stop_a_sweep(ghosttrain, tiny, tmp_path):

@@ -200,6 +200,7 @@ def test_a_sweep_runs_what_is_missing_and_reports(ghosttrain, tiny, tmp_path):
     mean = sum(tops) / 3
     spread = (sum((t - mean) ** 2 for t in tops) / 2) ** 0.5
     assert f"{mean:.2f} ± {spread:.2f}" in table.out
+    assert ghosttrain("report", tmp_path, *[r.parent for r in results]).out == table.out
     assert ghosttrain("report", tmp_path / "absent").code == 2
 
 
@@ -233,6 +234,69 @@ def test_trackers_are_one_setting_each(ghosttrain, tiny, tmp_path):
     assert list(run.rglob("*.wandb"))
 
 
+def test_report_says_which_settings_tell_rows_apart_in_their_order(ghosttrain, tiny, tmp_path):
+    for lr in ("0.003", "0.001"):
+        assert ghosttrain(*tiny, "train.max_steps=1", f"optim.lr={lr}").code == 0
+    table = ghosttrain("report", tmp_path).out.splitlines()
+    rows = [line for line in table if line.startswith("| compact_kd")]
+    order = table[-1].split("in order: ")[1].split(" | ")
+    for row, said in zip(rows, order, strict=True):
+        value = said.removeprefix("optim.lr=")
+        (run,) = [f for f in tmp_path.rglob("config.yaml") if f"lr: {value}\n" in f.read_text()]
+        top1 = json.loads((run.parent / "result.json").read_text())["weights"]["raw"]["top1"]
+        assert f"{top1:.2f}" in row
+
+
+def test_losses_are_those_of_the_golden_file(ghosttrain, tiny, tmp_path):
+    """20 steps of a small run; the file is rewritten by hand when the numerics change on
+    purpose."""
+    assert (
+        ghosttrain(*tiny, "train.epochs=7", "train.max_steps=20", "tracker.log_every=1").code == 0
+    )
+    rows = [json.loads(r) for r in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    losses = [round(r["loss"], 5) for r in rows if r["kind"] == "train"]
+    golden = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
+    assert losses == pytest.approx(golden, rel=0.02)  # other CPUs sum in other orders
+
+
+@pytest.mark.parametrize("extra", ["train.precision=bf16", "data.in_chans=1"])
+def test_other_numerics(ghosttrain, tiny, extra):
+    grey = ["data.mean=[0.5]", "data.std=[0.25]"] * (extra == "data.in_chans=1")
+    outcome = ghosttrain(*tiny, extra, *grey, "train.max_steps=2")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.slow
+def test_compile(ghosttrain, tiny):
+    outcome = ghosttrain(*tiny, "train.compile=true", "train.max_steps=2")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_launch_nproc_does(tiny, tmp_path):
+    tiny = [a for a in tiny if not a.startswith("run.root")]
+    tiny += ["train.max_steps=3", "launch.device=cpu"]
+    own = [
+        sys.executable,
+        "-m",
+        "ghosttrain",
+        *tiny,
+        "launch.nproc=2",
+        f"run.root={tmp_path / 'a'}",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]
+    torchrun += ["ghosttrain", *tiny, f"run.root={tmp_path / 'b'}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for command in (own, torchrun):
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+    one, two = (load_file(only_run(tmp_path / x) / "model.safetensors") for x in "ab")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
 def test_timm_student(ghosttrain, tiny, tmp_path):
     outcome = ghosttrain(*tiny, "model=timm", "model.name=test_resnet", "train.max_steps=1")
     assert outcome.code == 0, outcome.err
@@ -260,6 +324,12 @@ def test_help_is_instant_and_complete(ghosttrain):
         *RECIPES,
     ):
         assert word in done.stdout
+
+
+def test_cfg_of_a_sweep_prints_every_cell_and_trains_none(ghosttrain, tmp_path):
+    outcome = ghosttrain("-m", "seed=1,2", f"run.root={tmp_path}", "--cfg", "job")
+    assert outcome.code == 0 and "seed: 1\n" in outcome.out and "seed: 2\n" in outcome.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_cfg_and_info(ghosttrain):

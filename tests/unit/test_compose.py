@@ -89,6 +89,40 @@ def test_another_group_choice_drops_the_recipes_values_for_that_group():
     assert stacked.optim == sgd and stacked.recipe == "compact_kd+ablation/sgd"
 
 
+def test_values_of_a_group_that_the_layer_did_not_choose_stay(tmp_path):
+    flat = lambda *o: result_settings(compose([*o]).config)  # noqa: E731
+    kd, mixup = flat(KD), flat("+recipe=[compact_kd,ablation/mixup]")
+    changed = {k for k in kd if kd[k] != mixup[k]}
+    assert changed == {"augment.policy", "augment.mixup_alpha", "augment.cutmix_alpha"}
+    assert compose([KD, "schedule=constant"]).config.schedule.warmup_epochs == 1
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("model:\n  dropout: 0.5\n")
+    assert (
+        compose(["+recipe=mine", "model=ghostnetv3_050"], str(tmp_path)).config.model.dropout == 0.5
+    )
+
+
+def test_the_budgets_learning_rate_is_only_for_the_optimizer_it_names():
+    assert compose([KD]).config.optim.lr == 0.01
+    assert compose([KD, "optim=adamw"]).config.optim == compose([*FULL, "optim=adamw"]).config.optim
+
+
+def test_text_is_taken_as_it_stands(tmp_path):
+    for value in ("/tmp/été", "/my dir/x", "a=b", 'quo"te', "2024", "it's"):
+        assert compose([KD, f"run.root={value}"]).config.run.root == value
+    assert compose([KD, "run.name=null"]).config.run.name is None
+    own = tmp_path / "it's été"
+    (own / "recipe").mkdir(parents=True)
+    (own / "recipe" / "été.yaml").write_text("seed: 5\n")
+    assert compose(["+recipe=été"], str(own)).config.seed == 5
+
+
+def test_an_own_file_may_not_hide_a_shipped_one(tmp_path):
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "sgd.yaml").write_text("name: sgd\n")
+    assert "has the name of a shipped file" in refusal(config_dir=str(tmp_path))
+
+
 def test_a_learning_rate_typed_by_hand_is_not_scaled():
     assert compose(FULL).config.optim.lr_batch == 2048
     assert compose([KD, "optim.lr=0.001"]).config.optim.lr_batch is None
@@ -137,13 +171,17 @@ def test_an_own_folder_adds_groups_recipes_and_budgets(tmp_path):
         ("~teacher", "is not key=value"),
         ("~teacher=none", "cannot be deleted"),
         ("data=folder", "type data.root=/path"),
-        ("data.root=[", "cannot read"),
+        ("data.mean=[", "cannot read"),
         ("model=timm", "model.name"),
         ("model.weights=absent.pth", "model.weights=absent.pth: no such file"),
         ("distill=kl", "needs a teacher"),
         ("augment.mixup_alpha=0.2", "augment=with_mixup"),
         ("augment.cutmix_alpha=1.0", "augment=with_mixup"),
         ("augment.scale_min=1.0", "augment.scale_min=1.0 is above"),
+        ("data.root=/somewhere", "type data=imagenet, data=folder or data=idx"),
+        ("teacher=efficientnet_lite2", "would never be asked"),
+        ("run.fresh=maybe", "run.fresh=maybe is not a valid boolean"),
+        ("data.in_chans=1", "type data.mean=[0.3096] data.std=[0.3491]"),
         ("data.mean=[0.5]", "data.mean has 1 values for data.in_chans=3"),
         ("train.micro_batch=48", "train.micro_batch may be"),
         ("launch.nproc=3", "does not divide over 3 processes"),
@@ -248,9 +286,11 @@ def test_every_file_in_conf_composes():
         for file in group.glob("*.yaml"):
             extra = {
                 "model": ["model.name=resnet10t"] if file.stem == "timm" else [],
-                "teacher": ["teacher.name=resnet18", "teacher.weights=hub"] * (file.stem == "timm"),
-                "data": [f"data.root={ROOT}"],
-                "distill": ["teacher=digits"],
+                "teacher": ["distill=kl", "teacher.name=resnet18"]
+                if file.stem == "timm"
+                else ["distill=kl"] * (file.stem != "none"),
+                "data": [f"data.root={ROOT}"] * (file.stem != "digits"),
+                "distill": ["teacher=digits"] * (file.stem != "none"),
             }.get(group.name, [])
             choice = f"{group.name}={file.stem}"
             assert compose([choice, *extra]).groups.get(group.name, file.stem) == file.stem
