@@ -204,7 +204,8 @@ def _ask_hydra(options: Options) -> int:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from ghosttrain.config.compose import compose, shipped
+    from ghosttrain.config.compose import compose
+    from ghosttrain.config.names import shipped
 
     composed = compose(options.overrides, options.config_dir)
     GlobalHydra.instance().clear()

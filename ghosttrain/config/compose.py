@@ -14,20 +14,15 @@ This module imports no torch: a mistake in the command costs the user half a sec
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -36,38 +31,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.identity import flatten, unflatten
+from ghosttrain.config.names import Layer, Names, parse_override
 from ghosttrain.config.policy import check_policy
 from ghosttrain.config.schema import Config
-
-PACKAGE = Path(__file__).resolve().parent.parent
-
-
-def shipped(folder: str) -> Path:
-    """Return `conf` or `recipes`: inside the package in a wheel, beside it in a checkout."""
-    inside = PACKAGE / folder
-    return inside if inside.is_dir() else PACKAGE.parent / folder
-
-
-def _text_keys() -> set[str]:
-    """Dotted names of all settings that hold free text."""
-    return {
-        f"{section}.{name}"
-        for section, group in Config.model_fields.items()
-        for name, setting in getattr(group.annotation, "model_fields", {}).items()
-        if setting.annotation in (str, str | None)
-    }
-
-
-TEXT_KEYS = _text_keys()
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One recipe or budget: which group files it chooses and which values it sets."""
-
-    name: str
-    groups: dict[str, str] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,21 +64,21 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         UserError: unknown name, wrong type, missing or contradictory value; the message is one
     line.
     """
-    book = _Book(config_dir)
-    with book.hydra():
-        user = book.parse(overrides)
+    names = Names(config_dir)
+    with names.hydra():
+        user = names.parse(overrides)
         user_groups = {
-            o.key_or_group: str(o.value()) for o in user if o.key_or_group in book.groups
+            o.key_or_group: str(o.value()) for o in user if o.key_or_group in names.groups
         }
-        bases, ablations = book.recipes(_pick(user, "recipe"))
+        bases, ablations = names.recipes(_pick(user, "recipe"))
 
-        chosen = book.default_groups()
+        chosen = names.default_groups()
         for layer in bases:
             chosen |= layer.groups
         unused = {group for group, choice in chosen.items() if choice == "none"}
         stronger = {g: c for layer in ablations for g, c in layer.groups.items()} | user_groups
         own = [layer.values["budget"] for layer in bases if "budget" in layer.values]
-        budget = book.budget(_pick(user, "budget") or (own or [None])[-1], chosen | stronger)
+        budget = names.budget(_pick(user, "budget") or (own or [None])[-1], chosen | stronger)
         # A budget picks a smaller teacher; it does not give one to a recipe that has none.
         smaller = {g: c for g, c in budget.groups.items() if g not in unused}
         budget = replace(budget, groups=smaller)
@@ -128,9 +95,9 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         passed += [
             o.input_line or ""
             for o in user
-            if o.key_or_group not in book.groups and o.key_or_group not in ("recipe", "budget")
+            if o.key_or_group not in names.groups and o.key_or_group not in ("recipe", "budget")
         ]
-        passed += book.search_path()
+        passed += names.search_path()
         config = _typed(_hydra(passed))
     named = {o.key_or_group for o in user}
     if "optim.lr" in named and "optim.lr_batch" not in named:
@@ -141,8 +108,8 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
             "type distill=soft_ce (or kl) too"
         )
     config = _replace(config, "data", root=_data_root(config))
-    _check(config, book)
-    replaced = _replaced(bases, budget, ablations, user, config, book.default_groups())
+    _check(config, names)
+    replaced = _replaced(bases, budget, ablations, user, config, names.default_groups())
     arguments = (*overrides, *(("--config-dir", config_dir) if config_dir else ()))
     return Composed(config, tuple(replaced), chosen, arguments, tuple(passed))
 
@@ -153,9 +120,9 @@ def cells(overrides: Sequence[str], config_dir: str | None = None) -> list[list[
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    book = _Book(config_dir)
-    with book.hydra():
-        parsed = book.parse(overrides, sweep=True)
+    names = Names(config_dir)
+    with names.hydra():
+        parsed = names.parse(overrides, sweep=True)
         plus = {o.key_or_group for o in parsed if o.is_add()}
         batch = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
     return [["+" + o if o.split("=")[0] in plus else o for o in cell] for cell in batch]
@@ -175,56 +142,12 @@ def override_run(config: Config, overrides: Sequence[str], allowed: Sequence[str
             raise UserError(
                 f"{key!r} cannot be changed for a run that exists.{did_you_mean(key, allowed)}"
             )
-        override = _parse(parser, text)
+        override = parse_override(parser, text)
         if override.is_sweep_override():
             raise UserError(f"{text!r} names several values; give one")
         value = override.value()
-        tree = _merged(tree, _unflatten({key: value}))
+        tree = _merged(tree, unflatten({key: value}))
     return _typed(tree)
-
-
-def run_name(config: Config) -> str:
-    """`<recipe>/<data>-<model>[-mixup]-<hash of what changes the result>-s<seed>`: the run folder
-    under run.root.
-    """
-    if config.run.name:
-        return config.run.name
-    mixed = "-mixup" if config.augment.mixup_alpha or config.augment.cutmix_alpha else ""
-    recipe = config.recipe.replace("ablation/", "").replace("/", ".")
-    label = f"{config.data.name}-{config.model.name.replace('/', '.')}{mixed}"
-    return f"{recipe}/{label}-{fingerprint(config)}-s{config.seed}"
-
-
-def fingerprint(config: Config) -> str:
-    """Hash (8 hex digits) of every setting that can change the result, except the seed."""
-    text = json.dumps(result_settings(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def result_settings(config: Config) -> dict[str, Any]:
-    """Dotted name -> value of every setting that can change the result, except the seed."""
-    flat = {}
-    for key, value in flatten(config.model_dump(mode="json")).items():
-        section, _, name = key.rpartition(".")
-        model = type(getattr(config, section)) if section else Config
-        extra = model.model_fields[name].json_schema_extra
-        if not (isinstance(extra, dict) and extra.get("result_neutral")) and key not in (
-            "seed",
-            "recipe",
-        ):
-            flat[key] = value
-    return flat
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn `{"optim": {"lr": 1}}` into `{"optim.lr": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def batch_split(config: Config, ranks: int) -> tuple[int, int]:
@@ -252,201 +175,6 @@ def batch_split(config: Config, ranks: int) -> tuple[int, int]:
             f"train.micro_batch may be {', '.join(map(str, near))}"
         )
     return micro, share // micro
-
-
-# --- the book of names: what exists in conf/, recipes/ and the user's own folder ------------------
-
-
-class _Book:
-    """Looks names up in the shipped folders and in the user's `--config-dir`."""
-
-    def __init__(self, config_dir: str | None) -> None:
-        self.conf = [shipped("conf")]
-        self.recipe_dirs = [shipped("recipes")]
-        if config_dir is not None:
-            own = Path(config_dir).expanduser().resolve()
-            if not own.is_dir():
-                raise UserError(f"--config-dir {config_dir}: no such folder")
-            self.conf.append(own)
-            self.recipe_dirs.append(own / "recipe")
-            _refuse_shadows(self.conf)
-            _refuse_shadows(self.recipe_dirs)
-        self.groups = {
-            group.name: sorted(
-                {f.stem for root in self.conf for f in (root / group.name).glob("*.yaml")}
-            )
-            for root in self.conf
-            for group in root.iterdir()
-            if group.is_dir() and group.name not in ("budget", "recipe")
-        }
-        self.keys = [*flatten(Config().model_dump(mode="json"))]
-
-    def hydra(self) -> Any:
-        GlobalHydra.instance().clear()
-        return initialize_config_dir(
-            version_base="1.3", config_dir=str(self.conf[0]), job_name="ghosttrain"
-        )
-
-    def search_path(self) -> list[str]:
-        folders = [_quoted(f"file://{root}") for root in self.conf[1:]]
-        return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
-
-    def default_groups(self) -> dict[str, str]:
-        lines = yaml.safe_load((self.conf[0] / "config.yaml").read_text())["defaults"]
-        return {k: str(v) for line in lines if isinstance(line, dict) for k, v in line.items()}
-
-    def choices(self, group: str) -> list[str]:
-        if group == "recipe":
-            return sorted({n for d in self.recipe_dirs for n in _yaml_names(d)})
-        if group == "budget":
-            return sorted({n for d in self.conf for n in _yaml_names(d / "budget")})
-        return self.groups[group]
-
-    def parse(self, overrides: Sequence[str], sweep: bool = False) -> list[Override]:
-        """Parse and check names: every key must exist, every group choice too."""
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        parsed = []
-        for text in overrides:
-            if "=" not in text:
-                hint = did_you_mean(text, [*self.groups, *self.keys, "recipe", "budget"])
-                raise UserError(f"{text!r} is not key=value.{hint}")
-            override = _parse(parser, text)
-            self._check_name(override, sweep)
-            parsed.append(override)
-        return parsed
-
-    def _check_name(self, o: Override, sweep: bool) -> None:
-        key = o.key_or_group
-        if o.is_delete():
-            raise UserError(
-                f"{o.input_line!r}: settings cannot be deleted; set a value (key=null, group=none)"
-            )
-        if key in self.groups or key in ("recipe", "budget"):
-            listed = list(o.sweep_iterator()) if o.is_sweep_override() else [o.value()]
-            names = self.choices(key)
-            for choice in listed:
-                for name in choice if isinstance(choice, list) and key == "recipe" else [choice]:
-                    if not (key == "recipe" and name is None) and str(name) not in names:
-                        shown = "null" if name is None else str(name)
-                        raise UserError(
-                            f"no {key} is called {shown!r}.{did_you_mean(shown, names)}"
-                        )
-        elif key not in self.keys:
-            inside = [k for k in self.keys if k.startswith(key + ".")]
-            if inside:
-                raise UserError(f"{key!r} is a section: set one of {', '.join(inside[:6])}, ...")
-            leaf = [k for k in self.keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
-            hint = (
-                f" Did you mean {leaf[0]!r}?"
-                if leaf
-                else did_you_mean(key, [*self.keys, *self.groups])
-            )
-            raise UserError(f"there is no setting {key!r}.{hint}")
-        if o.is_sweep_override() and not sweep:
-            raise UserError(
-                f"{o.input_line!r} names several values: add -m to run one after the other"
-            )
-
-    def recipes(self, choice: Any) -> tuple[list[Layer], list[Layer]]:
-        names = choice if isinstance(choice, list) else [choice] if choice else []
-        layers = [self._recipe(str(name)) for name in names]
-        ablation = [layer.name.startswith("ablation/") for layer in layers]
-        return (
-            [layer for layer, is_ablation in zip(layers, ablation, strict=True) if not is_ablation],
-            [layer for layer, is_ablation in zip(layers, ablation, strict=True) if is_ablation],
-        )
-
-    def _recipe(self, name: str) -> Layer:
-        path = _find(self.recipe_dirs, name)
-        body = _load_yaml(path)
-        groups = {}
-        for line in body.pop("defaults", []):
-            if line == "_self_":
-                continue
-            key, value = next(iter(line.items())) if isinstance(line, dict) else (str(line), "")
-            group = key.removeprefix("override ").lstrip("/")
-            if not key.startswith("override ") or group not in self.groups:
-                raise UserError(
-                    f"{path.name}: a recipe's defaults hold lines 'override /GROUP: CHOICE', not "
-                    f"{key!r}"
-                )
-            if str(value) not in self.groups[group]:
-                hint = did_you_mean(str(value), self.groups[group])
-                raise UserError(f"{path.name}: no {group} is called {value!r}.{hint}")
-            groups[group] = str(value)
-        for key in flatten(body):
-            if key not in self.keys:
-                raise UserError(
-                    f"{path.name}: there is no setting {key!r}.{did_you_mean(key, self.keys)}"
-                )
-        return Layer(name, groups, body)
-
-    def budget(self, choice: Any, chosen: dict[str, str]) -> Layer:
-        """Return the named budget, or the one called like the data set, or none.
-
-        `overrides` always count; those under `only_with: {GROUP=CHOICE: [...]}` only with it.
-        """
-        data = chosen["data"]
-        name = str(choice) if choice else data if data in self.choices("budget") else "full"
-        body = _load_yaml(_find([d / "budget" for d in self.conf], name))
-        lines = list(body.get("overrides", []))
-        for condition, more in body.get("only_with", {}).items():
-            group, _, wanted = condition.partition("=")
-            lines += more if chosen.get(group) == wanted else []
-        groups, values = {}, {}
-        for override in self.parse(lines):
-            key = override.key_or_group
-            if key in self.groups:
-                groups[key] = str(override.value())
-            else:
-                values[key] = override.value()
-        return Layer(name, groups, _unflatten(values))
-
-
-def _parse(parser: OverridesParser, text: str) -> Override:
-    """Parse `key=value`; a value that is text by the schema is taken as it stands.
-
-    Hydra's grammar alone would refuse `data.root=/tmp/été` and read `run.name=2024` as a number.
-    """
-    key, _, value = text.partition("=")
-    plain = key.lstrip("+")
-    try:
-        override = parser.parse_override(text)
-        if plain not in TEXT_KEYS or override.is_sweep_override():
-            return override
-        if override.value() is None or isinstance(override.value(), str):
-            return override
-    except HydraException:
-        if plain not in TEXT_KEYS and plain != "recipe":
-            raise UserError(f"cannot read {text!r}: write key=value, lists as key=[a,b]") from None
-    return parser.parse_override(f"{key}={_quoted(value)}")
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _yaml_names(folder: Path) -> Iterator[str]:
-    for path in folder.rglob("*.yaml"):
-        yield path.relative_to(folder).with_suffix("").as_posix()
-
-
-def _refuse_shadows(folders: Sequence[Path]) -> None:
-    """Refuse a user's file that has the name of a shipped one: it would be unclear which counts."""
-    shipped_names, own_names = ({*_yaml_names(folder)} for folder in folders)
-    for name in sorted(shipped_names & own_names):
-        raise UserError(f"{folders[1] / name}.yaml has the name of a shipped file; give it another")
-
-
-def _find(folders: Sequence[Path], name: str) -> Path:
-    return next(p for d in folders if (p := d / f"{name}.yaml").is_file())
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        return OmegaConf.to_container(OmegaConf.load(path)) or {}  # type: ignore[return-value]
-    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
-        raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
 
 
 def _pick(user: Sequence[Override], key: str) -> Any:
@@ -477,17 +205,6 @@ def _merged(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(inner, dict)
         out[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
     return out
-
-
-def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
-    return tree
 
 
 def _hydra(overrides: list[str]) -> dict[str, Any]:
@@ -544,10 +261,10 @@ def _data_root(config: Config) -> str | None:
 # --- checks across sections -----------------------------------------------------------------------
 
 
-def _check(config: Config, book: _Book) -> None:
+def _check(config: Config, names: Names) -> None:
     """Refuse contradictions between settings, each in one line that says what to type."""
     model, data, augment = config.model, config.data, config.augment
-    students = [n for n in book.groups["model"] if n != "timm"]
+    students = [n for n in names.groups["model"] if n != "timm"]
     if model.source == "ghosttrain" and model.name not in students:
         hint = did_you_mean(model.name, students)
         raise UserError(
@@ -558,7 +275,7 @@ def _check(config: Config, book: _Book) -> None:
     if config.distill.name != "none" and not config.teacher.name:
         raise UserError(
             f"distill={config.distill.name} needs a teacher: type teacher=NAME "
-            f"({', '.join(n for n in book.groups['teacher'] if n != 'none')}) or distill=none"
+            f"({', '.join(n for n in names.groups['teacher'] if n != 'none')}) or distill=none"
         )
     check_policy(augment)
     for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max")):

@@ -28,8 +28,8 @@ from typing import Any
 import yaml
 
 from ghosttrain import __version__
-from ghosttrain.config.compose import fingerprint, result_settings, run_name
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.identity import fingerprint, result_settings, run_name
 from ghosttrain.config.schema import Config
 
 _PACKAGE = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghosttrain.config.compose import run_name
+from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.engine import distributed

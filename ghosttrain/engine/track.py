@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ghosttrain.config.compose import run_name
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import distributed
 from ghosttrain.engine.folder import clock, write_text
@@ -83,7 +83,11 @@ class Tracker:
         """Show the progress bar, where there is a terminal to show it on."""
         if self.folder is not None and sys.stderr.isatty():
             self.bar = tqdm(
-                total=self.total, initial=self.start_step, unit="step", dynamic_ncols=True
+                total=self.total,
+                initial=self.start_step,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% |{bar:12}| {n_fmt}/{total_fmt} steps, "
+                "{elapsed}, ETA {remaining}{postfix}",
             )
         return self
 

@@ -9,8 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ghosttrain.config.compose import fingerprint, result_settings
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.identity import fingerprint, result_settings
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import clock, read_config, read_result
 

@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ghosttrain.config.compose import (
-    batch_split,
-    cells,
-    compose,
-    fingerprint,
-    override_run,
-    result_settings,
-    run_name,
-)
+from ghosttrain.config.compose import batch_split, cells, compose, override_run
 from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.identity import fingerprint, result_settings, run_name
 from ghosttrain.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,8 @@ from ghosttrain.data.order import (
 
 
 def test_mix_of_one_integer_is_published_splitmix64():
-    # First output for seed 1234567 in the reference implementation, https://prng.di.unimi.it/splitmix64.c
+    # First output for seed 1234567 in the reference implementation,
+    # https://prng.di.unimi.it/splitmix64.c
     assert mix(1234567 ^ 1) == 6457827717110365317 >> 1
 
 

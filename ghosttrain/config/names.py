@@ -1,0 +1,252 @@
+"""What can be named on a command line: groups, recipes, budgets and settings, and where they lie.
+
+Owns the shipped folders and the user's own (`--config-dir`), reads recipes and budgets as `Layer`s,
+and parses overrides: every key and every choice must exist. It does not merge (compose.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.identity import flatten, unflatten
+from ghosttrain.config.schema import Config
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped(folder: str) -> Path:
+    """Return `conf` or `recipes`: inside the package in a wheel, beside it in a checkout."""
+    inside = PACKAGE / folder
+    return inside if inside.is_dir() else PACKAGE.parent / folder
+
+
+def _text_keys() -> set[str]:
+    """Dotted names of all settings that hold free text."""
+    return {
+        f"{section}.{name}"
+        for section, group in Config.model_fields.items()
+        for name, setting in getattr(group.annotation, "model_fields", {}).items()
+        if setting.annotation in (str, str | None)
+    }
+
+
+TEXT_KEYS = _text_keys()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One recipe or budget: which group files it chooses and which values it sets."""
+
+    name: str
+    groups: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Names:
+    """Looks names up in the shipped folders and in the user's `--config-dir`."""
+
+    def __init__(self, config_dir: str | None) -> None:
+        self.conf = [shipped("conf")]
+        self.recipe_dirs = [shipped("recipes")]
+        if config_dir is not None:
+            own = Path(config_dir).expanduser().resolve()
+            if not own.is_dir():
+                raise UserError(f"--config-dir {config_dir}: no such folder")
+            self.conf.append(own)
+            self.recipe_dirs.append(own / "recipe")
+            _refuse_shadows(self.conf)
+            _refuse_shadows(self.recipe_dirs)
+        self.groups = {
+            group.name: sorted(
+                {f.stem for root in self.conf for f in (root / group.name).glob("*.yaml")}
+            )
+            for root in self.conf
+            for group in root.iterdir()
+            if group.is_dir() and group.name not in ("budget", "recipe")
+        }
+        self.keys = [*flatten(Config().model_dump(mode="json"))]
+
+    def hydra(self) -> Any:
+        """Return the context in which Hydra finds the shipped groups."""
+        GlobalHydra.instance().clear()
+        return initialize_config_dir(
+            version_base="1.3", config_dir=str(self.conf[0]), job_name="ghosttrain"
+        )
+
+    def search_path(self) -> list[str]:
+        """Return the override that lets Hydra find the user's groups too."""
+        folders = [_quoted(f"file://{root}") for root in self.conf[1:]]
+        return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
+
+    def default_groups(self) -> dict[str, str]:
+        """Return the file that conf/config.yaml chooses in each group."""
+        lines = yaml.safe_load((self.conf[0] / "config.yaml").read_text())["defaults"]
+        return {k: str(v) for line in lines if isinstance(line, dict) for k, v in line.items()}
+
+    def choices(self, group: str) -> list[str]:
+        """Return the names there are in a group, among the recipes or the budgets."""
+        if group == "recipe":
+            return sorted({n for d in self.recipe_dirs for n in _yaml_names(d)})
+        if group == "budget":
+            return sorted({n for d in self.conf for n in _yaml_names(d / "budget")})
+        return self.groups[group]
+
+    def parse(self, overrides: Sequence[str], sweep: bool = False) -> list[Override]:
+        """Parse and check names: every key must exist, every group choice too."""
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        parsed = []
+        for text in overrides:
+            if "=" not in text:
+                hint = did_you_mean(text, [*self.groups, *self.keys, "recipe", "budget"])
+                raise UserError(f"{text!r} is not key=value.{hint}")
+            override = parse_override(parser, text)
+            self._check_name(override, sweep)
+            parsed.append(override)
+        return parsed
+
+    def _check_name(self, o: Override, sweep: bool) -> None:
+        key = o.key_or_group
+        if o.is_delete():
+            raise UserError(
+                f"{o.input_line!r}: settings cannot be deleted; set a value (key=null, group=none)"
+            )
+        if key in self.groups or key in ("recipe", "budget"):
+            listed = list(o.sweep_iterator()) if o.is_sweep_override() else [o.value()]
+            names = self.choices(key)
+            for choice in listed:
+                for name in choice if isinstance(choice, list) and key == "recipe" else [choice]:
+                    if not (key == "recipe" and name is None) and str(name) not in names:
+                        shown = "null" if name is None else str(name)
+                        raise UserError(
+                            f"no {key} is called {shown!r}.{did_you_mean(shown, names)}"
+                        )
+        elif key not in self.keys:
+            inside = [k for k in self.keys if k.startswith(key + ".")]
+            if inside:
+                raise UserError(f"{key!r} is a section: set one of {', '.join(inside[:6])}, ...")
+            leaf = [k for k in self.keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
+            hint = (
+                f" Did you mean {leaf[0]!r}?"
+                if leaf
+                else did_you_mean(key, [*self.keys, *self.groups])
+            )
+            raise UserError(f"there is no setting {key!r}.{hint}")
+        if o.is_sweep_override() and not sweep:
+            raise UserError(
+                f"{o.input_line!r} names several values: add -m to run one after the other"
+            )
+
+    def recipes(self, choice: Any) -> tuple[list[Layer], list[Layer]]:
+        """Return the layers of `recipe=NAME` or `recipe=[A,B]`: base recipes and ablations."""
+        names = choice if isinstance(choice, list) else [choice] if choice else []
+        layers = [self._recipe(str(name)) for name in names]
+        ablation = [layer.name.startswith("ablation/") for layer in layers]
+        return (
+            [layer for layer, is_ablation in zip(layers, ablation, strict=True) if not is_ablation],
+            [layer for layer, is_ablation in zip(layers, ablation, strict=True) if is_ablation],
+        )
+
+    def _recipe(self, name: str) -> Layer:
+        path = _find(self.recipe_dirs, name)
+        body = _load_yaml(path)
+        groups = {}
+        for line in body.pop("defaults", []):
+            if line == "_self_":
+                continue
+            key, value = next(iter(line.items())) if isinstance(line, dict) else (str(line), "")
+            group = key.removeprefix("override ").lstrip("/")
+            if not key.startswith("override ") or group not in self.groups:
+                raise UserError(
+                    f"{path.name}: a recipe's defaults hold lines 'override /GROUP: CHOICE', not "
+                    f"{key!r}"
+                )
+            if str(value) not in self.groups[group]:
+                hint = did_you_mean(str(value), self.groups[group])
+                raise UserError(f"{path.name}: no {group} is called {value!r}.{hint}")
+            groups[group] = str(value)
+        for key in flatten(body):
+            if key not in self.keys:
+                raise UserError(
+                    f"{path.name}: there is no setting {key!r}.{did_you_mean(key, self.keys)}"
+                )
+        return Layer(name, groups, body)
+
+    def budget(self, choice: Any, chosen: dict[str, str]) -> Layer:
+        """Return the named budget, or the one called like the data set, or none.
+
+        `overrides` always count; those under `only_with: {GROUP=CHOICE: [...]}` only with it.
+        """
+        data = chosen["data"]
+        name = str(choice) if choice else data if data in self.choices("budget") else "full"
+        body = _load_yaml(_find([d / "budget" for d in self.conf], name))
+        lines = list(body.get("overrides", []))
+        for condition, more in body.get("only_with", {}).items():
+            group, _, wanted = condition.partition("=")
+            lines += more if chosen.get(group) == wanted else []
+        groups, values = {}, {}
+        for override in self.parse(lines):
+            key = override.key_or_group
+            if key in self.groups:
+                groups[key] = str(override.value())
+            else:
+                values[key] = override.value()
+        return Layer(name, groups, unflatten(values))
+
+
+def parse_override(parser: OverridesParser, text: str) -> Override:
+    """Parse `key=value`; a value that is text by the schema is taken as it stands.
+
+    Hydra's grammar alone would refuse `data.root=/tmp/été` and read `run.name=2024` as a number.
+    """
+    key, _, value = text.partition("=")
+    plain = key.lstrip("+")
+    try:
+        override = parser.parse_override(text)
+        if plain not in TEXT_KEYS or override.is_sweep_override():
+            return override
+        if override.value() is None or isinstance(override.value(), str):
+            return override
+    except HydraException:
+        if plain not in TEXT_KEYS and plain != "recipe":
+            raise UserError(f"cannot read {text!r}: write key=value, lists as key=[a,b]") from None
+    return parser.parse_override(f"{key}={_quoted(value)}")
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _yaml_names(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*.yaml"):
+        yield path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _refuse_shadows(folders: Sequence[Path]) -> None:
+    """Refuse a user's file that has the name of a shipped one: it would be unclear which counts."""
+    shipped_names, own_names = ({*_yaml_names(folder)} for folder in folders)
+    for name in sorted(shipped_names & own_names):
+        raise UserError(f"{folders[1] / name}.yaml has the name of a shipped file; give it another")
+
+
+def _find(folders: Sequence[Path], name: str) -> Path:
+    return next(p for d in folders if (p := d / f"{name}.yaml").is_file())
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path)) or {}  # type: ignore[return-value]
+    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
