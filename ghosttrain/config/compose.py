@@ -62,7 +62,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
 
     Raises:
         UserError: unknown name, wrong type, missing or contradictory value; the message is one
-    line.
+            line.
     """
     names = Names(config_dir)
     with names.hydra():
