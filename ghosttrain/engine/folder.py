@@ -122,12 +122,13 @@ def opened(config: Config, notes: list[str]) -> Iterator[Path]:
 def _locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {folder}; wait for it, or choose another run.name"
+            ) from None
         yield
-    except BlockingIOError:
-        raise UserError(
-            f"another process is training in {folder}; wait for it, or choose another run.name"
-        ) from None
     finally:
         os.close(handle)
 
