@@ -205,7 +205,7 @@ def _ask_hydra(options: Options) -> int:
     from hydra.core.global_hydra import GlobalHydra
 
     from ghosttrain.config.compose import compose
-    from ghosttrain.config.names import shipped
+    from ghosttrain.config.paths import shipped
 
     composed = compose(options.overrides, options.config_dir)
     GlobalHydra.instance().clear()

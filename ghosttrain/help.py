@@ -11,7 +11,7 @@ import ast
 import textwrap
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+from ghosttrain.config.paths import PACKAGE, shipped
 
 _HEAD = """\
 ghosttrain: trains compact, re-parameterized vision networks with a distillation teacher.
@@ -40,7 +40,7 @@ options
 
 def help_text() -> str:
     """Return the help: head, groups, recipes and every setting with its default."""
-    conf, recipes = (_shipped(name) for name in ("conf", "recipes"))
+    conf, recipes = (shipped(name) for name in ("conf", "recipes"))
     parts = [_HEAD, "groups (GROUP=CHOICE; * is the default)"]
     chosen = dict(_default_choices(conf / "config.yaml"))
     for group in sorted(p for p in conf.iterdir() if p.is_dir()):
@@ -64,11 +64,6 @@ def help_text() -> str:
     return "\n".join(parts)
 
 
-def _shipped(folder: str) -> Path:
-    inside = _PACKAGE / folder
-    return inside if inside.is_dir() else _PACKAGE.parent / folder
-
-
 def _row(name: str, text: str) -> str:
     return textwrap.fill(
         f"  {name:<10}{text}", 98, subsequent_indent=" " * 12, break_on_hyphens=False
@@ -82,7 +77,7 @@ def _default_choices(path: Path) -> list[tuple[str, str]]:
 
 def _settings() -> dict[str, list[tuple[str, str]]]:
     """Section -> (name, default) of every setting, from the source of schema.py."""
-    tree = ast.parse((_PACKAGE / "config" / "schema.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / "config" / "schema.py").read_text(encoding="utf-8"))
     found: dict[str, list[tuple[str, str]]] = {}
     for node in tree.body:
         if not isinstance(node, ast.ClassDef) or node.name == "Settings":

@@ -22,15 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import flatten, unflatten
+from ghosttrain.config.paths import shipped
 from ghosttrain.config.schema import Config
-
-PACKAGE = Path(__file__).resolve().parent.parent
-
-
-def shipped(folder: str) -> Path:
-    """Return `conf` or `recipes`: inside the package in a wheel, beside it in a checkout."""
-    inside = PACKAGE / folder
-    return inside if inside.is_dir() else PACKAGE.parent / folder
 
 
 def _text_keys() -> set[str]:
