@@ -34,6 +34,8 @@ class Model(Settings):
     weights: str | None = None
     """File of weights to start from (any known dialect); null starts from a random
     initialisation."""
+    input_stride: Literal["standard", "small"] = "standard"
+    """`small`: the stem keeps the size of the image (stride 1), for images of 32x32 or so."""
 
 
 class Reparam(Settings):
@@ -47,6 +49,17 @@ class Reparam(Settings):
     """Add a 1x1 conv-BN branch where the kernel is larger than 1x1."""
     identity: bool = True
     """Add a BN-only branch where input and output shapes are equal."""
+    pointwise: bool = True
+    """Re-parameterize the 1x1 convolutions of the blocks."""
+    depthwise: bool = True
+    """Re-parameterize the depthwise convolutions of the blocks."""
+    stem: bool = False
+    """Re-parameterize the first convolution too."""
+    engine: Literal["auto", "branches", "stacked", "collapsed"] = Field(
+        "auto", json_schema_extra=RESULT_NEUTRAL
+    )
+    """How the sum of branches is computed in training; all are equal up to rounding. `auto`: per
+    layer and shape."""
 
 
 class Teacher(Settings):

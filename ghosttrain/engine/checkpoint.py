@@ -35,7 +35,13 @@ def build_student(config: Config, num_classes: int) -> nn.Module:
     if model.source == "timm":
         return create_timm_model(model.name, num_classes, in_chans, model.dropout, model.weights)
     return create_model(
-        model.name, num_classes, in_chans, config.reparam, model.dropout, model.weights
+        model.name,
+        num_classes,
+        in_chans,
+        config.reparam,
+        model.dropout,
+        model.weights,
+        input_stride=model.input_stride,
     )
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ghosttrain.config.schema import Reparam
 from ghosttrain.models.layers import ConvBN, SqueezeExcite, Student, make_divisible
-from ghosttrain.models.reparam import RepConv2d
+from ghosttrain.models.reparam import RepConv2d, make_stem
 
 # One line per block, one tuple per stage: kernel of the depthwise convolutions, expanded and output
 # channels at width 1.0, squeeze-excite, stride.
@@ -167,6 +167,7 @@ class GhostNet(Student):
         in_chans: int,
         reparam: Reparam,
         dropout: float,
+        input_stride: str,
     ) -> None:
         super().__init__()
         self.name, self.num_classes, self.in_chans = name, num_classes, in_chans
@@ -174,7 +175,7 @@ class GhostNet(Student):
         self.num_features = make_divisible(LAST_CHANNELS * width)
 
         channels = make_divisible(STEM_CHANNELS * width)
-        self.stem = ConvBN(in_chans, channels, 3, stride=2)
+        self.stem = make_stem(in_chans, channels, input_stride, reparam)
         stages, depth = [], 0
         for blocks in STAGES:
             stage = nn.Sequential()

@@ -2,7 +2,8 @@
 
 Importing this module imports no torch, so that a misspelt name is reported at once. A new student
 is one line in `STUDENTS` and one YAML in `conf/model/`; a new family is a module whose class takes
-(name, <its own arguments>, num_classes, in_chans, reparam, dropout).
+(name, <its own arguments>, num_classes, in_chans, reparam, dropout,
+input_stride).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def create_model(
     dropout: float = 0.2,
     weights: str | None = None,
     fused: bool = False,
+    input_stride: str = "standard",
 ) -> nn.Module:
     """Build a student in training mode: images (B, in_chans, H, W) -> logits (B, num_classes).
 
@@ -57,6 +59,7 @@ def create_model(
     - `weights`: file of a state dict in any dialect of `weights.py`.
     - `fused`: build the inference form, convolutions with bias and no batch norm. It takes fused
       weights as they are, and folds weights of the training form (of the given `reparam`).
+    - `input_stride`: "small" keeps the map in the stem, for images of 32x32 or so; else "standard".
 
     Raises UserError for an unknown name or setting and for weights that do not fit.
     """
@@ -80,6 +83,7 @@ def create_model(
         in_chans=in_chans,
         reparam=settings,
         dropout=dropout,
+        input_stride=input_stride,
     )
     if state is not None and holds_branches:
         load_state(model, state, str(weights))

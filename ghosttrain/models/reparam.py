@@ -26,7 +26,8 @@ class RepConv2d(nn.Module):
 
     `reparam.branches` k x k branches; with `reparam.scale` a 1x1 branch where k > 1; with
     `reparam.identity` a batch norm of the input where input and output have equal shapes. With 1,
-    false, false it is an ordinary conv-BN. Strides and padding are those of `ConvBN`.
+    false, false, or where `reparam.pointwise` or `.depthwise` leaves it out, it is an ordinary
+    conv-BN. Strides and padding are those of `ConvBN`.
     """
 
     def __init__(
@@ -40,6 +41,9 @@ class RepConv2d(nn.Module):
         reparam: Reparam,
     ) -> None:
         super().__init__()
+        depthwise = groups == in_channels > 1
+        if (depthwise and not reparam.depthwise) or (kernel_size == 1 and not reparam.pointwise):
+            reparam = reparam.model_copy(update={"branches": 1, "scale": False, "identity": False})
 
         def branch(kernel_size: int) -> ConvBN:
             return ConvBN(in_channels, out_channels, kernel_size, stride, groups)
@@ -66,6 +70,19 @@ class RepConv2d(nn.Module):
         if self.identity is not None:
             y += self.identity(x)
         return y
+
+
+def make_stem(
+    in_chans: int, channels: int, input_stride: str, reparam: Reparam
+) -> ConvBN | RepConv2d:
+    """Return the first 3x3 convolution of a student: (B, in_chans, H, W) -> (B, channels, H', W').
+
+    `input_stride` "standard" halves the map, "small" keeps it. It has branches with `reparam.stem`.
+    """
+    stride = 1 if input_stride == "small" else 2
+    if reparam.stem:
+        return RepConv2d(in_chans, channels, 3, stride, reparam=reparam)
+    return ConvBN(in_chans, channels, 3, stride)
 
 
 def fuse(model: nn.Module) -> nn.Module:
