@@ -10,6 +10,8 @@ Shapes: B batch, C channels, H W map, k kernel side.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Reparam
+from ghosttrain.models import collapse
 from ghosttrain.models.layers import ConvBN
 
 
@@ -50,14 +53,24 @@ class RepConv2d(nn.Module):
 
         has_scale = reparam.scale and kernel_size > 1
         has_identity = reparam.identity and in_channels == out_channels and stride == 1
-        self.num_branches = reparam.branches
+        self.num_branches, self.engine = reparam.branches, reparam.engine
         self.branches = nn.ModuleList(branch(kernel_size) for _ in range(reparam.branches))
         self.scale = branch(1) if has_scale else None
         self.identity = nn.BatchNorm2d(in_channels) if has_identity else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H', W'), without activation."""
-        return self.forward_branches(x)
+        engine = collapse.choose(self, x)
+        if engine == "branches":
+            return self.forward_branches(x)
+        if engine == "folded":
+            return collapse.forward_folded(self, x)
+        return collapse.forward_together(self, x, engine)
+
+    def norms(self) -> list[nn.BatchNorm2d]:
+        """Return the batch norms: of the branches, of the scale, and the identity."""
+        convs = cast("list[ConvBN]", [*self.branches, *([self.scale] if self.scale else [])])
+        return [conv.bn for conv in convs] + ([self.identity] if self.identity else [])
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """Evaluate one branch after another: the definition that any faster forward must equal."""
@@ -83,6 +96,20 @@ def make_stem(
     if reparam.stem:
         return RepConv2d(in_chans, channels, 3, stride, reparam=reparam)
     return ConvBN(in_chans, channels, 3, stride)
+
+
+@contextmanager
+def engine(model: nn.Module, name: str) -> Iterator[None]:
+    """Compute every `RepConv2d` of `model` by this engine within the block."""
+    reps = [m for m in model.modules() if isinstance(m, RepConv2d)]
+    before = [rep.engine for rep in reps]
+    try:
+        for rep in reps:
+            rep.engine = name
+        yield
+    finally:
+        for rep, old in zip(reps, before, strict=True):
+            rep.engine = old
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -123,18 +150,9 @@ def _fold_branches(rep: RepConv2d) -> nn.Conv2d:
         centred = F.pad(rep.scale.conv.weight, (half, half, half, half))
         folded.append(_fold(centred, rep.scale.bn))
     if rep.identity is not None:
-        folded.append(_fold(_identity_kernel(conv), rep.identity))
+        folded.append(_fold(collapse.identity_kernel(conv), rep.identity))
     kernels, biases = zip(*folded, strict=True)
     return _conv_like(conv, torch.stack(kernels).sum(0), torch.stack(biases).sum(0))
-
-
-def _identity_kernel(conv: nn.Conv2d) -> Tensor:
-    """Kernel of the shape of `conv` that copies its input: one tap of 1 per output channel."""
-    kernel = torch.zeros_like(conv.weight)
-    outputs = torch.arange(conv.out_channels, device=kernel.device)
-    row, column = (k // 2 for k in conv.kernel_size)
-    kernel[outputs, outputs % kernel.shape[1], row, column] = 1
-    return kernel
 
 
 def _fold(kernel: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
