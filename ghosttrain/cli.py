@@ -28,6 +28,7 @@ class Options:
     cfg: str | None = None
     info: str | None = None
     out: str | None = None
+    to: str | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,8 +132,18 @@ def _fuse(options: Options) -> int:
     from ghosttrain.engine.checkpoint import fuse_run
 
     if options.overrides:
-        raise UserError(f"fuse takes a run folder and --out FILE, not {options.overrides[0]!r}")
-    fuse_run(_one_folder("fuse", options), options.out)
+        raise UserError(
+            f"fuse takes a run folder, --out FILE and --to LIBRARY, not {options.overrides[0]!r}"
+        )
+    fuse_run(_one_folder("fuse", options), options.out, options.to)
+    return 0
+
+
+def _bench(options: Options) -> int:
+    """Time training steps or optimizer steps on this machine."""
+    from ghosttrain.study.bench import bench
+
+    print(bench(options.folders, options.overrides))
     return 0
 
 
@@ -153,8 +164,9 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "eval": _eval,
     "fuse": _fuse,
     "report": _report,
+    "bench": _bench,
 }
-FLAGS = ("--help", "--version", "--multirun", "--cfg", "--info", "--config-dir", "--out")
+FLAGS = ("--help", "--version", "--multirun", "--cfg", "--info", "--config-dir", "--out", "--to")
 
 
 def _options(verb: str, args: list[str]) -> Options:
@@ -166,7 +178,7 @@ def _options(verb: str, args: list[str]) -> Options:
         flag, equals, value = arg.partition("=")
         if arg in ("-m", "--multirun"):
             found["multirun"] = True
-        elif flag in ("--cfg", "--info", "--config-dir", "--out", "-c", "-cd"):
+        elif flag in ("--cfg", "--info", "--config-dir", "--out", "--to", "-c", "-cd"):
             name = {"-c": "cfg", "-cd": "config_dir"}.get(flag, flag.lstrip("-").replace("-", "_"))
             given = value if equals else next(rest, None)
             if not given:
@@ -180,7 +192,8 @@ def _options(verb: str, args: list[str]) -> Options:
             folders.append(arg)
     if found.get("cfg") not in (None, "job", "hydra", "all"):
         raise UserError(f"--cfg {found['cfg']}: choose job, hydra or all")
-    allowed = {"train": {"multirun", "cfg", "info", "config_dir"}, "fuse": {"out"}}.get(verb, set())
+    known = {"train": {"multirun", "cfg", "info", "config_dir"}, "fuse": {"out", "to"}}
+    allowed = known.get(verb, set())
     for name in set(found) - allowed:
         raise UserError(
             f"--{name.replace('_', '-')} does not belong to {verb}; see python -m ghosttrain --help"
@@ -188,7 +201,7 @@ def _options(verb: str, args: list[str]) -> Options:
     return Options(overrides, folders, **found)  # type: ignore[arg-type]
 
 
-_EXAMPLE = {"cfg": "job", "info": "defaults", "config_dir": "FOLDER", "out": "FILE"}
+_EXAMPLE = {"cfg": "job", "info": "defaults", "config_dir": "FOLDER", "out": "FILE", "to": "timm"}
 
 
 def _one_folder(verb: str, options: Options) -> Path:

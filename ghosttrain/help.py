@@ -26,8 +26,11 @@ usage: python -m ghosttrain [VERB] [key=value ...] [options]
 verbs
   train             the default; the same command again resumes, or shows a finished run's result
   eval RUN          evaluate a run again, exactly; data.root= and launch.nproc= may differ
-  fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere)
+  fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere;
+                    --to timm or torchvision: weights of their plain network)
   report RUN...     results side by side: mean and standard deviation over seeds
+  bench step        time and memory of a training step by engine (model= batch= size= rounds= ...)
+  bench optim       time of LAMB and EMA against timm's (model= rounds= threads= device=)
 
 options
   -m, --multirun    sweep over comma-separated values; finished runs are not repeated

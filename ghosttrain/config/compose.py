@@ -35,6 +35,7 @@ from ghosttrain.config.identity import flatten, unflatten
 from ghosttrain.config.names import Layer, Names, parse_override
 from ghosttrain.config.policy import check_policy
 from ghosttrain.config.schema import Config
+from ghosttrain.config.sizes import SIDES, check_sides, family
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ def _data_root(config: Config) -> str | None:
 def _check(config: Config, names: Names) -> None:
     """Refuse contradictions between settings, each in one line that says what to type."""
     model, data, augment = config.model, config.data, config.augment
-    students = [n for n in names.groups["model"] if n != "timm"]
+    students = [n for n in names.groups["model"] if family(n) in SIDES]
     if model.source == "ghosttrain" and model.name not in students:
         hint = did_you_mean(model.name, students)
         raise UserError(
@@ -309,7 +310,10 @@ def _check(config: Config, names: Names) -> None:
             raise UserError(f"data={data.name} needs a folder: type data.root=/path{also}")
         if not Path(data.root).is_dir():
             raise UserError(f"data.root={data.root}: no such folder")
-    batch_split(config, int(os.environ.get("WORLD_SIZE", config.launch.nproc)))
+    ranks = int(os.environ.get("WORLD_SIZE", config.launch.nproc))
+    micro_batch, _ = batch_split(config, ranks)
+    if model.source == "ghosttrain":
+        check_sides(model, data, micro_batch * (ranks if config.train.sync_bn else 1))
 
 
 def _replaced(

@@ -241,6 +241,8 @@ class Train(Settings):
     """Autocast of forward and backward; `auto`: bf16 on CUDA, fp32 on CPU."""
     channels_last: bool = True
     """NHWC memory format."""
+    sync_bn: bool = False
+    """Batch norm over the micro-batches of all ranks together, on any device."""
     compile: bool = False
     """torch.compile the student."""
     eval_every: int = Field(1, ge=1, json_schema_extra=RESULT_NEUTRAL)

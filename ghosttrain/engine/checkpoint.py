@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import read_config
+from ghosttrain.models.layers import Student
 from ghosttrain.models.profile import count_macs, count_params
 from ghosttrain.models.registry import create_model, create_timm_model
-from ghosttrain.models.reparam import fuse
+from ghosttrain.models.reparam import engine, fuse
+from ghosttrain.models.weights import export_state, mismatch
 
 Which = Literal["ema", "raw", "fused"]
 
@@ -110,10 +112,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None:
     Raises:
         UserError: naming what does not fit: these are the weights of another model.
     """
-    own = model.state_dict()
-    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [
-        k for k in state if k not in own
-    ]
+    wrong = [key for keys in mismatch(model.state_dict(), state).values() for key in keys]
     if wrong:
         raise UserError(
             f"{origin} holds the weights of another model: {len(wrong)} entries do not fit (first: "
@@ -192,20 +191,27 @@ def classes_of(folder: Path) -> list[str]:
     return _last(folder)["classes"]
 
 
-def fuse_run(folder: str | Path, out: str | None = None) -> Path:
-    """Write the inference model of a run; `create_model(name, weights=FILE, fused=True)` loads it.
+def fuse_run(folder: str | Path, out: str | None = None, library: str | None = None) -> Path:
+    """Write the inference model of a run, or with `library` the weights of its plain network.
+
+    `create_model(name, weights=FILE, fused=True)` loads the first; the second is for timm or
+    torchvision (`weights.export_state`).
 
     Raises:
-        UserError: no run there, or nothing to fuse, or the file cannot be written.
+        UserError: no run there, or nothing to fuse, or the file cannot be written, or `library`
+            has no such network.
     """
     folder = Path(folder).expanduser()
     config = read_config(folder)
     model = load_run(folder, "ema")
     fused = load_run(folder, "fused")
-    path = Path(out).expanduser() if out else folder / "model.fused.safetensors"
+    name = f"model.{library}" if library else "model.fused"
+    path = Path(out).expanduser() if out else folder / f"{name}.safetensors"
+    if library is not None:
+        return _write_for(library, model, fused, path)
     size, chans = config.data.eval_size, config.data.in_chans
     x = torch.randn(4, chans, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    with torch.inference_mode(), engine(model, "branches"):
         difference = (model(x) - fused(x)).abs().max().item()
     try:
         save_weights(path, fused, describe_weights(config, classes_of(folder), "fused"))
@@ -220,4 +226,28 @@ def fuse_run(folder: str | Path, out: str | None = None) -> Path:
         f"num_classes={len(classes_of(folder))}, "
         f"in_chans={chans}, fused=True, weights={str(path)!r})"
     )
+    return path
+
+
+def _write_for(library: str, model: nn.Module, fused: nn.Module, path: Path) -> Path:
+    """Write a run's weights for a network of `library`: the plain one, or timm's GhostNetV3."""
+    try:
+        name, state = export_state(cast("Student", fused), library)
+    except UserError as error:
+        try:
+            name, state = export_state(cast("Student", model), library)
+        except UserError:
+            raise error from None
+    try:
+        path.write_bytes(save(state, metadata={"format": "pt"}))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    classes, chans = (getattr(model, key) for key in ("num_classes", "in_chans"))
+    how = {
+        "timm": f"timm.create_model({name!r}, num_classes={classes}, in_chans={chans}, "
+        f"checkpoint_path={str(path)!r})",
+        "torchvision": f"torchvision.models.get_model({name!r}, num_classes={classes})"
+        f".load_state_dict(safetensors.torch.load_file({str(path)!r}))",
+    }
+    print(f"{path}\nload it: {how[library]}")
     return path

@@ -7,6 +7,7 @@ hold different numbers of images, and counts are added as integers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from ghosttrain.data.loader import Batch, Loader
 from ghosttrain.data.order import eval_batches, eval_indices
 from ghosttrain.engine import distributed
+from ghosttrain.models.reparam import engine
 
 
 def held_out_batches(loader: Loader, n: int, batch: int) -> Iterator[Batch]:
@@ -45,14 +47,17 @@ def evaluate(
         model.eval()
     counts = torch.zeros(len(models), 3, dtype=torch.int64, device=device)
     largest = torch.zeros((), device=device)
-    for images, labels, _ in batches:
-        logits = {name: model(images).float() for name, model in models.items()}
-        for row, answer in zip(counts, logits.values(), strict=True):
-            best = answer.topk(min(5, answer.shape[1])).indices
-            hit = best == labels[:, None]
-            row += torch.stack([hit[:, 0].sum(), hit.sum(), labels.new_tensor(len(labels))])
-        if "ema" in logits and "fused" in logits:
-            largest = torch.maximum(largest, (logits["ema"] - logits["fused"]).abs().max())
+    # Branch by branch beside the fused weights: one fold against another would prove nothing.
+    together = nn.ModuleList(models.values())
+    with engine(together, "branches") if "fused" in models else nullcontext():
+        for images, labels, _ in batches:
+            logits = {name: model(images).float() for name, model in models.items()}
+            for row, answer in zip(counts, logits.values(), strict=True):
+                best = answer.topk(min(5, answer.shape[1])).indices
+                hit = best == labels[:, None]
+                row += torch.stack([hit[:, 0].sum(), hit.sum(), labels.new_tensor(len(labels))])
+            if "ema" in logits and "fused" in logits:
+                largest = torch.maximum(largest, (logits["ema"] - logits["fused"]).abs().max())
     for name, model in models.items():
         model.train(modes[name])
     distributed.all_sum(counts)

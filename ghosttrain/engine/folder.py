@@ -151,11 +151,9 @@ def provenance() -> dict[str, Any]:
 
 
 def code_hash() -> str:
-    """Hash (8 hex digits) of the package's Python sources: which version of the code a run was made
-    by.
-    """
+    """Hash (8 hex digits) of the package's sources: which version of the code a run was made by."""
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
+    for path in sorted(p for p in _PACKAGE.rglob("*") if p.suffix in (".py", ".cpp")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -46,10 +46,13 @@ def head(
         f"student: {config.model.name}, {count_params(student) / 1e6:.3f} M parameters in training "
         "form"
     )
+    if config.model.weights:
+        said = (getattr(student, "weights_dialect", "timm"), getattr(student, "weights_note", ""))
+        lines.append(f"weights: {config.model.weights} ({'; '.join(filter(None, said))})")
     lines.append(f"teacher: {about_teacher}")
+    seen = "seen by batch norm" + (", of all ranks together" if config.train.sync_bn else "")
     lines.append(
-        f"batch: {config.train.global_batch} = {plan.micro_batch} (seen by batch norm) x "
-        f"{plan.accumulation} "
+        f"batch: {config.train.global_batch} = {plan.micro_batch} ({seen}) x {plan.accumulation} "
         f"accumulated x {ranks} {'process' if ranks == 1 else 'processes'}, on "
         f"{device_name(device)}"
     )

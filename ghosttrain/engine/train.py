@@ -37,6 +37,7 @@ from ghosttrain.engine.checkpoint import (
 )
 from ghosttrain.engine.evaluate import evaluate, held_out_batches
 from ghosttrain.engine.plan import make_plan
+from ghosttrain.models.collapse import synchronize
 from ghosttrain.models.reparam import fuse
 from ghosttrain.optim.build import build_optimizer
 from ghosttrain.optim.ema import Ema
@@ -85,6 +86,8 @@ def train(config: Config | None, notes: list[str]) -> None:
     student = build_student(config, len(classes)).to(device)
     if config.train.channels_last:
         student = student.to(memory_format=torch.channels_last)
+    if config.train.sync_bn:
+        student = synchronize(student)
     teacher, about_teacher = ready_teacher(config, train_set, device)
     optimizer = build_optimizer(config.optim, student)
     ema = Ema(student, config.ema.decay, config.ema.warmup)

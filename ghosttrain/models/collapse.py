@@ -24,6 +24,7 @@ branches of one tap per channel (a depthwise 1x1 convolution, or the identity), 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,20 +33,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.models import moments
+from ghosttrain.models.layers import convolve
 from ghosttrain.models.moments import full_precision
 
 if TYPE_CHECKING:
     from ghosttrain.models.reparam import RepConv2d
 
-Kept = tuple[Tensor, ...]
-
-
-class Geometry(NamedTuple):
-    """How a convolution moves over the map."""
-
-    stride: int = 1
-    padding: int = 0
-    groups: int = 1
+Kept = Sequence[Tensor]
 
 
 # --- what RepConv2d calls -------------------------------------------------------------------------
@@ -68,7 +62,7 @@ def choose(rep: RepConv2d, x: Tensor) -> str:
         return "branches"
     if not any(from_batch):
         return "folded"
-    conv, N = rep.branches[0].conv, len(rep.branches)
+    conv, N = rep.convs()[0].conv, rep.num_branches
     if len(x) * x.shape[2] * x.shape[3] <= conv.stride[0] ** 2:
         return "branches"  # perhaps a single value: the batch norm refuses it
     if rep.engine != "auto":
@@ -87,11 +81,11 @@ def forward_together(rep: RepConv2d, x: Tensor, engine: str) -> Tensor:
 
     x (B, Ci, H, W) -> (B, Co, H', W'). `engine` is "stacked" or "collapsed".
     """
-    norms, conv = rep.norms(), rep.branches[0].conv
+    norms, conv = rep.norms(), rep.convs()[0].conv
     form = form_of(conv) if engine == "collapsed" else Stacked
     weight, taps = _kernels(rep, form)
     gamma, beta = (torch.stack([getattr(bn, name) for bn in norms]) for name in ("weight", "bias"))
-    geometry = Geometry(conv.stride[0], conv.padding[0], conv.groups)
+    geometry = conv.stride[0], int(conv.padding[0]), conv.groups
     synced = isinstance(norms[0], SyncBatchNorm2d)
     y, *statistics = _SumOfBranches.apply(
         x, weight, taps, gamma, beta, form, geometry, norms[0].eps, synced
@@ -105,7 +99,7 @@ def forward_folded(rep: RepConv2d, x: Tensor) -> Tensor:
 
     x (B, Ci, H, W) -> (B, Co, H', W'). Gradients flow to x and to every parameter.
     """
-    norms, conv = rep.norms(), rep.branches[0].conv
+    norms, conv = rep.norms(), rep.convs()[0].conv
     weight, _ = _kernels(rep, Stacked)
     gamma, beta, mean, var = (
         torch.stack([getattr(bn, name) for bn in norms]).double()
@@ -114,7 +108,7 @@ def forward_folded(rep: RepConv2d, x: Tensor) -> Tensor:
     gain = gamma * (var + norms[0].eps).rsqrt()
     kernel = (gain[..., None, None, None] * weight).sum(0).to(weight.dtype)
     bias = (beta - gain * mean).sum(0).to(weight.dtype)
-    return convolve(x, kernel, bias, Geometry(conv.stride[0], conv.padding[0], conv.groups))
+    return convolve(x, kernel, bias, conv.stride[0], int(conv.padding[0]), conv.groups)
 
 
 def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
@@ -131,15 +125,19 @@ def update_running(norms: list[Any], mean: Tensor, var: Tensor, count: Tensor) -
     tracked = [i for i, bn in enumerate(norms) if bn.training and bn.running_mean is not None]
     if repeated or not tracked:
         return
+    tracking = [norms[i] for i in tracked]
     with torch.no_grad():
-        torch._foreach_add_([norms[i].num_batches_tracked for i in tracked], 1)
-        means = mean.to(norms[0].running_mean.dtype).unbind()
-        variances = (var * (count / (count - 1))).to(norms[0].running_var.dtype).unbind()
-        for i in tracked:
-            bn = norms[i]
-            share = bn.momentum if bn.momentum is not None else 1 / bn.num_batches_tracked
-            bn.running_mean.lerp_(means[i], share)
-            bn.running_var.lerp_(variances[i], share)
+        torch._foreach_add_([bn.num_batches_tracked for bn in tracking], 1)
+        new = torch.stack([mean, var * (count / (count - 1))], 1).to(tracking[0].running_mean.dtype)
+        running = [b for bn in tracking for b in (bn.running_mean, bn.running_var)]
+        values = [v for i in tracked for v in new[i].unbind()]
+        momenta = {bn.momentum for bn in tracking}
+        if len(momenta) == 1 and None not in momenta:
+            torch._foreach_lerp_(running, values, momenta.pop())
+            return
+        for k, bn in enumerate(tracking):  # None: the mean over all batches so far
+            share = 1 / bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
+            torch._foreach_lerp_(running[2 * k : 2 * k + 2], values[2 * k : 2 * k + 2], share)
 
 
 def _kernels(rep: RepConv2d, form: type[Form]) -> tuple[Tensor, Tensor]:
@@ -148,18 +146,17 @@ def _kernels(rep: RepConv2d, form: type[Form]) -> tuple[Tensor, Tensor]:
     A tap is a branch of the form's kind that needs no kernel; where the form knows none, the 1x1
     branch and the identity become kernels too.
     """
-    kernels, taps = [branch.conv.weight for branch in rep.branches], []
-    like = kernels[0]
+    kernels = [branch.conv.weight for branch in rep.convs()]
+    like, taps = kernels[0], []
     if rep.scale is not None:
-        half = like.shape[-1] // 2
-        scale = rep.scale.conv.weight
+        half, scale = like.shape[-1] // 2, kernels.pop()
         if form is Depthwise:
             taps.append(scale.flatten())
         else:
             kernels.append(F.pad(scale, (half, half, half, half)))
     if rep.identity is not None:
         if form is Stacked:
-            kernels.append(identity_kernel(rep.branches[0].conv))
+            kernels.append(identity_kernel(rep.convs()[0].conv))
         else:
             taps.append(like.new_ones(len(like)))
     return torch.stack(kernels), torch.stack(taps) if taps else like.new_empty(0, len(like))
@@ -174,25 +171,13 @@ def identity_kernel(conv: nn.Conv2d) -> Tensor:
     return kernel
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Return the convolution of x; on a CPU, a 1x1 one on an NHWC map as a matrix product.
-
-    That is faster than PyTorch's CPU convolution where maps are small, as these are. CUDA keeps
-    cuDNN's convolution: its TF32 setting is not the one of matrix products.
-    """
-    nhwc = x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
-    if nhwc and weight.shape[2:] == (1, 1) and geometry == Geometry():
-        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, 1, geometry.groups)
-
-
 # --- the step that all forms share ----------------------------------------------------------------
 
 
 class _SumOfBranches(torch.autograd.Function):
-    """x, kernels, taps, gamma (N + M, Co), beta -> y, and what the running statistics need.
+    """x, kernels, taps, gamma (N + M, Co), beta -> y, and mean, biased variance and P of all ranks.
 
-    Mean, variance and everything per channel is float64; maps keep their dtype.
+    Everything per branch and channel is float64; maps and kernels keep their dtype.
     """
 
     @staticmethod
@@ -204,44 +189,49 @@ class _SumOfBranches(torch.autograd.Function):
         gamma: Tensor,
         beta: Tensor,
         form: type[Form],
-        geometry: Geometry,
+        geometry: tuple[int, int, int],
         eps: float,
         synced: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        layer = Layer(weight, taps, *geometry)
         with full_precision(x):
-            own_mean, var, count, kept = form.statistics(_map(x), weight, taps, geometry)
+            own_mean, var, kept = form.statistics(_map(x), layer)
+            own_count = count = _positions(x, layer)
             mean = own_mean
             if synced:
                 mean, var, count = _over_ranks(mean, var, count)
-            var = var.clamp(min=0)
-            rstd = (var + eps).rsqrt()
+            rstd = (var.clamp_(min=0) + eps).rsqrt_()
             gain = gamma * rstd
             bias = (beta - gain * mean).sum(0)
-        y = form.output(x, weight, taps, gain, own_mean, bias, kept, geometry)
-        ctx.save_for_backward(x, weight, taps, gain, rstd, own_mean - mean, count, *kept)
+        y = form.output(x, layer, gain, bias, own_mean, kept)  # under autocast, if that is on
+        ctx.save_for_backward(x, weight, taps, gain, rstd, own_mean - mean, count, own_count, *kept)
         ctx.form, ctx.geometry, ctx.synced = form, geometry, synced
         ctx.mark_non_differentiable(mean, var, count)
         return y, mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, taps, gain, rstd, offset, count, *kept = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, taps, gain, rstd, offset, count, own_count, *kept = ctx.saved_tensors
+        layer = Layer(weight, taps, *ctx.geometry)
         with full_precision(x):
             x_map, dy = _map(x), _map(dy)
-            s0, s1, more = ctx.form.sums(x_map, dy, weight, taps, kept, ctx.geometry)
-            s1 = s1 + offset * s0
+            s0, s1, more = ctx.form.sums(x_map, dy, layer, kept)
             all0, all1 = s0, s1
             if ctx.synced:
+                s1 = s1 + offset * s0
                 flat = _all_sum(torch.cat([s0[None], s1]))
                 all0, all1 = flat[0], flat[1:]
-            c = -gain * rstd * rstd * all1 / count
-            e = c * offset - gain * all0 / count
+            c = all1 * rstd * rstd * gain / -count
+            e = gain * (all0 / -count)
+            total = torch.zeros_like(e)
+            if ctx.synced:
+                e = e + c * offset
+                total = gain * s0 + own_count * e
             dx, dweight, dtaps = ctx.form.gradients(
-                x_map, dy, weight, taps, gain, c, e, s0, more, kept, ctx.geometry
+                x_map, dy, layer, Coefficients(gain, c, e, total, own_count), more, kept
             )
-            dgamma, dbeta = (rstd * s1).to(weight.dtype), s0.expand_as(s1).to(weight.dtype)
-        grads = dweight.to(weight.dtype), dtaps.to(weight.dtype)
-        return dx.to(x.dtype), *grads, dgamma, dbeta, None, None, None, None
+            dgamma, dbeta = (rstd * s1).to(weight.dtype), s0.to(weight.dtype).repeat(len(s1), 1)
+        return dx.to(x.dtype), dweight, dtaps, dgamma, dbeta, None, None, None, None
 
 
 def _map(x: Tensor) -> Tensor:
@@ -255,13 +245,21 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _empty_map(
-    x: Tensor, channels: int, geometry: Geometry, dtype: torch.dtype | None = None
-) -> Tensor:
+def _sides(x: Tensor, layer: Layer) -> tuple[int, int]:
+    """Height and width of the output."""
+    return -(-x.shape[2] // layer.stride), -(-x.shape[3] // layer.stride)
+
+
+def _positions(x: Tensor, layer: Layer) -> Tensor:
+    """P as a float64 tensor."""
+    H, W = _sides(x, layer)
+    return torch.full((), len(x) * H * W, dtype=torch.double, device=x.device)
+
+
+def _empty_map(x: Tensor, channels: int, layer: Layer, dtype: torch.dtype | None = None) -> Tensor:
     """Return an output map to be filled: no view, so that what follows may work in place."""
-    H, W = (-(-side // geometry.stride) for side in x.shape[2:])
     return torch.empty(
-        (len(x), channels, H, W),
+        (len(x), channels, *_sides(x, layer)),
         dtype=dtype or x.dtype,
         device=x.device,
         memory_format=torch.channels_last,
@@ -299,65 +297,66 @@ def _all_sum(x: Tensor) -> Tensor:
 # --- forms ----------------------------------------------------------------------------------------
 
 
-class Form:
-    """One way to get what `_SumOfBranches` needs, z never being kept, or kept once.
+class Layer(NamedTuple):
+    """Kernels (N, Co, Ci / groups, k, k), taps (M, Co), and how they move over the map."""
 
-    zc_n is z_n less its mean over this process's positions; P counts those.
+    weight: Tensor
+    taps: Tensor
+    stride: int
+    padding: int
+    groups: int
+
+
+class Coefficients(NamedTuple):
+    """dz_n = a_n dy + c_n zc_n + e_n, (N + M, Co) each; `total` is the sum of dz_n, over P."""
+
+    a: Tensor
+    c: Tensor
+    e: Tensor
+    total: Tensor
+    P: Tensor
+
+
+class Form:
+    """One way to get what `_SumOfBranches` needs; x and dy are channels-last maps.
+
+    zc_n is z_n less its mean over this process's positions.
     """
 
     @staticmethod
-    def statistics(
-        x: Tensor, weight: Tensor, taps: Tensor, geometry: Geometry
-    ) -> tuple[Tensor, Tensor, Tensor, Kept]:
-        """Return mean and biased variance of every z_n (N + M, Co), P, and what to keep."""
+    def statistics(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Kept]:
+        """Return mean and biased variance of every z_n, (N + M, Co), and what to keep."""
         raise NotImplementedError
 
     @staticmethod
     def output(
-        x: Tensor,
-        weight: Tensor,
-        taps: Tensor,
-        gain: Tensor,
-        mean: Tensor,
-        bias: Tensor,
-        kept: Kept,
-        geometry: Geometry,
+        x: Tensor, layer: Layer, gain: Tensor, bias: Tensor, mean: Tensor, kept: Kept
     ) -> Tensor:
-        """Return sum_n gain_n z_n + bias, in the dtype that autocast gives a convolution."""
+        """Return sum_n gain_n z_n + bias: one convolution, in the dtype that autocast gives one."""
+        weight, taps = layer.weight, layer.taps
+        gain = gain.to(weight.dtype)
         kernel = (gain[: len(weight), :, None, None, None] * weight).sum(0)
         if len(taps):
             middle = kernel[:, :, kernel.shape[2] // 2, kernel.shape[3] // 2]
             tap = (gain[len(weight) :] * taps).sum(0)
-            (middle.diagonal() if geometry.groups == 1 else middle[:, 0]).add_(tap)
+            (middle.diagonal() if layer.groups == 1 else middle[:, 0]).add_(tap)
         x, kernel, bias = (t.to(_output_dtype(x)) for t in (x, kernel, bias))
         if kernel.shape[2:] != (1, 1) or not x.is_contiguous(memory_format=torch.channels_last):
-            return F.conv2d(x, kernel, bias, geometry.stride, geometry.padding, 1, geometry.groups)
-        y = _empty_map(x, len(kernel), geometry)
+            return F.conv2d(x, kernel, bias, layer.stride, layer.padding, 1, layer.groups)
+        y = _empty_map(x, len(kernel), layer)
         torch.addmm(bias, _rows(x), kernel.flatten(1).t(), out=_rows(y))
         return y
 
     @staticmethod
-    def sums(
-        x: Tensor, dy: Tensor, weight: Tensor, taps: Tensor, kept: Kept, geometry: Geometry
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(x: Tensor, dy: Tensor, layer: Layer, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
         """Return sum dy (Co,), sum dy zc_n (N + M, Co), and what `gradients` can use again."""
         raise NotImplementedError
 
     @staticmethod
     def gradients(
-        x: Tensor,
-        dy: Tensor,
-        weight: Tensor,
-        taps: Tensor,
-        a: Tensor,
-        c: Tensor,
-        e: Tensor,
-        s0: Tensor,
-        more: Tensor,
-        kept: Kept,
-        geometry: Geometry,
+        x: Tensor, dy: Tensor, layer: Layer, coef: Coefficients, more: Tensor, kept: Kept
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of x, weight and taps from dz_n = a_n dy + c_n zc_n + e_n."""
+        """Return the gradients of x, weight and taps."""
         raise NotImplementedError
 
 
@@ -365,181 +364,187 @@ class Pointwise(Form):
     """1x1 convolutions, stride 1: moments of x decide everything (collapsed)."""
 
     @staticmethod
-    def statistics(x, weight, taps, geometry):  # type: ignore[no-untyped-def]
+    def statistics(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Kept]:
         """With R = mean of xc outer xc: var z_n = W_n R W_n^T."""
-        rows, w = _rows(x), weight.flatten(2).double()
-        shift = rows.mean(0)
-        R = moments.second_moment(rows, shift) / len(rows)
+        rows, w, taps = _rows(x), layer.weight.flatten(2).double(), layer.taps
+        shift = rows[::8].mean(0)
+        first, second = (total / len(rows) for total in moments.second_moment(rows, shift))
+        R, centre = second - first.outer(first), shift + first
         WR = w @ R
-        mean, var = w @ shift.double(), (WR * w).sum(-1)
+        mean, var = w @ centre, (WR * w).sum(-1)
         if len(taps):
-            mean = torch.cat([mean, taps * shift.double()])
+            mean = torch.cat([mean, taps * centre])
             var = torch.cat([var, taps**2 * R.diagonal()])
-        return mean, var, _count(rows, len(rows)), (shift, WR.to(x.dtype), R.diagonal().clone())
+        return mean, var, (shift, first, WR.to(x.dtype), R.diagonal().clone())
 
     @staticmethod
-    def sums(x, dy, weight, taps, kept, geometry):  # type: ignore[no-untyped-def]
+    def sums(x: Tensor, dy: Tensor, layer: Layer, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
         """From the moment of dy and xc."""
-        g = _rows(dy)
-        cross = moments.cross_moment(g, _rows(x), kept[0])
-        s1 = (cross * weight.flatten(2)).sum(-1)
+        (shift, rest, *_), g, taps = kept, _rows(dy), layer.taps
+        s0 = g.sum(0).double()
+        cross = moments.cross_moment(g, _rows(x), shift) - s0.outer(rest)
+        cross = cross.to(x.dtype)
+        s1 = (cross * layer.weight.flatten(2)).sum(-1, dtype=torch.double)
         if len(taps):
-            s1 = torch.cat([s1, taps * cross.diagonal()])
-        return g.sum(0).double(), s1, cross
+            s1 = torch.cat([s1, taps.double() * cross.diagonal()])
+        return s0, s1, cross
 
     @staticmethod
-    def gradients(x, dy, weight, taps, a, c, e, s0, more, kept, geometry):  # type: ignore[no-untyped-def]
+    def gradients(
+        x: Tensor, dy: Tensor, layer: Layer, coef: Coefficients, more: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Dx is two matrix products, of dy with the summed kernel and of x with a (Ci, Ci) one."""
-        (shift, WR, spread), cross, N = kept, more, len(weight)
-        w, dtype, P = weight.flatten(2), x.dtype, x.numel() // x.shape[1]
+        (shift, rest, WR, spread), cross, taps = kept, more, layer.taps
+        w, N, centre = layer.weight.flatten(2), len(layer.weight), (shift + rest).to(x.dtype)
+        a, c, e, total, P = (t.to(x.dtype) for t in coef)
         K = (a[:N, :, None] * w).sum(0)
-        M = (c[:N, :, None].to(dtype) * w).flatten(0, 1).t() @ w.flatten(0, 1)
-        constant = (e[:N, :, None] * w).sum((0, 1)) - shift.double() @ M.double()
-        total = a * s0 + P * e
-        dtaps = taps
+        M = (c[:N, :, None] * w).flatten(0, 1).t() @ w.flatten(0, 1)
+        constant, dtaps = e[:N].flatten() @ w.flatten(0, 1), taps
         if len(taps):
             K.diagonal().add_((a[N:] * taps).sum(0))
-            own = (c[N:] * taps**2).sum(0)
-            M.diagonal().add_(own.to(dtype))
-            constant += (e[N:] * taps).sum(0) - shift * own
-            dtaps = a[N:] * cross.diagonal() + c[N:] * taps * (P * spread) + total[N:] * shift
-        dx = torch.addmm(constant.to(dtype), _rows(dy), K.to(dtype)).addmm_(_rows(x), M)
-        dw = a[:N, :, None] * cross + P * c[:N, :, None] * WR + total[:N, :, None] * shift
-        return _as_map(dx, x), dw.view_as(weight), dtaps
+            M.diagonal().add_((c[N:] * taps**2).sum(0))
+            constant += (e[N:] * taps).sum(0)
+            dtaps = a[N:] * cross.diagonal() + P * c[N:] * taps * spread + total[N:] * centre
+        dx = torch.addmm(constant - centre @ M, _rows(dy), K).addmm_(_rows(x), M)
+        dw = torch.addcmul(total[:N, :, None] * centre, P * c[:N, :, None], WR)
+        dw.addcmul_(a[:N, :, None], cross)
+        return _as_map(dx, x), dw.view_as(layer.weight), dtaps.to(x.dtype)
 
 
 class Depthwise(Form):
-    """Depthwise k x k convolutions, any stride: passes over x that keep no z (collapsed)."""
+    """Depthwise k x k convolutions, any stride: passes over x that keep no z (collapsed).
+
+    They see x less `shift`; `local` holds the means of the z_n of that map.
+    """
 
     @staticmethod
-    def statistics(x, weight, taps, geometry):  # type: ignore[no-untyped-def]
-        """In one pass, on x less a mean of every 8th row; see `moments`."""
-        shift, w = x[:, :, ::8].mean((0, 2, 3)), _taps_last(weight)
-        sums = moments.depthwise_stats(x, w, shift, geometry.stride)
-        H, W = (-(-side // geometry.stride) for side in x.shape[2:])
-        count = _count(x, len(x) * H * W)
-        mean, square = sums / count
-        var = square - mean**2
-        means = torch.cat([mean[:-1] + shift * w.double().sum((1, 2)), taps * (mean[-1] + shift)])
-        return means, torch.cat([var[:-1], taps**2 * var[-1]]), count, (shift, mean, square[-1])
+    def statistics(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Kept]:
+        """In one pass over x."""
+        w, taps = _taps_last(layer.weight), layer.taps.double()
+        shift = x[:, :, ::8].mean((0, 2, 3))
+        mean, square = moments.depthwise_stats(x, w, shift, layer.stride) / _positions(x, layer)
+        var = square - mean * mean
+        local = torch.cat([mean[:-1], taps * mean[-1]])
+        var = torch.cat([var[:-1], taps * taps * var[-1]])
+        weight_sums = torch.cat([w.sum((1, 2), dtype=torch.double), taps])
+        own = torch.stack([mean[-1], square[-1]])
+        return local + weight_sums * shift, var, (shift, local, own)
 
     @staticmethod
-    def sums(x, dy, weight, taps, kept, geometry):  # type: ignore[no-untyped-def]
+    def sums(x: Tensor, dy: Tensor, layer: Layer, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
         """From the correlation of dy with every tap."""
-        shift, mean, _ = kept
-        k = weight.shape[-1]
-        sums = moments.depthwise_reduce(x, dy, shift, k, geometry.stride)
+        (shift, local, _), k = kept, layer.weight.shape[-1]
+        sums = moments.depthwise_reduce(x, dy, shift, k, layer.stride)
         cross, s0 = sums[:-1], sums[-1]
-        s1 = (cross * _taps_last(weight).flatten(1, 2)).sum(1) - mean[:-1] * s0
-        return s0, torch.cat([s1, taps * (cross[k * k // 2] - mean[-1] * s0)]), cross
+        s1 = (cross * layer.weight[:, :, 0].flatten(2).transpose(1, 2)).sum(1)
+        s1 = torch.cat([s1, layer.taps * cross[k * k // 2]])
+        return s0, s1 - local * s0, cross
 
     @staticmethod
-    def gradients(x, dy, weight, taps, a, c, e, s0, more, kept, geometry):  # type: ignore[no-untyped-def]
-        """In one pass; branches of one tap are summed beforehand."""
-        (shift, mean, square), N, k = kept, len(weight), weight.shape[-1]
-        P = dy.numel() // dy.shape[1]
-        total = a * s0 + P * e
-        scale = torch.cat([torch.ones_like(mean[:-1]), taps])  # e for z of the shifted map:
-        e = e - c * scale * torch.cat([mean[:-1], mean[-1:].expand(len(taps), -1)])
-        coef = torch.stack([t[:N] for t in (a, c, e)]).to(x.dtype)
-        one = torch.stack([(t[N:] * taps).sum(0) for t in (a, c * scale, e)]).to(x.dtype)
-        dx, dw = moments.depthwise_grads(
-            x, dy, _taps_last(weight), shift, coef, one, geometry.stride
-        )
-        dw = (dw + (total[:N] * shift)[:, None, None]).permute(0, 3, 1, 2)
-        dtaps = a[N:] * more[k * k // 2] + P * (c[N:] * taps * square + e[N:] * mean[-1])
-        return dx, dw[:, :, None], dtaps + total[N:] * shift
+    def gradients(
+        x: Tensor, dy: Tensor, layer: Layer, coef: Coefficients, more: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """In one pass over x and dy; branches of one tap are summed beforehand."""
+        (shift, local, own), (a, c, e, total, P) = kept, coef
+        taps, N, k = layer.taps, len(layer.weight), layer.weight.shape[-1]
+        three = torch.stack([a, c, e - c * local])
+        one = (three[:, N:] * torch.stack([taps, taps * taps, taps])).sum(1).to(x.dtype)
+        branches = three[:, :N].to(x.dtype)
+        w = _taps_last(layer.weight)
+        dx, dw = moments.depthwise_grads(x, dy, w, shift, branches, one, layer.stride)
+        dw = (dw + (total[:N] * shift)[:, None, None]).permute(0, 3, 1, 2)[:, :, None]
+        dtaps = a[N:] * more[k * k // 2] + P * (c[N:] * taps * own[1] + three[2, N:] * own[0])
+        return dx, dw.to(x.dtype), (dtaps + total[N:] * shift).to(x.dtype)
 
 
 class Stacked(Form):
     """Any convolution: the maps of all branches by one convolution, kept less their means."""
 
     @staticmethod
-    def statistics(x, weight, taps, geometry):  # type: ignore[no-untyped-def]
+    def statistics(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Kept]:
         """On the maps themselves."""
-        z = _branch_axis(
-            _rows(_channels_last(convolve(x, _filters(weight, geometry), None, geometry))),
-            weight,
-            geometry,
-        )
+        y = convolve(x, _filters(layer), None, layer.stride, layer.padding, layer.groups)
+        rows = _rows(y.contiguous(memory_format=torch.channels_last))
+        N, Co = layer.weight.shape[:2]
+        z = rows.view(-1, N, Co) if layer.groups == 1 else rows.view(-1, Co, N).transpose(1, 2)
         mean = z.mean(0)
         z.sub_(mean)
-        return mean.double(), z.square().mean(0).double(), _count(z, len(z)), (z,)
+        return mean.double(), z.square().mean(0).double(), (z,)
 
     @staticmethod
-    def output(x, weight, taps, gain, mean, bias, kept, geometry):  # type: ignore[no-untyped-def]
-        """The maps again, weighted."""
+    def output(
+        x: Tensor, layer: Layer, gain: Tensor, bias: Tensor, mean: Tensor, kept: Kept
+    ) -> Tensor:
+        """Return the maps again, weighted."""
         (z,) = kept
-        y = _empty_map(x, gain.shape[1], geometry, z.dtype)
+        y = _empty_map(x, gain.shape[1], layer, z.dtype)
         rows = _rows(y).copy_((bias + (gain * mean).sum(0)).to(z.dtype))
         for n, g in enumerate(gain.to(z.dtype)):
             rows.addcmul_(z[:, n], g)
         return y.to(_output_dtype(x))
 
     @staticmethod
-    def sums(x, dy, weight, taps, kept, geometry):  # type: ignore[no-untyped-def]
+    def sums(x: Tensor, dy: Tensor, layer: Layer, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
         """On the maps."""
         g = _rows(dy)
         s1 = torch.stack([(g * z).sum(0) for z in kept[0].unbind(1)])
         return g.sum(0).double(), s1.double(), g
 
     @staticmethod
-    def gradients(x, dy, weight, taps, a, c, e, s0, more, kept, geometry):  # type: ignore[no-untyped-def]
+    def gradients(
+        x: Tensor, dy: Tensor, layer: Layer, coef: Coefficients, more: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """By PyTorch's convolution backward, from all dz at once."""
-        (z,), g = kept, _rows(dy)
+        (z,), g, filters = kept, more, _filters(layer)
         dz = torch.empty_like(z)
-        for n, (an, cn, en) in enumerate(zip(*(t.to(z.dtype) for t in (a, c, e)), strict=True)):
-            dz[:, n] = torch.addcmul(en, z[:, n], cn).addcmul_(g, an)
-        filters = _filters(weight, geometry)
-        if geometry == Geometry() and weight.shape[-1] == 1:
-            flat = dz.flatten(1)
-            dx, dw = _as_map(flat @ filters.flatten(1), x), (flat.t() @ _rows(x)).view_as(filters)
+        for n, (a, c, e) in enumerate(zip(*(t.to(z.dtype) for t in coef[:3]), strict=True)):
+            dz[:, n] = torch.addcmul(e, z[:, n], c).addcmul_(g, a)
+        flat = (dz if layer.groups == 1 else dz.transpose(1, 2)).flatten(1)
+        if layer.weight.shape[3:] == (1, 1) and (layer.stride, layer.groups) == (1, 1):
+            dx = _as_map(flat @ filters.flatten(1), x)
+            dw = (flat.t() @ _rows(x)).view_as(filters)
         else:
+            sides = [layer.stride] * 2, [layer.padding] * 2, [1, 1]
             dx, dw, _ = torch.ops.aten.convolution_backward(
-                _as_map(_channel_axis(dz, geometry), dy),
-                x,
-                filters,
-                None,
-                [geometry.stride] * 2,
-                [geometry.padding] * 2,
-                [1, 1],
-                False,
-                [0, 0],
-                geometry.groups,
+                _as_map(flat, dy), x, filters, None, *sides, False, [0, 0], layer.groups,
                 [True, True, False],
-            )
-        if geometry.groups > 1:
-            return dx, dw.unflatten(0, (-1, len(weight))).transpose(0, 1), taps
-        return dx, dw.view_as(weight), taps
+            )  # fmt: skip
+        if layer.groups > 1:
+            dw = dw.unflatten(0, (-1, len(layer.weight))).transpose(0, 1)
+        return dx, dw.reshape(layer.weight.shape), layer.taps
 
 
 class Normalize(Form):
     """A batch norm alone: one tap of 1 and no kernel."""
 
     @staticmethod
-    def statistics(x, weight, taps, geometry):  # type: ignore[no-untyped-def]
+    def statistics(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Kept]:
         """Of x itself."""
-        rows = _rows(x)
-        var, mean = torch.var_mean(rows, 0, correction=0)
-        return mean.double()[None], var.double()[None], _count(rows, len(rows)), (mean,)
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return mean.double()[None], var.double()[None], (mean,)
 
     @staticmethod
-    def output(x, weight, taps, gain, mean, bias, kept, geometry):  # type: ignore[no-untyped-def]
-        """Scaled and shifted."""
-        y = _map(x) * gain.to(weight.dtype)[0, :, None, None] + bias.to(weight.dtype)[:, None, None]
-        return y.to(x.dtype)
+    def output(
+        x: Tensor, layer: Layer, gain: Tensor, bias: Tensor, mean: Tensor, kept: Kept
+    ) -> Tensor:
+        """Scale and shift."""
+        gain, bias = (t.to(layer.taps.dtype).view(-1, 1, 1) for t in (gain, bias))
+        return (_map(x) * gain + bias).to(x.dtype)
 
     @staticmethod
-    def sums(x, dy, weight, taps, kept, geometry):  # type: ignore[no-untyped-def]
+    def sums(x: Tensor, dy: Tensor, layer: Layer, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
         """Of dy and of dy times xc."""
         g = _rows(dy)
         return g.sum(0).double(), (g * (_rows(x) - kept[0])).sum(0).double()[None], g
 
     @staticmethod
-    def gradients(x, dy, weight, taps, a, c, e, s0, more, kept, geometry):  # type: ignore[no-untyped-def]
+    def gradients(
+        x: Tensor, dy: Tensor, layer: Layer, coef: Coefficients, more: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Elementwise."""
-        a, c, e = (t[0].to(x.dtype) for t in (a, c, e))
-        return _as_map(a * _rows(dy) + c * (_rows(x) - kept[0]) + e, x), weight, taps
+        a, c, e = (t[0].to(x.dtype) for t in coef[:3])
+        dx = torch.addcmul(e, _rows(x) - kept[0], c).addcmul_(more, a)
+        return _as_map(dx, x), layer.weight, layer.taps
 
 
 def form_of(conv: nn.Conv2d) -> type[Form]:
@@ -551,35 +556,15 @@ def form_of(conv: nn.Conv2d) -> type[Form]:
     return Depthwise if depthwise and square and conv.kernel_size[0] in (3, 5) else Stacked
 
 
-def _count(like: Tensor, positions: int) -> Tensor:
-    return torch.full((), positions, dtype=torch.double, device=like.device)
-
-
 def _taps_last(weight: Tensor) -> Tensor:
     """(N, C, 1, k, k) -> (N, k, k, C), contiguous."""
     return weight[:, :, 0].permute(0, 2, 3, 1).contiguous()
 
 
-def _filters(weight: Tensor, geometry: Geometry) -> Tensor:
+def _filters(layer: Layer) -> Tensor:
     """(N, Co, Ci / groups, k, k) -> (N Co, Ci / groups, k, k), channels of a group together."""
-    return (weight if geometry.groups == 1 else weight.transpose(0, 1)).flatten(0, 1)
-
-
-def _branch_axis(rows: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """(P, N Co) -> (P, N, Co): a view."""
-    N, Co = weight.shape[:2]
-    if geometry.groups == 1:
-        return rows.view(-1, N, Co)
-    return rows.view(-1, Co, N).transpose(1, 2)
-
-
-def _channel_axis(z: Tensor, geometry: Geometry) -> Tensor:
-    """(P, N, Co) -> (P, N Co), channels of a group together."""
-    return (z if geometry.groups == 1 else z.transpose(1, 2)).flatten(1)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    weight = layer.weight
+    return (weight if layer.groups == 1 else weight.transpose(0, 1)).flatten(0, 1)
 
 
 # --- statistics over all processes ----------------------------------------------------------------
@@ -605,7 +590,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             self.weight[None],
             self.bias[None],
             Normalize,
-            Geometry(),
+            (1, 0, 1),
             self.eps,
             True,
         )

@@ -150,14 +150,7 @@ class GhostBottleneck(nn.Module):
 
 
 class GhostNet(Student):
-    """GhostNetV3 of a given width: images (B, in_chans, H, W) -> logits (B, K).
-
-    Its last attention pools the map of 1/32 (rounded up) by 2 (rounded down): the smallest image
-    has a map of 2x2 there, and up to 3x3 a single position is left.
-    """
-
-    min_size = 33
-    one_value_size = 96
+    """GhostNetV3 of a given width: images (B, in_chans, H, W) -> logits (B, K)."""
 
     def __init__(
         self,
@@ -169,9 +162,7 @@ class GhostNet(Student):
         dropout: float,
         input_stride: str,
     ) -> None:
-        super().__init__()
-        self.name, self.num_classes, self.in_chans = name, num_classes, in_chans
-        self.dropout = dropout
+        super().__init__(name, num_classes, in_chans, dropout, input_stride)
         self.num_features = make_divisible(LAST_CHANNELS * width)
 
         channels = make_divisible(STEM_CHANNELS * width)
@@ -201,7 +192,10 @@ class GhostNet(Student):
         self.classifier = nn.Linear(HEAD_CHANNELS, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to (B, num_features, H / 32, W / 32), rounded up."""
+        """Map images (B, in_chans, H, W) to (B, num_features, H / 32, W / 32), rounded up.
+
+        With `input_stride="small"` the map is 1/16 of the image.
+        """
         x = F.relu(self.stem(x), inplace=True)
         return F.relu(self.last(self.stages(x)), inplace=True)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.sizes import SIDES, family
 
 
 def make_divisible(value: float, divisor: int = 4) -> int:
@@ -48,19 +49,28 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H', W')."""
-        return self.bn(_convolve(self.conv, x))
+        conv = self.conv
+        padding = int(conv.padding[0]), int(conv.padding[1])
+        return self.bn(convolve(x, conv.weight, None, conv.stride[0], padding, conv.groups))
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return conv(x); on a CPU, a pointwise one on an NHWC map as the matrix product that it is.
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int | tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return the convolution of x; on a CPU, a 1x1 one on an NHWC map as a matrix product.
 
     That is faster than PyTorch's CPU convolution where maps are small, as these are. CUDA keeps
     cuDNN's convolution: its TF32 setting is not the one of matrix products.
     """
-    pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
+    pointwise = weight.shape[2:] == (1, 1) and (stride, groups) == (1, 1)
     if pointwise and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last):
-        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
-    return conv(x)
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, stride, padding, 1, groups)
 
 
 class SqueezeExcite(nn.Module):
@@ -84,18 +94,24 @@ class SqueezeExcite(nn.Module):
 class Student(nn.Module):
     """Frame of every student: what is known about it, and the check of its input.
 
-    A subclass sets the attributes and defines `forward_features` and `forward_head`.
+    A subclass sets `num_features` and defines `forward_features` and `forward_head`. The least
+    sizes of images come from `ghosttrain/config/sizes.py`.
     """
 
-    name: str
-    num_classes: int
-    in_chans: int
     num_features: int
     """Channels of the last map, the output of `forward_features`."""
-    min_size: int
-    """Least side of an image in pixels."""
-    one_value_size: int
-    """Largest side at which some batch norm sees a single position per image."""
+    weights_dialect: str | None = None
+    """Dialect of the file of weights that was loaded (`weights.py`); None: random weights."""
+    weights_note: str = ""
+    """What that file did not hold, and how it starts instead."""
+
+    def __init__(
+        self, name: str, num_classes: int, in_chans: int, dropout: float, input_stride: str
+    ) -> None:
+        super().__init__()
+        self.name, self.num_classes, self.in_chans = name, num_classes, in_chans
+        self.dropout = dropout
+        self.min_size, self.one_value_size = SIDES[family(name)][input_stride]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""
@@ -124,8 +140,8 @@ class Student(nn.Module):
                 f"{H}x{W}: set data.train_size and data.eval_size to {self.min_size} or more."
             )
         if self.training and B == 1 and max(H, W) <= self.one_value_size:
-            # Not so in the fused form, with frozen statistics, or shared ones (SyncBatchNorm).
-            if any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.modules()):
+            # Not so in the fused form, with frozen statistics, or those of all ranks together.
+            if any(type(m) is nn.BatchNorm2d and m.training for m in self.modules()):
                 raise UserError(
                     f"{self.name} cannot train on a batch of 1 at {H}x{W}: a batch norm would see "
                     "a single value. Use a batch of 2 or more (train.micro_batch) or images larger "

@@ -19,20 +19,43 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn import grad
 
 from ghosttrain import native
 
 BLOCK = 16384
 """Rows summed in float32 before float64 takes over."""
 
-op = functools.partial(torch.library.custom_op, mutates_args=())
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_node(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function one node for torch.compile; `fake` returns empty results of its shapes.
+
+    Called directly it stays a plain function: going through the dispatcher takes 0.1 ms, a
+    tenth of what a small layer takes (measured here).
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        name = f"ghosttrain::one_node_{function.__name__}"
+        node = torch.library.custom_op(name, function, mutates_args=())
+        node.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return (node if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 @contextmanager
@@ -52,18 +75,32 @@ def full_precision(x: Tensor) -> Iterator[None]:
 # --- 1x1 convolutions -----------------------------------------------------------------------------
 
 
-@op("ghosttrain::second_moment")
-def second_moment(x: Tensor, shift: Tensor) -> Tensor:
-    """Return the sum over rows of (x - shift) outer (x - shift): (P, C), (C,) -> (C, C) float64."""
-    total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.double)
+def _like_second_moment(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    C = x.shape[1]
+    return x.new_empty(C, dtype=torch.double), x.new_empty(C, C, dtype=torch.double)
+
+
+@one_node(_like_second_moment)
+def second_moment(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums over rows of x - shift, and of its outer product with itself.
+
+    x (P, C), shift (C,) -> (C,) and (C, C), both float64.
+    """
+    first = x.new_zeros(x.shape[1], dtype=torch.double)
+    second = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.double)
     with full_precision(x):
         for block in x.split(BLOCK):
             centred = block - shift
-            total += centred.t() @ centred
-    return total
+            first += centred.sum(0)
+            second += centred.t() @ centred
+    return first, second
 
 
-@op("ghosttrain::cross_moment")
+def _like_cross_moment(g: Tensor, x: Tensor, shift: Tensor) -> Tensor:
+    return x.new_empty(g.shape[1], x.shape[1], dtype=torch.double)
+
+
+@one_node(_like_cross_moment)
 def cross_moment(g: Tensor, x: Tensor, shift: Tensor) -> Tensor:
     """Return the sum over rows of g outer (x - shift): (P, D), (P, C), (C,) -> (D, C) float64."""
     total = x.new_zeros(g.shape[1], x.shape[1], dtype=torch.double)
@@ -76,7 +113,11 @@ def cross_moment(g: Tensor, x: Tensor, shift: Tensor) -> Tensor:
 # --- depthwise convolutions -----------------------------------------------------------------------
 
 
-@op("ghosttrain::dw_stats")
+def _like_depthwise_stats(x: Tensor, w: Tensor, shift: Tensor, stride: int) -> Tensor:
+    return w.new_empty(2, w.shape[0] + 1, x.shape[1], dtype=torch.double)
+
+
+@one_node(_like_depthwise_stats)
 def depthwise_stats(x: Tensor, w: Tensor, shift: Tensor, stride: int) -> Tensor:
     """Return the sums over positions of every branch's output and of its square, float64.
 
@@ -95,7 +136,11 @@ def depthwise_stats(x: Tensor, w: Tensor, shift: Tensor, stride: int) -> Tensor:
     return torch.stack(sums, 1)
 
 
-@op("ghosttrain::dw_reduce")
+def _like_depthwise_reduce(x: Tensor, dy: Tensor, shift: Tensor, k: int, stride: int) -> Tensor:
+    return x.new_empty(k * k + 1, x.shape[1], dtype=torch.double)
+
+
+@one_node(_like_depthwise_reduce)
 def depthwise_reduce(x: Tensor, dy: Tensor, shift: Tensor, k: int, stride: int) -> Tensor:
     """Return the sums over positions of dy times what each tap sees, and of dy: (T, C) float64.
 
@@ -107,7 +152,13 @@ def depthwise_reduce(x: Tensor, dy: Tensor, shift: Tensor, k: int, stride: int) 
     return torch.cat([taps, dy.sum((0, 2, 3), dtype=torch.double)[None]])
 
 
-@op("ghosttrain::dw_grads")
+def _like_depthwise_grads(
+    x: Tensor, dy: Tensor, w: Tensor, shift: Tensor, coef: Tensor, one: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=_format(x)), torch.empty_like(w, dtype=torch.double)
+
+
+@one_node(_like_depthwise_grads)
 def depthwise_grads(
     x: Tensor, dy: Tensor, w: Tensor, shift: Tensor, coef: Tensor, one: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
@@ -127,7 +178,7 @@ def depthwise_grads(
     for n, kernel in enumerate(w):
         dz = coef[0, n] * dy + coef[1, n] * _convolve(padded, kernel, stride) + coef[2, n]
         filters = kernel.permute(2, 0, 1)[:, None]
-        dx += torch.nn.grad.conv2d_input(padded.shape, filters, dz, stride, groups=len(filters))
+        dx += grad.conv2d_input(padded.shape, filters, dz, stride, groups=len(filters))
         dw.append(_tap_sums(padded, dz, k, stride))
     edge = k // 2
     return dx[:, :, edge:-edge, edge:-edge].clone(memory_format=_format(x)), torch.stack(dw)
@@ -151,40 +202,13 @@ def _convolve(padded: Tensor, kernel: Tensor, stride: int) -> Tensor:
 def _tap_sums(padded: Tensor, dz: Tensor, k: int, stride: int) -> Tensor:
     """Return the sums over positions of dz times what each tap sees: (k, k, C) float64."""
     shape = (dz.shape[1], 1, k, k)
-    sums = torch.nn.grad.conv2d_weight(padded, shape, dz, stride, groups=shape[0])
+    sums = grad.conv2d_weight(padded, shape, dz, stride, groups=shape[0])
     return sums[:, 0].permute(1, 2, 0).double()
 
 
 def _format(x: Tensor) -> torch.memory_format:
     last = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
-
-
-@second_moment.register_fake
-def _(x: Tensor, shift: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], x.shape[1], dtype=torch.double)
-
-
-@cross_moment.register_fake
-def _(g: Tensor, x: Tensor, shift: Tensor) -> Tensor:
-    return x.new_empty(g.shape[1], x.shape[1], dtype=torch.double)
-
-
-@depthwise_stats.register_fake
-def _(x: Tensor, w: Tensor, shift: Tensor, stride: int) -> Tensor:
-    return w.new_empty(2, w.shape[0] + 1, x.shape[1], dtype=torch.double)
-
-
-@depthwise_reduce.register_fake
-def _(x: Tensor, dy: Tensor, shift: Tensor, k: int, stride: int) -> Tensor:
-    return x.new_empty(k * k + 1, x.shape[1], dtype=torch.double)
-
-
-@depthwise_grads.register_fake
-def _(
-    x: Tensor, dy: Tensor, w: Tensor, shift: Tensor, coef: Tensor, one: Tensor, stride: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=_format(x)), torch.empty_like(w, dtype=torch.double)
 
 
 # --- which form -----------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ghosttrain.models.reparam import engine
+
 
 def count_params(model: nn.Module) -> int:
     """Return the number of parameters, trainable or frozen; running statistics are none."""
@@ -16,14 +18,15 @@ def count_macs(model: nn.Module, size: int, in_chans: int = 3) -> int:
     """Return the MACs of one image (1, in_chans, size, size) in eval mode.
 
     Counts convolutions and matrix products (`torch.utils.flop_counter`, two FLOPs per MAC); batch
-    norms, activations and additions are free, as in the "FLOPs" of the papers. The mode of every
-    module is restored.
+    norms, activations and additions are free, as in the "FLOPs" of the papers. A training form is
+    counted branch by branch. The mode of every module is restored.
     """
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     x = torch.zeros(1, in_chans, size, size, device=parameter.device, dtype=parameter.dtype)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        branches = engine(model, "branches")  # in evaluation the others fold first
+        with torch.no_grad(), branches, FlopCounterMode(display=False) as counter:
             model.eval()(x)
     finally:
         for module, training in modes.items():

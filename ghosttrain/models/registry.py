@@ -2,8 +2,8 @@
 
 Importing this module imports no torch, so that a misspelt name is reported at once. A new student
 is one line in `STUDENTS` and one YAML in `conf/model/`; a new family is a module whose class takes
-(name, <its own arguments>, num_classes, in_chans, reparam, dropout,
-input_stride).
+(name, <its own arguments>, num_classes, in_chans, reparam, dropout, input_stride), and a line in
+`ghosttrain/config/sizes.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.schema import Reparam
+from ghosttrain.config.sizes import SIDES, family
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +30,22 @@ class Entry(NamedTuple):
     kwargs: dict[str, Any]
 
 
+# ghostnetv2_* and ghostnetv3_* name one network: plain with reparam=none, branches with full.
 STUDENTS: dict[str, Entry] = {
+    "ghostnetv2_100": Entry("ghostnet", "GhostNet", {"width": 1.0}),
+    "ghostnetv2_130": Entry("ghostnet", "GhostNet", {"width": 1.3}),
+    "ghostnetv2_160": Entry("ghostnet", "GhostNet", {"width": 1.6}),
     "ghostnetv3_050": Entry("ghostnet", "GhostNet", {"width": 0.5}),
     "ghostnetv3_100": Entry("ghostnet", "GhostNet", {"width": 1.0}),
     "ghostnetv3_130": Entry("ghostnet", "GhostNet", {"width": 1.3}),
     "ghostnetv3_160": Entry("ghostnet", "GhostNet", {"width": 1.6}),
+    "mobilenetv2_050": Entry("mobilenetv2", "MobileNetV2", {"width": 0.5}),
+    "mobilenetv2_100": Entry("mobilenetv2", "MobileNetV2", {"width": 1.0}),
+    "mobilenetv2_140": Entry("mobilenetv2", "MobileNetV2", {"width": 1.4}),
+    "shufflenetv2_050": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (48, 96, 192, 1024)}),
+    "shufflenetv2_100": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (116, 232, 464, 1024)}),
+    "shufflenetv2_150": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (176, 352, 704, 1024)}),
+    "shufflenetv2_200": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (244, 488, 976, 2048)}),
 }
 REPARAM = {
     "full": Reparam(branches=3, scale=True, identity=True),
@@ -54,12 +66,13 @@ def create_model(
     """Build a student in training mode: images (B, in_chans, H, W) -> logits (B, num_classes).
 
     - `reparam`: "full" (3 branches, scale, identity), "none" (the plain published network), or
-      settings with `branches`, `scale`, `identity`.
+      settings of `config.schema.Reparam`.
     - `dropout`: probability before the classifier.
-    - `weights`: file of a state dict in any dialect of `weights.py`.
+    - `weights`: file of a state dict in any dialect of `weights.py`; the model's `weights_dialect`
+      says which it was, its `weights_note` what it lacked: branches, which then start with gain 0.
     - `fused`: build the inference form, convolutions with bias and no batch norm. It takes fused
       weights as they are, and folds weights of the training form (of the given `reparam`).
-    - `input_stride`: "small" keeps the map in the stem, for images of 32x32 or so; else "standard".
+    - `input_stride`: "standard", or "small": the stem keeps the map, for images of 32x32 or so.
 
     Raises UserError for an unknown name or setting and for weights that do not fit.
     """
@@ -67,11 +80,16 @@ def create_model(
     settings = as_reparam(reparam)
     if name not in STUDENTS:
         raise UserError(f"Model {name!r} is no student.{did_you_mean(name, STUDENTS)}")
+    strides = SIDES[family(name)]
+    if input_stride not in strides:
+        hint = did_you_mean(input_stride, strides)
+        raise UserError(f"input_stride={input_stride!r} is unknown.{hint}")
+    from ghosttrain.models.layouts import detect
     from ghosttrain.models.reparam import fuse
-    from ghosttrain.models.weights import detect, load_state, read_state
+    from ghosttrain.models.weights import load_state, read_state
 
     state = None if weights is None else read_state(weights)
-    holds_branches = state is not None and detect(state) != "fused"
+    holds_branches = state is not None and detect(state).dialect != "fused"
     if fused and not holds_branches:
         settings = REPARAM["none"]  # every setting folds to the same shapes; the least to build
     module, cls, kwargs = STUDENTS[name]
@@ -86,11 +104,11 @@ def create_model(
         input_stride=input_stride,
     )
     if state is not None and holds_branches:
-        load_state(model, state, str(weights))
+        model.weights_dialect, model.weights_note = load_state(model, state, str(weights))
     if fused:
         model = fuse(model.eval()).train()
     if state is not None and not holds_branches:
-        load_state(model, state, str(weights))
+        model.weights_dialect, model.weights_note = load_state(model, state, str(weights))
     return model
 
 

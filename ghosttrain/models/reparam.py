@@ -53,7 +53,7 @@ class RepConv2d(nn.Module):
 
         has_scale = reparam.scale and kernel_size > 1
         has_identity = reparam.identity and in_channels == out_channels and stride == 1
-        self.num_branches, self.engine = reparam.branches, reparam.engine
+        self.num_branches, self.engine = reparam.branches, str(reparam.engine)
         self.branches = nn.ModuleList(branch(kernel_size) for _ in range(reparam.branches))
         self.scale = branch(1) if has_scale else None
         self.identity = nn.BatchNorm2d(in_channels) if has_identity else None
@@ -67,10 +67,15 @@ class RepConv2d(nn.Module):
             return collapse.forward_folded(self, x)
         return collapse.forward_together(self, x, engine)
 
+    def convs(self) -> list[ConvBN]:
+        """Return the branches that convolve: the k x k ones, then the scale."""
+        branches = cast("list[ConvBN]", list(self.branches))
+        return branches if self.scale is None else [*branches, self.scale]
+
     def norms(self) -> list[nn.BatchNorm2d]:
-        """Return the batch norms: of the branches, of the scale, and the identity."""
-        convs = cast("list[ConvBN]", [*self.branches, *([self.scale] if self.scale else [])])
-        return [conv.bn for conv in convs] + ([self.identity] if self.identity else [])
+        """Return the batch norm of every branch: k x k, scale, identity."""
+        norms = [conv.bn for conv in self.convs()]
+        return norms if self.identity is None else [*norms, self.identity]
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """Evaluate one branch after another: the definition that any faster forward must equal."""

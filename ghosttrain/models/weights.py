@@ -1,85 +1,65 @@
-"""State-dict dialects: read a file of weights, tell who wrote it, translate names, load what fits.
+"""Weights of students: read a file of any dialect, load what fits, write what others can load.
 
-Dialects: `ghosttrain` (training form, any number of branches), `fused` (the output of `fuse`) and
-`timm` (its `ghostnetv3_*` and, for the plain form, `ghostnetv2_*`). Owns names and shapes, no
-algebra.
+Dialects, named in `layouts.py`: `ghosttrain` (training form, any branches), `fused` (the output of
+`fuse`), `timm` (`ghostnetv3_*`, `ghostnetv2_*`, `mobilenetv2_*`), `official` (GhostNetV3) and
+`torchvision` (`shufflenet_v2_*`, `mobilenet_v2`). Owns no folding algebra.
+
+A file without some of a model's branches, for instance a plain pretrained network, loads too: the
+branches it lacks start with gain 0 (batch norms with weight and bias 0). They add exactly nothing,
+in training and in evaluation, until the optimizer moves their gain, whose gradient is not 0;
+their kernels keep their random, hence different, initialisation. The trick is that of
+https://arxiv.org/abs/1706.02677, section 5.1.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Reparam
 from ghosttrain.models.layers import Student
+from ghosttrain.models.layouts import FULL, LAYOUTS, PLAIN, Dialect, Layout, detect
 
-Dialect = Literal["ghosttrain", "fused", "timm", "unknown"]
 State = dict[str, Tensor]
 
 # Where trainers keep the weights, best first: EMA weights are the ones that are meant to be used.
+# The official GhostNetV3 release holds `state_dict` and `state_dict_ema`.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What DistributedDataParallel and torch.compile put in front of every name.
 PREFIXES = ("module.", "_orig_mod.")
+# Counters that are no weights: of torch.optim.swa_utils.AveragedModel, and of the profiler thop,
+# which are in the official GhostNetV2 releases (Efficient-AI-Backbones, issue 175).
+COUNTERS = ("n_averaged", "total_ops", "total_params")
 
-# Module paths here and in timm. S stage, B block, G ghost1 or ghost2, N branch: any one segment.
-_SHARED = {
-    "stem.conv": "conv_stem",
-    "stem.bn": "bn1",
-    "stages.S.B.ghost1.attention.0.conv": "blocks.S.B.ghost1.short_conv.0",
-    "stages.S.B.ghost1.attention.0.bn": "blocks.S.B.ghost1.short_conv.1",
-    "stages.S.B.ghost1.attention.1.conv": "blocks.S.B.ghost1.short_conv.2",
-    "stages.S.B.ghost1.attention.1.bn": "blocks.S.B.ghost1.short_conv.3",
-    "stages.S.B.ghost1.attention.2.conv": "blocks.S.B.ghost1.short_conv.4",
-    "stages.S.B.ghost1.attention.2.bn": "blocks.S.B.ghost1.short_conv.5",
-    "stages.S.B.se.reduce": "blocks.S.B.se.conv_reduce",
-    "stages.S.B.se.expand": "blocks.S.B.se.conv_expand",
-    "stages.S.B.shortcut.0.conv": "blocks.S.B.shortcut.0",
-    "stages.S.B.shortcut.0.bn": "blocks.S.B.shortcut.1",
-    "stages.S.B.shortcut.1.conv": "blocks.S.B.shortcut.2",
-    "stages.S.B.shortcut.1.bn": "blocks.S.B.shortcut.3",
-    "last.conv": "blocks.9.0.conv",
-    "last.bn": "blocks.9.0.bn1",
-    "head": "conv_head",
-    "classifier": "classifier",
-}
-_BRANCHED = {
-    "stages.S.B.G.primary.branches.N.conv": "blocks.S.B.G.primary_rpr_conv.N.conv",
-    "stages.S.B.G.primary.branches.N.bn": "blocks.S.B.G.primary_rpr_conv.N.bn1",
-    "stages.S.B.G.cheap.branches.N.conv": "blocks.S.B.G.cheap_rpr_conv.N.conv",
-    "stages.S.B.G.cheap.branches.N.bn": "blocks.S.B.G.cheap_rpr_conv.N.bn1",
-    "stages.S.B.G.cheap.scale.conv": "blocks.S.B.G.cheap_rpr_scale.conv",
-    "stages.S.B.G.cheap.scale.bn": "blocks.S.B.G.cheap_rpr_scale.bn1",
-    "stages.S.B.G.cheap.identity": "blocks.S.B.G.cheap_rpr_skip",
-    "stages.S.B.depthwise.branches.N.conv": "blocks.S.B.dw_rpr_conv.N.conv",
-    "stages.S.B.depthwise.branches.N.bn": "blocks.S.B.dw_rpr_conv.N.bn1",
-    "stages.S.B.depthwise.scale.conv": "blocks.S.B.dw_rpr_scale.conv",
-    "stages.S.B.depthwise.scale.bn": "blocks.S.B.dw_rpr_scale.bn1",
-}
-_PLAIN = {
-    "stages.S.B.G.primary.branches.0.conv": "blocks.S.B.G.primary_conv.0",
-    "stages.S.B.G.primary.branches.0.bn": "blocks.S.B.G.primary_conv.1",
-    "stages.S.B.G.cheap.branches.0.conv": "blocks.S.B.G.cheap_operation.0",
-    "stages.S.B.G.cheap.branches.0.bn": "blocks.S.B.G.cheap_operation.1",
-    "stages.S.B.depthwise.branches.0.conv": "blocks.S.B.conv_dw",
-    "stages.S.B.depthwise.branches.0.bn": "blocks.S.B.bn_dw",
-}
+EPS = 1e-5  # of every batch norm of the networks in LAYOUTS
+# An entry of a re-parameterized layer: layer, branch, entry of the branch.
+_BRANCH = re.compile(r"(.+)\.(branches\.\d+|scale|identity)\.(.+)")
 # Layers on pooled maps: a matrix here, a 1x1 convolution in timm.
 _MATRIX = re.compile(r"(head|.*\.se\.(reduce|expand))\.weight")
+
+
+class Loaded(NamedTuple):
+    """What `load_state` found in a file."""
+
+    dialect: Dialect
+    note: str
+    """What a reader should know about it; empty if the file holds the whole model."""
 
 
 def read_state(path: str | Path) -> State:
     """Return the tensors of a `.safetensors` or torch file, on the CPU, by bare parameter name.
 
     Torch files are read with `weights_only=True` (`argparse.Namespace`, in which trainers store
-    their settings beside the weights, is allowed). `WRAPPERS` are opened, `PREFIXES` removed.
-    Raises UserError where there is no such file, or no weights in it.
+    their settings beside the weights, is allowed). `WRAPPERS` are opened, `PREFIXES` and `COUNTERS`
+    removed. Raises UserError where there is no such file, or no weights in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,8 +75,11 @@ def read_state(path: str | Path) -> State:
         ) from None
     while wrapper := next((w for w in WRAPPERS if isinstance(content.get(w), Mapping)), None):
         content = content[wrapper]
-    state: State = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    state.pop("n_averaged", None)  # the update counter of torch.optim.swa_utils.AveragedModel
+    state: State = {
+        key: value
+        for key, value in content.items()
+        if isinstance(value, Tensor) and key.rpartition(".")[2] not in COUNTERS
+    }
     if not state:
         raise UserError(
             f"Weights {str(path)!r} hold no state dict: there is no tensor in the file."
@@ -114,82 +97,109 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, Mapping) else {}
 
 
-def detect(state: Mapping[str, Tensor]) -> Dialect:
-    """Return the dialect in which the names of a student's state dict are written."""
-    if "conv_stem.weight" in state:
-        return "timm"
-    if "stem.conv.weight" in state:
-        return "ghosttrain"
-    if "stem.bias" in state:
-        return "fused"
-    return "unknown"
+def load_state(model: Student, state: Mapping[str, Tensor], origin: str) -> Loaded:
+    """Load a state dict of any dialect into a student of the same family.
 
-
-def from_timm(state: Mapping[str, Tensor]) -> State:
-    """Translate a state dict of timm's `ghostnetv3_*` or `ghostnetv2_*` to ours.
-
-    Names that neither has stay as they are, so that `fit_state` reports them.
+    Branches of the model that the file lacks start with gain 0, so that the function is the file's.
+    Raises UserError, naming `origin` (a file), for another family, for fused weights in a model
+    with batch norms, and for what does not fit, key by key, as `fit_state` does.
     """
-    tables = (_SHARED, _BRANCHED, _PLAIN)
-    renamed = _rename(state, [(timm, ours) for table in tables for ours, timm in table.items()])
-    return {k: v.flatten(1) if _MATRIX.fullmatch(k) else v for k, v in renamed.items()}
-
-
-def to_timm(state: Mapping[str, Tensor]) -> State:
-    """Translate our training form to a state dict of timm.
-
-    3 branches with scale and identity become `ghostnetv3_*`, the plain form `ghostnetv2_*`. Raises
-    UserError for any other form: timm has no network for it.
-    """
-    form = _form(state)
-    if form not in ((3, True, True), (1, False, False)):
+    own = model.state_dict()
+    here, there = detect(own), detect(state)
+    if there.dialect != "unknown" and there.family != here.family:
         raise UserError(
-            "timm has GhostNetV3 with reparam.branches=3 reparam.scale=true reparam.identity=true, "
-            f"and the plain network; these weights have {_spell(form)}."
+            f"{origin} holds a {there.dialect} {there.family}, the model is {model.name}: choose a "
+            f"model of the family {there.family}, or other weights."
         )
-    shaped = {k: v[:, :, None, None] if _MATRIX.fullmatch(k) else v for k, v in state.items()}
-    table = _BRANCHED if form == (3, True, True) else _PLAIN
-    return _rename(shaped, [*_SHARED.items(), *table.items()])
-
-
-def load_state(model: Student, state: Mapping[str, Tensor], origin: str) -> Dialect:
-    """Load a state dict of any dialect into a student of the same form; return the dialect.
-
-    Raises UserError, naming `origin` (a file) and what does not fit, as `fit_state` does.
-    """
-    dialect = detect(state)
-    if dialect == "fused" and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+    if there.dialect == "fused" and here.dialect != "fused":
         raise UserError(
             f"{origin} holds fused weights, without batch norms: they fit the fused form only, "
             f"create_model({model.name!r}, fused=True, weights=...)."
         )
-    fit_state(model, from_timm(state) if dialect == "timm" else state, model.name, origin)
-    return dialect
+    state = translate(state, own)
+    silent = _silent_branches(own, state)
+    fit_state(model, state, model.name, origin, silent)
+    count = sum(key.endswith(".running_mean") for key in silent)
+    note = f"{count} branches that it lacks start with gain 0" if count else ""
+    return Loaded(there.dialect, note)
 
 
-def fit_state(model: nn.Module, state: Mapping[str, Tensor], name: str, origin: str) -> None:
+def translate(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> State:
+    """Return `state`, of any dialect, under the names of `own`, a student's state dict.
+
+    Entries without a counterpart keep their names. The weights of a plain layer become branch 0.
+    """
+    layout = detect(state)
+    ours = {}
+    for key in own:
+        names = (layout.rename(key), layout.rename(key.replace(".branches.0.", ".")))
+        ours.update({name: key for name in names if name in state})
+    renamed = {ours.get(name, name): value for name, value in state.items()}
+    # A layer on a pooled map may be a 1x1 convolution there.
+    matrices = {key for key in own if own[key].ndim == 2}
+    return {k: v.flatten(1) if k in matrices and v.ndim == 4 else v for k, v in renamed.items()}
+
+
+def _silent_branches(own: State, state: State) -> State:
+    """Return the entries of `own` in branches that `state` lacks wholly, with gain and bias 0.
+
+    A layer of which `state` does not even have branch 0 is missing, not plain.
+    """
+    held = {match.expand(r"\1.\2") for match in map(_BRANCH.fullmatch, state) if match}
+    silent = {}
+    for key, value in own.items():
+        match = _BRANCH.fullmatch(key)
+        if match and match.expand(r"\1.\2") not in held and f"{match[1]}.branches.0" in held:
+            is_gain_or_bias = match[3] in ("bn.weight", "bn.bias", "weight", "bias")
+            silent[key] = torch.zeros_like(value) if is_gain_or_bias else value
+    return silent
+
+
+def fit_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    name: str,
+    origin: str,
+    spare: Mapping[str, Tensor] = {},
+) -> None:
     """Load `state` into `model` if all names and shapes agree.
 
     Else raises UserError with the keys that differ; `name` (the model) and `origin` (a file) stand
-    in it. Counters of batch norms (`num_batches_tracked`) may be missing: not all trainers store
-    them, and only a batch norm without momentum reads them.
+    in it. What `state` lacks may come from `spare`. Counters of batch norms (`num_batches_tracked`)
+    may be missing: not all trainers store them, and only a batch norm without momentum reads them.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
-    reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if not missing and not unexpected and not reshaped:
-        model.load_state_dict(dict(state), strict=False)
+    counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
+    complete = {**counters, **spare, **state}
+    found = mismatch(own, complete)
+    if not any(found.values()):
+        model.load_state_dict(complete)
         return
+    missing, unexpected, reshaped = found.values()
     shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in reshaped]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    parts = [f"{len(keys)} {what} ({_first(keys)})" for what, keys in found.items() if keys]
+    parts = [
+        f"{len(keys)} {what} ({_first(keys)})"
+        for what, keys in zip(found, (missing, unexpected, shapes), strict=True)
+        if keys
+    ]
     hint = ""
     if not missing and not unexpected:
         hint = _hint_for_shapes(own, state, reshaped)
-    elif not reshaped and _form(own) != _form(state):
-        hint = f" The file has {_spell(_form(state))}."
+    elif not reshaped and (form := _form(state)) not in (None, _form(own)):
+        hint = f" The file has {_spell(form)}."
     raise UserError(f"{origin} does not fit {name}: {'; '.join(parts)}.{hint}")
+
+
+def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the keys in which `state` differs from `own`, a model's state dict, by what is wrong.
+
+    "missing", "unexpected" and "of another shape", in this order, each possibly empty.
+    """
+    return {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [k for k in own if k in state and own[k].shape != state[k].shape],
+    }
 
 
 def _hint_for_shapes(own: State, state: Mapping[str, Tensor], reshaped: list[str]) -> str:
@@ -200,7 +210,7 @@ def _hint_for_shapes(own: State, state: Mapping[str, Tensor], reshaped: list[str
             f" It has {given} classes, the model {wanted}: use data of {given} classes "
             f"(num_classes={given}) or other weights."
         )
-    if reshaped in (["stem.conv.weight"], ["stem.weight"]):
+    if all(key.startswith("stem.") for key in reshaped):
         given, wanted = (s[reshaped[0]].shape[1] for s in (state, own))
         return (
             f" It takes {given} channels, the model {wanted}: use data.in_chans={given} "
@@ -214,30 +224,105 @@ def _first(texts: list[str], limit: int = 6) -> str:
     return ", ".join(texts[:limit]) + more
 
 
-def _form(state: Mapping[str, Tensor]) -> tuple[int, bool, bool]:
-    """Branches, scale and identity of the re-parameterized convolutions in our training form."""
-    numbers = {int(n) for key in state for n in re.findall(r"\.branches\.(\d+)\.", key)}
-    has_scale, has_identity = (any(p in key for key in state) for p in (".scale.", ".identity."))
-    return max(numbers, default=-1) + 1, has_scale, has_identity
+def _form(state: Mapping[str, Tensor]) -> Reparam | None:
+    """Return the settings that give the branches of a training form; None if it is none."""
+    layers: dict[str, set[str]] = {}
+    sides: dict[str, int] = {}
+    for match in filter(None, map(_BRANCH.fullmatch, state)):
+        layers.setdefault(match[1], set()).add(match[2])
+        if match[3] == "conv.weight" and match[2] != "scale":
+            sides[match[1]] = state[match[0]].shape[-1]
+    if not layers:
+        return None
+    rich = {layer for layer, branches in layers.items() if len(branches) > 1}
+    if not rich:
+        return PLAIN
+    names = set[str]().union(*layers.values())
+    in_blocks = {sides.get(layer) for layer in rich - {"stem"}}
+    return Reparam(
+        branches=len(names - {"scale", "identity"}),
+        scale="scale" in names,
+        identity="identity" in names,
+        pointwise=1 in in_blocks,
+        depthwise=bool(in_blocks - {1}),
+        stem="stem" in rich,
+    )
 
 
-def _spell(form: tuple[int, bool, bool]) -> str:
-    names = ("branches", "scale", "identity")
-    return " ".join(f"reparam.{n}={str(v).lower()}" for n, v in zip(names, form, strict=True))
+def _spell(form: Reparam) -> str:
+    settings = form.model_dump(exclude={"engine"})
+    return " ".join(f"reparam.{name}={str(value).lower()}" for name, value in settings.items())
 
 
-def _rename(state: Mapping[str, Tensor], pairs: Iterable[tuple[str, str]]) -> State:
-    """Replace module paths by (old, new) patterns whose single capital letters match a segment."""
-    letter = re.compile(r"\b([A-Z])\b")
-    rules = [
-        (re.compile(letter.sub(r"(?P<\1>\\w+)", re.escape(old))), letter.sub(r"\\g<\1>", new))
-        for old, new in pairs
-    ]
+def export_state(model: Student, library: str) -> tuple[str, State]:
+    """Return the name of a student's network in `library`, timm or torchvision, and its weights.
 
-    def rename(key: str) -> str:
+    GhostNetV3 in the training form of reparam=full is timm's `ghostnetv3_*`. The fused form becomes
+    the plain network, whose batch norms then are identities plus the bias; the plain training form
+    (reparam=none) keeps its own. The state dict is on the CPU and loads strictly:
+    `timm.create_model(name, num_classes=K, in_chans=C, checkpoint_path=FILE)`, or
+    `load_state_dict` of `torchvision.models.get_model(name, num_classes=K)`.
+
+    Raises UserError where `library` has no such network.
+    """
+    own = model.state_dict()
+    layout, name = _counterpart(model, own, library)
+    if detect(own).dialect == "fused":
+        own = _with_identity_norms(own)
+    elif layout.form == PLAIN:
+        own = {key.replace(".branches.0.", "."): value for key, value in own.items()}
+    shaped = {k: v[:, :, None, None] if _MATRIX.fullmatch(k) else v for k, v in own.items()}
+    return name, {layout.rename(key): value.cpu().contiguous() for key, value in shaped.items()}
+
+
+def _counterpart(model: Student, own: State, library: str) -> tuple[Layout, str]:
+    """Return the layout and the name of a student's network in `library`; UserError if none."""
+    here, form, width = detect(own), _form(own) or PLAIN, model.name.rpartition("_")[2]
+    written = [layout for layout in LAYOUTS if layout.networks and layout.family == here.family]
+    layouts = [layout for layout in written if layout.dialect == library]
+    if not layouts:
+        known = " or ".join(sorted({layout.dialect for layout in written}))
+        raise UserError(f"{library!r} has no network for {model.name}: choose {known}.")
+    layout = next((la for la in layouts if la.form == form and width in la.networks), None)
+    if layout is None:
+        shown = "fused" if here.dialect == "fused" else _spell(form)
+        forms = {True: "with reparam=full", False: "fused or with reparam=none"}
+        offers = [f"{', '.join(la.networks.values())} {forms[la.form == FULL]}" for la in layouts]
+        raise UserError(
+            f"{library} has no network for {model.name} in this form ({shown}), only for "
+            f"{', and '.join(offers)}; ghosttrain.fuse(model) fuses."
+        )
+    name = layout.networks[width]
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    if stem.stride == (1, 1):
+        raise UserError(
+            f"This {model.name} has input_stride=small, but the stem of {library}'s {name} halves "
+            "the image: only input_stride=standard can be written."
+        )
+    if library == "torchvision" and model.in_chans != 3:
+        raise UserError(
+            f"This {model.name} takes images of {model.in_chans} channels, torchvision's {name} "
+            "of 3: only data.in_chans=3 (in_chans=3) can be written."
+        )
+    return layout, name
+
+
+def _with_identity_norms(fused: State) -> State:
+    """Return a fused state dict as that of the plain form: its biases are those of batch norms.
+
+    A batch norm with running mean 0, variance 1 and weight sqrt(1 + eps) adds its bias.
+    """
+    state = {}
+    for key, value in fused.items():
         path, _, leaf = key.rpartition(".")
-        matches = ((pattern.fullmatch(path), new) for pattern, new in rules)
-        renamed = next((match.expand(new) for match, new in matches if match), path)
-        return f"{renamed}.{leaf}"
-
-    return {rename(key): value for key, value in state.items()}
+        if fused[f"{path}.weight"].ndim == 2:  # an ordinary linear layer
+            state[key] = value
+        elif leaf == "weight":
+            state[f"{path}.conv.weight"] = value
+        else:
+            state[f"{path}.bn.weight"] = torch.full_like(value, (1 + EPS) ** 0.5)
+            state[f"{path}.bn.bias"] = value
+            state[f"{path}.bn.running_mean"] = torch.zeros_like(value)
+            state[f"{path}.bn.running_var"] = torch.ones_like(value)
+            state[f"{path}.bn.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
+    return state

@@ -20,6 +20,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -84,9 +85,12 @@ struct Plan {
 // Floats that begin at a cache line.
 class Buffer {
  public:
-  explicit Buffer(int64_t n, float value = 0.f)
-      : data_(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {
-    std::fill_n(data_, n, value);
+  explicit Buffer(int64_t n)  // not initialised
+      : data_(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {}
+  static Buffer zeros(int64_t n) {
+    Buffer out(n);
+    std::fill_n(out.data_, n, 0.f);
+    return out;
   }
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
@@ -97,14 +101,27 @@ class Buffer {
   float* data_;
 };
 
-// (rows, C) -> (rows, lanes): the chunk of channels from c0 on, repeated.
-Buffer repeat(const Plan& p, const float* values, int64_t rows, int64_t c0) {
-  Buffer out(rows * p.lanes);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t f = 0; f < p.lanes; f += p.chunk)
-      std::copy_n(values + r * p.C + c0, p.chunk, out.data() + r * p.lanes + f);
-  return out;
-}
+// Values (rows, C) as tasks read them: vector j of row r, for channels from c0 on, begins at
+// at(r, c0) + j. Repeated over the lanes unless a chunk is a whole number of vectors by itself.
+class Repeated {
+ public:
+  Repeated(const Plan& p, const float* values, int64_t rows)
+      : copy_(p.lanes == p.chunk ? 0 : rows * p.lanes), data_(values), pitch_(p.C) {
+    if (p.lanes == p.chunk) return;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t f = 0; f < p.lanes; f += p.C)
+        std::copy_n(values + r * p.C, p.C, copy_.data() + r * p.lanes + f);
+    data_ = copy_.data();
+    pitch_ = p.lanes;
+  }
+  const float* at(int64_t row, int64_t c0) const { return data_ + row * pitch_ + c0; }
+  int64_t pitch() const { return pitch_; }
+
+ private:
+  Buffer copy_;
+  const float* data_;
+  int64_t pitch_;
+};
 
 // (rows, lanes) -> (rows, C) at channels c0...: sum of the repetitions.
 void gather(const Plan& p, const Buffer& buffer, int64_t rows, int64_t c0, float* out) {
@@ -140,18 +157,18 @@ inline void copy_row(const Plan& p, const float* from, float* to, int64_t column
 // The rows of one image that a kernel position sees: shifted, padded, by phase; kept while needed.
 class Rows {
  public:
-  Rows(const Plan& p, const float* image, const Buffer& shift)
+  Rows(const Plan& p, const float* image, const float* shift)
       : p_(p), image_(image), shift_(shift), kept_(p.k + p.stride), memory_((kept_ + 1) * p.row()),
         held_(kept_, -1) {
     for (int64_t line = 0; line < (kept_ + 1) * p.stride; ++line)
       fill(p, memory_.data() + line * p.length, shift);
   }
   // Write 0 - shift to every place of a line.
-  static void fill(const Plan& p, float* line, const Buffer& shift) {
+  static void fill(const Plan& p, float* line, const float* shift) {
     for (int64_t i = p.margin; i < p.length; i += p.chunk)
-      for (int64_t c = 0; c < std::min(p.chunk, p.length - i); ++c) line[i + c] = -shift.data()[c];
+      for (int64_t c = 0; c < std::min(p.chunk, p.length - i); ++c) line[i + c] = -shift[c];
     for (int64_t i = p.margin - p.pad * p.chunk; i < p.margin; i += p.chunk)
-      std::copy_n(line + p.margin, p.chunk, line + i);
+      for (int64_t c = 0; c < p.chunk; ++c) line[i + c] = -shift[c];
   }
   // Set rows[t] to row i * stride + t - pad of the map, for t in 0 .. k - 1.
   void at(int64_t i, const float** rows) {
@@ -169,12 +186,12 @@ class Rows {
     const float* from = image_ + h * p_.W * p_.C;
     for (int64_t phase = 0; phase < p_.stride; ++phase)
       copy_row(p_, from + phase * p_.C, line + phase * p_.length + p_.margin,
-               (p_.W - phase + p_.stride - 1) / p_.stride, p_.stride, shift_.data());
+               (p_.W - phase + p_.stride - 1) / p_.stride, p_.stride, shift_);
     return line;
   }
   const Plan& p_;
   const float* image_;
-  const Buffer& shift_;
+  const float* shift_;
   const int64_t kept_;
   Buffer memory_;
   std::vector<int64_t> held_;
@@ -182,13 +199,14 @@ class Rows {
 
 // Call use(f, z) for every vector of block j of conv(rows, w); f is its place in the row.
 template <int K, class Use>
-inline void convolve(const Plan& p, const float** rows, const float* w, int64_t j, Use use) {
+inline void convolve(const Plan& p, const float** rows, const float* w, int64_t pitch, int64_t j,
+                     Use use) {
   Vec weight[K * K];
   const float* tap[K * K];
   const int64_t lanes = p.lanes, line = p.line();
 #pragma GCC unroll 25
   for (int t = 0; t < K * K; ++t) {
-    weight[t] = load(w + t * lanes + j);
+    weight[t] = load(w + t * pitch + j);
     tap[t] = rows[t / K] + p.tap(t % K);
   }
   for (int64_t f = j; f < line; f += lanes) {
@@ -240,7 +258,8 @@ inline Vec mask(const Plan& p, int64_t f) {
 // Block j of one row of dz = coef[0] dy + coef[1] z + coef[2], and of its correlation with the taps.
 template <int K>
 inline void backward(const Plan& p, const float** rows, const float* dy, const float* w,
-                     const float* coef, int64_t next, int64_t j, float* dz, float* sums) {
+                     int64_t pitch, const float* coef, int64_t next, int64_t j, float* dz,
+                     float* sums) {
   const float* tap[K * K];
   const int64_t lanes = p.lanes, line = p.line(), valid = p.valid();
   const Vec a = load(coef), s = load(coef + next), e = load(coef + 2 * next);
@@ -254,7 +273,7 @@ inline void backward(const Plan& p, const float** rows, const float* dy, const f
 #pragma GCC unroll 5
       for (int t = r * K; t < (r + 1) * K; ++t) {
         x[t] = load(tap[t] + f);
-        z[r] = t == r * K ? load(w + t * lanes) * x[t] : z[r] + load(w + t * lanes) * x[t];
+        z[r] = t == r * K ? load(w + t * pitch) * x[t] : z[r] + load(w + t * pitch) * x[t];
       }
     }
     Vec all = z[0];
@@ -270,6 +289,33 @@ inline void backward(const Plan& p, const float** rows, const float* dy, const f
   for (int t = 0; t < K * K; ++t) store(sums + t * lanes, load(sums + t * lanes) + acc[t]);
 }
 
+// sum += the taps of one branch, for block j of a row: T lines, each times its weight.
+template <int T>
+inline void add_lines(const Plan& p, const float** w, const float** from, int64_t j, float* sum) {
+  const int64_t lanes = p.lanes, line = p.line();
+  Vec weight[T];
+#pragma GCC unroll 25
+  for (int t = 0; t < T; ++t) weight[t] = load(w[t]);
+  for (int64_t f = j; f < line; f += lanes) {
+    Vec first = load(sum + f), second = {};  // two chains: an addition takes four cycles
+#pragma GCC unroll 25
+    for (int t = 0; t < T; ++t) (t % 2 ? second : first) += weight[t] * load(from[t] + f);
+    store(sum + f, first + second);
+  }
+}
+
+// With the number of taps that stride and border leave known to the compiler.
+inline void add_taps(const Plan& p, int taps, const float** w, const float** from, int64_t j,
+                     float* sum) {
+  switch (taps) {
+#define TAPS(T) case T: return add_lines<T>(p, w, from, j, sum);
+    TAPS(1) TAPS(2) TAPS(3) TAPS(4) TAPS(6) TAPS(9) TAPS(10) TAPS(15) TAPS(20) TAPS(25)
+#undef TAPS
+    default:
+      for (int t = 0; t < taps; ++t) add_lines<1>(p, w + t, from + t, j, sum);
+  }
+}
+
 // A task for each image and chunk of channels.
 template <class Task>
 void each(const Plan& p, Task task) {
@@ -279,7 +325,15 @@ void each(const Plan& p, Task task) {
 }
 
 // (B, rows, C) float32 -> (rows, C) float64, image after image.
-at::Tensor over_images(const at::Tensor& parts) { return parts.to(at::kDouble).sum(0); }
+at::Tensor over_images(const at::Tensor& parts) {
+  auto sums = at::zeros({parts.size(1), parts.size(2)}, parts.options().dtype(at::kDouble));
+  const int64_t n = sums.numel();
+  const float* from = parts.const_data_ptr<float>();
+  double* to = sums.data_ptr<double>();
+  for (int64_t b = 0; b < parts.size(0); ++b)
+    for (int64_t i = 0; i < n; ++i) to[i] += from[b * n + i];
+  return sums;
+}
 
 void check(const at::Tensor& x, const char* name) {
   TORCH_CHECK(x.is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4 &&
@@ -298,10 +352,10 @@ at::Tensor stats_k(const at::Tensor& x, const at::Tensor& w, const at::Tensor& s
   const float *X = x.const_data_ptr<float>(), *Wt = w.const_data_ptr<float>(),
               *S = shift.const_data_ptr<float>();
   float* out = parts.data_ptr<float>();
+  const Repeated weight(p, Wt, N * p.kk()), mean(p, S, 1);
   each(p, [&](int64_t b, int64_t c0) {
-    const auto weight = repeat(p, Wt, N * p.kk(), c0), mean = repeat(p, S, 1, c0);
-    Buffer sums(rows_out * p.lanes);
-    Rows map(p, X + b * p.H * p.W * p.C + c0, mean);
+    Buffer sums = Buffer::zeros(rows_out * p.lanes);
+    Rows map(p, X + b * p.H * p.W * p.C + c0, mean.at(0, c0));
     const float* rows[K];
     const int64_t end = p.full_groups() * p.lanes;
     for (int64_t i = 0; i < p.Ho; ++i) {
@@ -315,7 +369,7 @@ at::Tensor stats_k(const at::Tensor& x, const at::Tensor& w, const at::Tensor& s
             square += z * z;
           };
           if (n < N) {
-            convolve<K>(p, rows, weight.data() + n * K * K * p.lanes, j, use);
+            convolve<K>(p, rows, weight.at(n * K * K, c0), weight.pitch(), j, use);
           } else {
             const float* centre = rows[K / 2] + p.tap(K / 2);
             for (int64_t f = j; f < p.line(); f += p.lanes) use(f, load(centre + f));
@@ -341,11 +395,11 @@ at::Tensor reduce_k(const at::Tensor& x, const at::Tensor& dy, const at::Tensor&
   const float *X = x.const_data_ptr<float>(), *D = dy.const_data_ptr<float>(),
               *S = shift.const_data_ptr<float>();
   float* out = parts.data_ptr<float>();
+  const Repeated mean(p, S, 1);
+  const Buffer zero = Buffer::zeros(p.lanes);
   each(p, [&](int64_t b, int64_t c0) {
-    const auto mean = repeat(p, S, 1, c0);
-    const Buffer zero(p.lanes);
-    Buffer sums(rows_out * p.lanes), line(p.line());
-    Rows map(p, X + b * p.H * p.W * p.C + c0, mean);
+    Buffer sums = Buffer::zeros(rows_out * p.lanes), line = Buffer::zeros(p.line());
+    Rows map(p, X + b * p.H * p.W * p.C + c0, mean.at(0, c0));
     const float* rows[K];
     for (int64_t i = 0; i < p.Ho; ++i) {
       map.at(i, rows);
@@ -374,17 +428,20 @@ std::tuple<at::Tensor, at::Tensor> grads_k(const at::Tensor& x, const at::Tensor
               *Wt = w.const_data_ptr<float>(), *S = shift.const_data_ptr<float>(),
               *Cf = coef.const_data_ptr<float>(), *One = one.const_data_ptr<float>();
   float *DX = dx.data_ptr<float>(), *out = parts.data_ptr<float>();
+  const Repeated weight(p, Wt, rows_out), mean(p, S, 1), c(p, Cf, 3 * N), u(p, One, 3);
+  const Buffer zero = Buffer::zeros(p.lanes);
   each(p, [&](int64_t b, int64_t c0) {
-    const auto weight = repeat(p, Wt, rows_out, c0), mean = repeat(p, S, 1, c0),
-               c = repeat(p, Cf, 3 * N, c0), u = repeat(p, One, 3, c0);
-    const Buffer zero(p.lanes);
-    Buffer sums(rows_out * p.lanes), line(p.line());
+    Buffer sums = Buffer::zeros(rows_out * p.lanes), line = Buffer::zeros(p.line());
     // Rows of dz: K are kept, each with N + 1 lines (the last: branches of one tap), margins of 0.
     Buffer kept(K * (N + 1) * p.length), sum(p.line());
+    for (float* at = kept.data(); at < kept.data() + K * (N + 1) * p.length; at += p.length) {
+      std::fill_n(at, p.margin, 0.f);
+      std::fill_n(at + p.margin + p.line(), p.margin, 0.f);
+    }
     auto dz = [&](int64_t i, int64_t n) {
       return kept.data() + (i % K * (N + 1) + n) * p.length + p.margin;
     };
-    Rows map(p, X + b * p.H * p.W * p.C + c0, mean);
+    Rows map(p, X + b * p.H * p.W * p.C + c0, mean.at(0, c0));
     const float* rows[K];
     int64_t done = 0;  // rows of dx
     for (int64_t i = 0; i < p.Ho; ++i) {
@@ -393,11 +450,10 @@ std::tuple<at::Tensor, at::Tensor> grads_k(const at::Tensor& x, const at::Tensor
       const float* centre = rows[K / 2] + p.tap(K / 2);
       for (int64_t j = 0; j < p.lanes; j += LANES) {
         for (int64_t n = 0; n < N; ++n)
-          backward<K>(p, rows, line.data(), weight.data() + n * K * K * p.lanes + j,
-                      c.data() + n * p.lanes + j, N * p.lanes, j, dz(i, n),
+          backward<K>(p, rows, line.data(), weight.at(n * K * K, c0) + j, weight.pitch(),
+                      c.at(n, c0) + j, N * c.pitch(), j, dz(i, n),
                       sums.data() + n * K * K * p.lanes + j);
-        const Vec a = load(u.data() + j), s = load(u.data() + p.lanes + j),
-                  e = load(u.data() + 2 * p.lanes + j);
+        const Vec a = load(u.at(0, c0) + j), s = load(u.at(1, c0) + j), e = load(u.at(2, c0) + j);
         float* to = dz(i, N);
         for (int64_t f = j; f < p.line(); f += p.lanes)
           store(to + f, a * load(line.data() + f) + (s * load(centre + f) + e));
@@ -413,8 +469,7 @@ std::tuple<at::Tensor, at::Tensor> grads_k(const at::Tensor& x, const at::Tensor
             for (int64_t f = j; f < p.line(); f += p.lanes)
               store(sum.data() + f, single ? load(dz(done / stride, N) + f) : Vec{});
             for (int64_t n = 0; n < N; ++n) {
-              Vec weights[K * K];
-              const float* from[K * K];
+              const float *w[K * K], *from[K * K];
               int taps = 0;
               for (int64_t a = 0; a < K; ++a) {
                 const int64_t from_row = done + p.pad - a, o = from_row / stride;
@@ -422,31 +477,11 @@ std::tuple<at::Tensor, at::Tensor> grads_k(const at::Tensor& x, const at::Tensor
                 for (int64_t t = 0; t < K; ++t) {
                   const int64_t column = phase + p.pad - t;
                   if (column % stride) continue;
-                  weights[taps] = load(weight.data() + (n * K * K + a * K + t) * p.lanes + j);
+                  w[taps] = weight.at(n * K * K + a * K + t, c0) + j;
                   from[taps++] = dz(o, n) + column / stride * p.chunk;
                 }
               }
-              if (taps == K * K) {
-                for (int64_t f = j; f < p.line(); f += p.lanes) {
-                  Vec acc[K];
-#pragma GCC unroll 5
-                  for (int a = 0; a < K; ++a) {
-                    acc[a] = weights[a * K] * load(from[a * K] + f);
-#pragma GCC unroll 5
-                    for (int t = 1; t < K; ++t) acc[a] += weights[a * K + t] * load(from[a * K + t] + f);
-                  }
-                  Vec all = load(sum.data() + f);
-#pragma GCC unroll 5
-                  for (int a = 0; a < K; ++a) all += acc[a];
-                  store(sum.data() + f, all);
-                }
-              } else {
-                for (int64_t f = j; f < p.line(); f += p.lanes) {
-                  Vec all = load(sum.data() + f);
-                  for (int t = 0; t < taps; ++t) all += weights[t] * load(from[t] + f);
-                  store(sum.data() + f, all);
-                }
-              }
+              add_taps(p, taps, w, from, j, sum.data());
             }
           }
           float* to = DX + (b * p.H + done) * p.W * p.C + c0;

@@ -1,7 +1,8 @@
 """Exponential moving average of a model's weights.
 
-Owns the averaged copy and the number of its updates. When it is updated and evaluated is the
-training loop's.
+Owns the averaged copy and the number of its updates; float32 on a CPU is averaged by
+`native/optim.cpp`, all else by PyTorch's multi-tensor operators. When it is updated and evaluated
+is the training loop's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ghosttrain import native
 
 Slot = tuple[dict[str, Any], dict[str, Any], str]
 
@@ -45,19 +48,12 @@ class Ema:
             self._source, self._slots = model, _slots(self.model, model)
         weight = 1 - decay_at(self.updates, self.decay, self.warmup)
         self.updates += 1
-        averages, values, copies, sources = [], [], [], []
-        for average_store, store, name in self._slots:
-            average, value = average_store[name], store[name]
-            if weight < 1 and average.is_floating_point():
-                averages.append(average)
-                values.append(value)
-            else:
-                copies.append(average)
-                sources.append(value)
-        if averages:
-            torch._foreach_lerp_(averages, values, weight)
-        if copies:
-            torch._foreach_copy_(copies, sources)
+        averages = [store[name] for store, _, name in self._slots]
+        values = [store[name] for _, store, name in self._slots]
+        if weight == 1:  # a copy: what is broken in the average does not survive
+            torch._foreach_copy_(averages, values)
+        elif not _native_update(averages, values, weight):
+            _multi_tensor_update(averages, values, weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged weights and the number of updates."""
@@ -67,6 +63,24 @@ class Ema:
         """Continue from `state_dict()`; every key must match."""
         self.model.load_state_dict(state["model"])
         self.updates = state["updates"]
+
+
+def _native_update(averages: list[Tensor], values: list[Tensor], weight: float) -> bool:
+    """Average in C++; False where that cannot be, with nothing changed."""
+    ops = native.load() if averages and averages[0].is_cpu else None
+    return ops is not None and ops.ema_(averages, values, weight)
+
+
+def _multi_tensor_update(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
+    are_floats = [average.is_floating_point() for average in averages]
+
+    def those(tensors: list[Tensor], floats: bool) -> list[Tensor]:
+        return [t for t, is_float in zip(tensors, are_floats, strict=True) if is_float == floats]
+
+    if any(are_floats):
+        torch._foreach_lerp_(those(averages, True), those(values, True), weight)
+    if not all(are_floats):
+        torch._foreach_copy_(those(averages, False), those(values, False))
 
 
 def _slots(average: nn.Module, model: nn.Module) -> list[Slot]:

@@ -194,7 +194,7 @@ def test_batches_that_do_not_fit(ghosttrain, tiny):
 
 
 def test_a_failing_rank_ends_the_others_with_one_line(tiny, tmp_path):
-    args = [*tiny, "launch.nproc=2", "launch.device=cpu", "data.train_size=16"]
+    args = [*tiny, "launch.nproc=2", "launch.device=cpu", "train.global_batch=64"]  # of 48 images
     done = spawned(*args)
     assert done.returncode == 2
     assert sum(line.startswith("ghosttrain: error") for line in done.stderr.splitlines()) == 1, (
@@ -222,10 +222,10 @@ def test_a_sweep_under_torchrun(ghosttrain, monkeypatch):
 
 
 def test_a_failing_cell_does_not_stop_a_sweep(ghosttrain, tiny, tmp_path):
-    outcome = ghosttrain("-m", *tiny, "train.max_steps=1", "data.train_size=16,64")
+    outcome = ghosttrain("-m", *tiny, "train.max_steps=1", "train.global_batch=64,16")
     assert outcome.code == 1
     assert "1 of 2 runs finished" in outcome.out
-    assert "failed: " in outcome.err and "data.train_size=16" in outcome.err
+    assert "failed: " in outcome.err and "train.global_batch=64" in outcome.err
     assert json.loads((only_finished(tmp_path) / "result.json").read_text())["steps"] == 1
 
 

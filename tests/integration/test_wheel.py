@@ -1,4 +1,5 @@
-"""The built wheel works from any folder: it carries conf/, recipes/ and the digits teacher."""
+"""The built wheel works from any folder: it carries conf/, recipes/, the digits teacher and the
+sources of the C++ kernels."""
 
 import json
 import os
@@ -30,6 +31,7 @@ def test_build_install_and_two_steps(tmp_path):
         "ghosttrain/recipes/compact_kd.yaml",
         "ghosttrain/recipes/ablation/no_ema.yaml",
         "ghosttrain/distill/digits_teacher.safetensors",
+        "ghosttrain/native/optim.cpp",
     ):
         assert name in names
     assert not any(name.startswith(("tests", "conf", "recipes")) for name in names)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ghosttrain.models.layers import Student
 from ghosttrain.models.registry import create_model
-from ghosttrain.models.weights import from_timm, load_state, to_timm
+from ghosttrain.models.weights import export_state, load_state, translate
 
 
 def pair(ours: str, theirs: str, reparam: str, in_chans: int = 3) -> tuple[Student, nn.Module]:
@@ -22,7 +22,7 @@ def pair(ours: str, theirs: str, reparam: str, in_chans: int = 3) -> tuple[Stude
         nn.init.uniform_(bn.weight, 0.5, 1.5)
         nn.init.uniform_(bn.bias, -0.3, 0.3)
     model = create_model(ours, 5, in_chans, reparam, dropout=0.0)
-    assert load_state(model, reference.state_dict(), theirs) == "timm"
+    assert load_state(model, reference.state_dict(), theirs).dialect == "timm"
     return model, reference
 
 
@@ -70,8 +70,9 @@ def test_a_training_step_agrees():
 
     assert relative_error(logits, logits_ref) <= 1e-10
     assert relative_error(grad_x, grad_x_ref) <= 1e-9
-    grads_ref, buffers_ref = from_timm(grads_ref), from_timm(buffers_ref)
-    assert grads.keys() == grads_ref.keys() and buffers.keys() == buffers_ref.keys()
+    renamed = translate({**grads_ref, **buffers_ref}, {**grads, **buffers})
+    assert renamed.keys() == {**grads, **buffers}.keys()
+    grads_ref, buffers_ref = ({key: renamed[key] for key in ours} for ours in (grads, buffers))
     # Where a batch norm follows, a gradient may be zero but for rounding: compare with the largest.
     largest = max(grad.abs().max() for grad in grads_ref.values())
     for key, grad in grads.items():
@@ -89,7 +90,8 @@ def test_a_training_step_agrees():
 )
 def test_weights_of_ours_load_into_timm(ours, theirs, reparam):
     model = create_model(ours, 5, reparam=reparam)
-    translated = to_timm(model.state_dict())
+    name, translated = export_state(model, "timm")
+    assert name == theirs
     timm.create_model(theirs, num_classes=5).load_state_dict(translated)
-    back = from_timm(translated)
+    back = translate(translated, model.state_dict())
     assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())

@@ -1,4 +1,7 @@
-"""LAMB against timm's, and against itself after saving, re-layout and chunking."""
+"""LAMB against timm's, a float64 reference, and itself after saving, re-layout and chunking.
+
+Every test runs twice: with the C++ kernel and without.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,22 @@ import torch
 from timm.optim import Lamb as TimmLamb
 from torch import Tensor, nn
 
+from ghosttrain import native
 from ghosttrain.optim import lamb
 from ghosttrain.optim.lamb import Lamb
 
 DECAYED = [(8, 3, 3, 3), (16, 8), (5, 1, 3, 3), (1, 1), (3,)]
 PLAIN = [(16,), (1,), (), (7,)]
+
+
+@pytest.fixture(autouse=True, params=["kernel", "no kernel"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the C++ kernel takes the steps that it can take."""
+    if request.param == "no kernel":
+        monkeypatch.setattr(native, "load", lambda: None)
+    elif native.load() is None:
+        pytest.skip("no C++ kernels here")
+    return request.param == "kernel"
 
 
 def make_groups(dtype: torch.dtype = torch.float64) -> list[dict]:
@@ -76,6 +90,87 @@ def test_25_steps_equal_timms(
                 group["lr"] = 0.02 / (1 + step)
             optimizer.step()
         assert_same(ours, theirs, rtol=rtol, atol=atol)
+
+
+def reference_steps(
+    p: Tensor, grads: list[Tensor], lr: float, wd: float, adapt: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return p, m and v after a step for each gradient: the rule, in float64."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-6
+    p = p.double()
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t, grad in enumerate(grads, start=1):
+        g = grad.double()
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        u = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps) + wd * p
+        ratio = p.norm() / u.norm() if adapt else 1.0
+        p = p - lr * ratio * u
+    return p, m, v
+
+
+@pytest.mark.parametrize("wd", [0.05, 0.0])
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1025, 200_003])
+def test_float32_steps_equal_the_rule_in_float64(size: int, wd: float, kernel: bool) -> None:
+    tolerance = 3e-7 if kernel else 3e-6  # PyTorch sums the squares of a norm in float32
+    generator = torch.Generator().manual_seed(size)
+    start = torch.randn(size, generator=generator)
+    grads = [torch.randn(size, generator=generator) * 10.0 ** (t - 3) for t in range(4)]
+    p = nn.Parameter(start.clone())
+    optimizer = Lamb([p], lr=0.5, weight_decay=wd)
+    for grad in grads:
+        p.grad = grad
+        optimizer.step()
+    expected = reference_steps(start, grads, 0.5, wd, adapt=wd > 0)
+    state = optimizer.state[p]
+    results = (p.detach(), state["exp_avg"], state["exp_avg_sq"])
+    for result, reference in zip(results, expected, strict=True):
+        assert (result - reference).norm() <= tolerance * reference.norm()
+
+
+def test_the_kernel_takes_only_what_fits(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    multi_tensor = []
+    monkeypatch.setattr(lamb, "_multi_tensor_update", lambda *_: multi_tensor.append(1))
+    dense = torch.ones(4, 3, 2, 2)
+    cases = {
+        "float32": (dense, dense, True),
+        "channels_last": (dense.to(memory_format=torch.channels_last), dense, True),
+        "float64": (dense.double(), dense.double(), False),
+        "bfloat16": (dense.bfloat16(), dense.bfloat16(), False),
+    }
+    for name, (weight, grad, fits) in cases.items():
+        multi_tensor.clear()
+        p = nn.Parameter(weight.clone())
+        p.grad = grad.clone()
+        version = p._version
+        Lamb([p], lr=0.1).step()
+        taken = not multi_tensor
+        assert taken == (kernel and fits), name
+        assert not taken or p._version > version, name  # autograd must notice the change
+
+
+def test_threads_change_no_bit() -> None:
+    def run(threads: int) -> Lamb:
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(n, generator=generator) for n in (40_000, 3, 70_001, 1, 9_000)]
+        optimizer = Lamb([nn.Parameter(p) for p in params], lr=0.1)
+        for _ in range(3):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        return optimizer
+
+    assert_same(run(1), run(3), rtol=0, atol=0)
+
+
+def test_nan_stays_in_its_tensor() -> None:
+    params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones(100)
+    params[1].grad[7] = float("nan")
+    Lamb(params, lr=0.1).step()
+    assert [bool(p.isfinite().all()) for p in params] == [True, False, True]
+    assert params[1][7].isnan()
 
 
 def test_a_step_by_hand() -> None:

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import nn
 
+from ghosttrain import native
+from ghosttrain.optim import ema as ema_module
 from ghosttrain.optim.ema import Ema, decay_at
+
+
+@pytest.fixture(autouse=True, params=["kernel", "no kernel"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the C++ kernel does the updates that it can do."""
+    if request.param == "no kernel":
+        monkeypatch.setattr(native, "load", lambda: None)
+    elif native.load() is None:
+        pytest.skip("no C++ kernels here")
+    return request.param == "kernel"
 
 
 def small_model(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -40,6 +52,52 @@ def test_a_constant_decay_for_100_steps() -> None:
                 tensor, torch.full_like(tensor, expected), rtol=0, atol=1e-12
             )
     assert ema.updates == 100
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_float32_updates_equal_float64(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(70, 30, 3), nn.BatchNorm2d(30))
+    model = model.to(memory_format=memory_format)
+    ema = Ema(model, decay=0.99)
+    expected = [t.double() for t in floats(model)]
+    for step in range(20):
+        decay = decay_at(step, 0.99, True)
+        with torch.no_grad():
+            for tensor in floats(model):
+                tensor.normal_()
+        ema.update(model)
+        pairs = zip(expected, floats(model), strict=True)
+        expected = [decay * average + (1 - decay) * value.double() for average, value in pairs]
+    for average, reference in zip(floats(ema.model), expected, strict=True):
+        assert (average - reference).norm() <= 3e-7 * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_kernel_takes_only_float32(
+    dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multi_tensor = []
+    monkeypatch.setattr(ema_module, "_multi_tensor_update", lambda *_: multi_tensor.append(1))
+    model = small_model(dtype)
+    ema = Ema(model, decay=0.9)
+    version = ema.model[0].weight._version
+    ema.update(model)
+    taken = not multi_tensor
+    assert taken == (kernel and dtype == torch.float32)
+    assert not taken or ema.model[0].weight._version > version
+
+
+def test_threads_change_no_bit() -> None:
+    def run(threads: int) -> nn.Module:
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        ema = Ema(nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 7)), decay=0.9)
+        ema.update(nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 7)))
+        return ema.model
+
+    for one, other in zip(floats(run(1)), floats(run(3)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_warmup_for_100_steps() -> None:
@@ -91,8 +149,9 @@ def test_decay_zero_copies_bit_for_bit() -> None:
         assert torch.equal(average, value)
 
 
-def test_integer_buffers_are_copied() -> None:
-    model = small_model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_integer_buffers_are_copied(dtype: torch.dtype) -> None:
+    model = small_model(dtype)
     ema = Ema(model, decay=0.9, warmup=False)
     model[1].num_batches_tracked.fill_(41)
     ema.update(model)

@@ -1,4 +1,8 @@
-"""The table of students: their sizes, shapes and refusals, and the settings files of both."""
+"""The table of students: their sizes, shapes and refusals, and the settings files of both.
+
+The structure of each family is compared with the published networks in
+`tests/numerics/test_students.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,10 @@ import torch
 import yaml
 from torch import nn
 
+from ghosttrain.config.compose import compose
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Model, Reparam
+from ghosttrain.config.sizes import SIDES, family
 from ghosttrain.models.layers import ConvBN, SqueezeExcite, make_divisible
 from ghosttrain.models.profile import count_macs, count_params
 from ghosttrain.models.registry import (
@@ -28,14 +34,26 @@ from ghosttrain.models.reparam import RepConv2d, fuse
 CONF = Path(__file__).parents[2] / "conf"
 SMALLEST = "ghostnetv3_050"
 
-# Parameters trained -> fused (1000 classes) and MACs at 224 trained -> fused, rounded as published:
-# timm's ghostnetv3_* for the training form, a folded GhostNetV2 for the fused one.
+FULL = Reparam(engine="branches")  # the definition that MACs are counted with
+
+# Parameters trained -> fused (1000 classes) and MACs at 224 trained -> fused. GhostNet's are
+# published: timm's ghostnetv3_* for the training form, a folded GhostNetV2 for the fused one.
 SIZES = {
     "ghostnetv3_050": (3.395, 2_842_240, 117.5, 49.6),
     "ghostnetv3_100": (8.129, 6_125_716, 404.1, 167.0),
     "ghostnetv3_130": (12.218, 8_919_880, 654.8, 269.3),
     "ghostnetv3_160": (17.276, 12_342_762, 971.6, 398.6),
+    "mobilenetv2_050": (2.945, 1_959_408, 259.2, 97.1),
+    "mobilenetv2_100": (7.160, 3_487_816, 840.2, 300.8),
+    "mobilenetv2_140": (13.172, 6_084_808, 1635.1, 582.2),
+    "shufflenetv2_050": (1.660, 1_362_816, 84.1, 40.5),
+    "shufflenetv2_100": (3.850, 2_270_514, 370.3, 144.9),
+    "shufflenetv2_150": (7.043, 3_491_904, 799.0, 295.8),
+    "shufflenetv2_200": (14.118, 7_377_138, 1534.5, 583.3),
 }
+MEASURED = tuple(SIZES)
+SIZES |= {f"ghostnetv2_{width}": SIZES[f"ghostnetv3_{width}"] for width in (100, 130, 160)}
+SMALLEST_OF_FAMILY = ("ghostnetv3_050", "mobilenetv2_050", "shufflenetv2_050")
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -47,22 +65,22 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 # --- sizes and shapes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-def test_sizes_are_the_published_ones(name):
+@pytest.mark.parametrize("name", MEASURED)
+def test_sizes(name):
     params, fused_params, macs, fused_macs = SIZES[name]
-    model = create_model(name)
-    assert model.training and model.name == name
-    assert round(count_params(model) / 1e6, 3) == params
-    assert round(count_macs(model, 224) / 1e6, 1) == macs
-    fused = fuse(model.eval())
-    assert count_params(fused) == fused_params
-    assert round(count_macs(fused, 224) / 1e6, 1) == fused_macs
+    with torch.device("meta"):  # shapes only: nothing is computed
+        model = create_model(name, reparam=FULL)
+        assert model.training and model.name == name
+        assert round(count_params(model) / 1e6, 3) == params
+        assert round(count_macs(model, 224) / 1e6, 1) == macs
+        fused = fuse(model.eval())
+        assert count_params(fused) == fused_params
+        assert round(count_macs(fused, 224) / 1e6, 1) == fused_macs
 
 
-def test_the_plain_network_has_the_size_of_ghostnetv2():
-    model = create_model("ghostnetv3_100", reparam="none")
-    assert count_params(model) == 6_156_908
-    assert round(count_macs(model, 224) / 1e6, 1) == 167.0
+def test_ghostnetv2_is_the_network_of_ghostnetv3():
+    pairs = [(n, n.replace("v2", "v3")) for n in STUDENTS if n.startswith("ghostnetv2")]
+    assert len(pairs) == 3 and all(STUDENTS[v2] == STUDENTS[v3] for v2, v3 in pairs)
 
 
 def test_counting_restores_the_mode_of_every_module():
@@ -110,10 +128,11 @@ def test_stem_shortcuts_and_attention_stay_plain():
     assert len(plain) == 1 + 5 * 2 + 14 * 3 + 1  # stem, shortcuts, attention, last
 
 
-def test_dropout_stands_before_the_classifier():
-    model = create_model(SMALLEST, 4, dropout=0.5)
-    model.head, model.classifier = nn.Identity(), nn.Identity()
-    features = torch.ones(8, 480, 1, 1)
+@pytest.mark.parametrize("name", SMALLEST_OF_FAMILY)
+def test_dropout_stands_before_the_classifier(name):
+    model = create_model(name, 4, dropout=0.5)
+    model.head = model.classifier = nn.Identity()
+    features = torch.ones(8, model.num_features, 1, 1)
     values = set(model.forward_head(features).unique().tolist())
     assert values == {0.0, 2.0}
     assert torch.equal(model.eval().forward_head(features), features.flatten(1))
@@ -171,6 +190,57 @@ def test_a_batch_of_1_trains_where_nothing_is_normalised_over_it():
     create_model(SMALLEST, 2, fused=True)(torch.zeros(1, 3, 33, 33))
 
 
+@pytest.mark.parametrize("stride", ["standard", "small"])
+@pytest.mark.parametrize("name", SMALLEST_OF_FAMILY)
+def test_the_table_of_sides_is_where_the_networks_begin_to_work(name, stride):
+    model = create_model(name, 2, reparam="none", input_stride=stride)
+    least, one_value = SIDES[family(name)][stride]
+    assert (model.min_size, model.one_value_size) == (least, one_value)
+    model.check_input = lambda x: None  # what happens without the refusals
+
+    def works(batch: int, size: int, training: bool = True) -> bool:
+        try:
+            model.train(training)(torch.randn(batch, 3, size, size))
+        except (RuntimeError, ValueError):
+            return False
+        return True
+
+    assert works(2, least) and works(2, least, training=False) and not works(2, least - 1)
+    assert works(1, least, training=False) and not works(1, least - 1, training=False)
+    assert works(1, one_value + 1) and not works(1, one_value)
+
+
+def test_the_sides_count_when_the_run_is_composed(tmp_path):
+    def refusal(*overrides: str) -> str:
+        with pytest.raises(UserError) as error:
+            compose(overrides)
+        return one_line(error)
+
+    ghost, small = "model=ghostnetv3_050", "model.input_stride=small"
+    message = refusal(ghost, "data.train_size=32")
+    assert "data.train_size=32 is too small for ghostnetv3_050" in message
+    assert "33x33" in message and "model.input_stride=small (from 17)" in message
+    assert "data.eval_size=32 is too small" in refusal(ghost, "data.eval_size=32")
+    assert "input_stride" not in refusal(ghost, "data.train_size=16")
+    assert "17x17" in refusal(ghost, small, "data.train_size=16")
+    compose([ghost, small, "data.train_size=17", "data.eval_size=17"])
+    compose(["model=mobilenetv2_050", "data.train_size=8", "data.eval_size=8"])
+    compose(["model=timm", "model.name=resnet18", "data.train_size=8"])
+
+    one = "train.micro_batch=1"
+    message = refusal(ghost, one, "data.train_size=96")
+    assert "batches of 1" in message and "train.micro_batch=2" in message
+    assert "data.train_size=97" in message
+    compose([ghost, one, "data.train_size=97"])
+    compose([ghost, one, small, "data.train_size=49"])
+    assert "data.train_size=33" in refusal("model=shufflenetv2_100", one, "data.train_size=32")
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name: mine\nsource: ghosttrain\n")
+    with pytest.raises(UserError, match=r"model.name=mine is no student\. Choose from: ghostnet"):
+        compose(["model=mine"], str(tmp_path))
+
+
 @pytest.mark.parametrize("size", [(32, 64), (64, 32), (8, 8)])
 def test_too_small_an_image_is_refused(size):
     model = create_model(SMALLEST, 2).eval()
@@ -184,21 +254,26 @@ def test_images_of_other_channels_are_refused(shape):
         create_model(SMALLEST, 2)(torch.zeros(shape))
 
 
-def test_the_input_check_and_a_block_compile_to_one_graph():
-    model = create_model(SMALLEST, 2, reparam={"branches": 2})
-    block = model.stages[3]  # stride 2, squeeze-excite, attention, shortcut
+# GhostNet: stride 2, squeeze-excite, attention, shortcut. The other stages have both strides.
+@pytest.mark.parametrize(
+    ("name", "stage", "channels"),
+    [("ghostnetv3_050", 3, 12), ("mobilenetv2_050", 1, 8), ("shufflenetv2_050", 0, 24)],
+)
+def test_the_input_check_and_a_stage_compile_to_one_graph(name, stage, channels):
+    model = create_model(name, 2, reparam={"branches": 2, "engine": "branches"})
+    blocks = model.stages[stage]
     graphs = []
 
     def step(x, y):
         model.check_input(x)
-        return block(y)
+        return blocks(y)
 
     def backend(graph, _):
         graphs.append(graph)
         return graph
 
     x = torch.randn(2, 3, 33, 33)
-    y = torch.randn(2, 12, 9, 9).to(memory_format=torch.channels_last)
+    y = torch.randn(2, channels, 9, 9).to(memory_format=torch.channels_last)
     compiled = torch.compile(step, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x, y), step(x, y))
     assert len(graphs) == 1
@@ -222,7 +297,10 @@ def test_importing_the_registry_needs_no_torch():
     ("kwargs", "expected"),
     [
         ({"name": "ghostnet_v3_130"}, "Did you mean 'ghostnetv3_130'?"),
-        ({"name": "vgg"}, "Choose from: ghostnetv3_050, "),
+        ({"name": "vgg"}, "Choose from: ghostnetv2_100, "),
+        ({"name": "mobilenet_v2_100"}, "Did you mean 'mobilenetv2_100'?"),
+        ({"input_stride": "smal"}, "Did you mean 'small'?"),
+        ({"input_stride": "1"}, "Choose from: small, standard."),
         ({"reparam": "ful"}, "Did you mean 'full'?"),
         ({"reparam": {"branches": 0}}, "reparam.branches=0"),
         ({"reparam": {"branch": 2}}, "Did you mean 'branches'?"),

@@ -12,9 +12,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ghosttrain.config.errors import UserError
+from ghosttrain.models.layouts import LAYOUTS, detect
 from ghosttrain.models.registry import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
-from ghosttrain.models.weights import detect, from_timm, load_state, read_state, to_timm
+from ghosttrain.models.weights import (
+    export_state,
+    fit_state,
+    load_state,
+    mismatch,
+    read_state,
+    translate,
+)
 
 NAME = "ghostnetv3_050"
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
@@ -56,6 +64,7 @@ def refusal(error: pytest.ExceptionInfo[UserError]) -> str:
         lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
         lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
         lambda s: {"n_averaged": torch.tensor(4), **{f"module.{k}": v for k, v in s.items()}},
+        lambda s: {"total_ops": torch.zeros(1), "a.total_params": torch.zeros(1), **s},
     ],
 )
 def test_wrappers_and_prefixes_are_removed(tmp_path, wrap):
@@ -125,38 +134,107 @@ def test_a_truncated_torch_file(tmp_path):
 
 def test_each_dialect_loads_by_name_and_computes_the_same(tmp_path, model, image):
     ours, fused = model.state_dict(), fuse(model).state_dict()
-    dialects = {"ghosttrain": ours, "fused": fused, "timm": to_timm(ours)}
+    timm_name, timm_state = export_state(model, "timm")
+    assert timm_name == "ghostnetv3_050"
+    dialects = {"ghosttrain": ours, "fused": fused, "timm": timm_state}
     with torch.no_grad():
         expected = model(image)
         for dialect, state in dialects.items():
-            assert detect(state) == dialect
+            assert detect(state).dialect == dialect
             path = tmp_path / f"{dialect}.safetensors"
-            save_file({k: v.contiguous() for k, v in state.items()}, path)
+            save_file(state, path)
             deployed = create_model(NAME, 4, weights=str(path), fused=True)
             assert deployed.training
             assert not any(isinstance(m, nn.BatchNorm2d) for m in deployed.modules())
+            assert (deployed.weights_dialect, deployed.weights_note) == (dialect, "")
             torch.testing.assert_close(deployed.eval()(image), expected, rtol=1e-4, atol=1e-5)
             if dialect != "fused":
                 loaded = create_model(NAME, 4, weights=str(path)).eval()
+                assert loaded.weights_dialect == dialect
                 assert torch.equal(loaded(image), expected)
-    assert detect(TENSORS) == "unknown"
+
+
+def test_the_dialect_of_a_model_and_of_a_strange_file():
+    assert create_model(NAME, 4).weights_dialect is None
+    assert detect(TENSORS).dialect == "unknown"
+
+
+@pytest.mark.parametrize("name", ["ghostnetv2_100", "mobilenetv2_050", "shufflenetv2_050"])
+@pytest.mark.parametrize("reparam", ["full", "none"])
+def test_no_entry_tells_two_layouts(name, reparam):
+    model = create_model(name, 4, reparam=reparam).eval()
+    for state in (model.state_dict(), fuse(model).state_dict()):
+        layouts = [layout for layout in LAYOUTS if layout.telltale in state]
+        assert layouts == [detect(state)]
+        assert layouts[0].family in ("ghostnet", *name.split("_"))
 
 
 def test_counters_of_batch_norms_may_be_missing(model):
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    assert load_state(create_model(NAME, 4), state, "file") == "ghosttrain"
+    assert load_state(create_model(NAME, 4), state, "file") == ("ghosttrain", "")
 
 
-def test_timm_has_no_network_for_other_branches():
-    state = create_model(NAME, 2, reparam={"branches": 2}).state_dict()
-    with pytest.raises(
-        UserError, match="reparam.branches=2 reparam.scale=true reparam.identity=true"
-    ):
-        to_timm(state)
+def test_names_that_nobody_knows_stay(model):
+    assert translate(TENSORS, model.state_dict()).keys() == TENSORS.keys()
 
 
-def test_names_that_nobody_knows_stay():
-    assert from_timm(TENSORS).keys() == TENSORS.keys()
+# --- writing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "fused", "library", "said"),
+    [
+        (NAME, {"reparam": {"branches": 2}}, False, "timm", "(reparam.branches=2 reparam.scale=tr"),
+        (NAME, {"reparam": {"stem": True}}, False, "timm", "reparam.stem=true), only for ghostne"),
+        (NAME, {"reparam": {"pointwise": False}}, False, "timm", "reparam.pointwise=false"),
+        (NAME, {"reparam": {"depthwise": False}}, False, "timm", "reparam.depthwise=false"),
+        (NAME, {}, True, "timm", "this form (fused), only for ghostnetv3_050, ghostnetv3_100"),
+        (NAME, {}, True, "timm", "ghostnetv2_160 fused or with reparam=none; ghosttrain.fuse"),
+        (NAME, {"input_stride": "small"}, False, "timm", "ghostnetv3_050 halves the image"),
+        ("mobilenetv2_050", {}, False, "timm", "reparam.branches=3"),
+        ("mobilenetv2_050", {}, True, "torchvision", "only for mobilenet_v2 fused"),
+        ("shufflenetv2_050", {}, True, "timm", "'timm' has no network for shufflenetv2_050: ch"),
+        ("shufflenetv2_050", {"input_stride": "small"}, True, "torchvision", "input_stride=small"),
+        ("shufflenetv2_050", {"in_chans": 1}, True, "torchvision", "1 channels, torchvision's sh"),
+        (NAME, {}, False, "onnx", "'onnx' has no network for ghostnetv3_050: choose timm."),
+        ("mobilenetv2_100", {}, False, "onnx", "choose timm or torchvision."),
+    ],
+)
+def test_what_has_no_counterpart_is_said(name, settings, fused, library, said):
+    model = create_model(name, 2, **settings)
+    with pytest.raises(UserError) as error:
+        export_state(fuse(model.eval()) if fused else model, library)
+    assert said in refusal(error)
+
+
+# --- branches that the file lacks ---------------------------------------------------------------
+
+
+def test_missing_branches_are_counted_and_silent(tmp_path):
+    path = tmp_path / "plain.pth"
+    torch.save(create_model("mobilenetv2_050", 4, reparam="none").state_dict(), path)
+    model = create_model("mobilenetv2_050", 4, weights=str(path))
+    norms = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    new = [
+        k for k, _ in norms if any(p in k for p in (".branches.1", ".branches.2", ".scale", ".i"))
+    ]
+    assert model.weights_note == f"{len(new)} branches that it lacks start with gain 0"
+    # 50 layers, of which 17 are 3x3; the identity needs equal shapes.
+    assert len(new) == 2 * 50 + 17 + sum(k.endswith(".identity") for k in new)
+    for name, bn in norms:
+        assert bool((bn.weight == (name not in new)).all()), name
+
+
+def test_half_a_branch_is_not_a_missing_branch(model):
+    key = "stages.0.0.ghost1.primary.branches.1.bn.weight"
+    state = {k: v for k, v in model.state_dict().items() if k != key}
+    assert f"1 missing ({key})" in misfit(state)
+
+
+def test_a_missing_layer_is_not_a_missing_branch(model):
+    layer = "stages.0.0.ghost1.primary."
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(layer)}
+    assert f"missing ({layer}branches.0.conv.weight" in misfit(state)
 
 
 # --- misfits ------------------------------------------------------------------------------------
@@ -174,7 +252,7 @@ def misfit(state, **kwargs) -> str:
 
 
 def test_another_number_of_classes(model):
-    for state in (model.state_dict(), to_timm(model.state_dict())):
+    for state in (model.state_dict(), export_state(model, "timm")[1]):
         message = misfit(state, num_classes=10)
         assert "4 classes, the model 10: use data of 4 classes (num_classes=4)" in message
 
@@ -182,6 +260,8 @@ def test_another_number_of_classes(model):
 def test_another_number_of_channels(model):
     message = misfit(model.state_dict(), in_chans=1)
     assert "3 channels, the model 1: use data.in_chans=3 (in_chans=3)" in message
+    message = misfit(model.state_dict(), in_chans=1, reparam={"stem": True})
+    assert "3 channels, the model 1" in message
     plain = create_model(NAME, 4, in_chans=1, fused=True)
     with pytest.raises(UserError, match="3 channels, the model 1: use data.in_chans=3"):
         load_state(plain, fuse(model).state_dict(), "x.pth")
@@ -193,11 +273,23 @@ def test_another_width(model):
     assert "stem.conv.weight (8, 3, 3, 3) instead of (16, 3, 3, 3)" in message
 
 
-def test_other_branches(model):
-    message = misfit(model.state_dict(), reparam="none")
-    assert "The file has reparam.branches=3 reparam.scale=true reparam.identity=true" in message
-    plain = create_model(NAME, 4, reparam="none").state_dict()
-    assert "reparam.branches=1 reparam.scale=false" in misfit(plain)
+@pytest.mark.parametrize("reparam", ["full", {"branches": 2}, {"pointwise": False}, {"stem": True}])
+def test_more_branches_than_the_model_has(reparam):
+    message = misfit(create_model(NAME, 4, reparam=reparam).state_dict(), reparam="none")
+    settings = {} if reparam == "full" else reparam
+    expected = {"branches": 3, "scale": True, "identity": True, "pointwise": True}
+    expected |= {"depthwise": True, "stem": False} | settings
+    spelt = " ".join(f"reparam.{k}={str(v).lower()}" for k, v in expected.items())
+    assert message.endswith(f". The file has {spelt}.")
+
+
+def test_another_family(model):
+    message = misfit(model.state_dict(), name="shufflenetv2_050")
+    assert "holds a ghosttrain ghostnet, the model is shufflenetv2_050: choose a model" in message
+    message = misfit(timm.create_model("mobilenetv2_050", num_classes=4).state_dict())
+    assert "holds a timm mobilenetv2, the model is ghostnetv3_050" in message
+    message = misfit(fuse(model).state_dict(), name="mobilenetv2_050", fused=True)
+    assert "holds a fused ghostnet, the model is mobilenetv2_050" in message
 
 
 def test_missing_and_unexpected_keys_are_named(model):
@@ -210,6 +302,7 @@ def test_missing_and_unexpected_keys_are_named(model):
 def test_a_checkpoint_of_another_model():
     message = misfit(timm.create_model("resnet10t", num_classes=4).state_dict())
     assert "and" in message and "more)" in message and "conv1.0.weight" in message
+    assert "The file has" not in message
     assert len(message) < 1000
 
 
@@ -224,3 +317,18 @@ def test_weights_of_a_timm_model(tmp_path):
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
     with pytest.raises(UserError, match="x.pth does not fit resnet10t: 2 of another shape"):
         create_timm_model("resnet10t", 5, weights=str(tmp_path / "x.pth"))
+
+
+def test_what_differs_is_listed_by_kind():
+    own = {"a": torch.zeros(1), "b": torch.zeros(2), "c": torch.zeros(3)}
+    state = {"b": torch.zeros(2), "c": torch.zeros(1), "d": torch.zeros(1)}
+    kinds = ("missing", "unexpected", "of another shape")
+    assert mismatch(own, state) == dict(zip(kinds, (["a"], ["d"], ["c"]), strict=True))
+    assert not any(mismatch(own, own).values())
+
+
+def test_spare_entries_fill_what_is_missing_only():
+    linear = nn.Linear(2, 1)
+    spare = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+    fit_state(linear, {"weight": torch.zeros(1, 2)}, "linear", "file", spare)
+    assert linear.weight.eq(0).all() and linear.bias.eq(1).all()

@@ -1,0 +1,78 @@
+"""The verb `bench`: its arguments, checked, and the benchmark they name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.models.registry import STUDENTS
+
+ENGINES = ("auto", "collapsed", "stacked", "branches")
+DEFAULTS: dict[str, dict[str, str]] = {
+    "step": {
+        "model": "ghostnetv3_100",
+        "batch": "16",
+        "size": "224",
+        "rounds": "10",
+        "threads": "1",
+        "device": "auto",
+        "engines": ",".join(ENGINES),
+    },
+    "optim": {"model": "ghostnetv3_130", "rounds": "30", "threads": "1", "device": "auto"},
+}
+
+
+def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
+    """Run the benchmark named by `names`, with settings `key=value`; return its table.
+
+    Raises:
+        UserError: there is no such benchmark, setting, model, engine or device.
+    """
+    if len(names) != 1 or names[0] not in DEFAULTS:
+        raise UserError("bench needs one of: python -m ghosttrain bench step, bench optim")
+    settings = dict(DEFAULTS[names[0]])
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key not in settings:
+            hint = did_you_mean(key, settings)
+            raise UserError(f"bench {names[0]} has no setting {key!r}.{hint}")
+        settings[key] = value
+    if settings["model"] not in STUDENTS:
+        hint = did_you_mean(settings["model"], STUDENTS)
+        raise UserError(f"model={settings['model']} is no student.{hint}")
+    engines = tuple(settings.pop("engines", "").split(","))
+    for engine in engines:
+        if engine and engine not in ENGINES:
+            raise UserError(f"engines={engine} is no engine.{did_you_mean(engine, ENGINES)}")
+    device = settings.pop("device")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={device}: choose auto, cpu or cuda")
+    model = settings.pop("model")
+    numbers = {key: _positive(key, value) for key, value in settings.items()}
+
+    from ghosttrain.engine.distributed import pick_device
+
+    if names[0] == "optim":
+        from ghosttrain.study import bench_optim
+
+        rows = bench_optim.bench_optim(model, **numbers, device=pick_device(device))
+        return bench_optim.describe(rows)
+    from ghosttrain.study import bench_step
+
+    _check_size(model, numbers["size"])
+    rows = bench_step.bench_step(model, **numbers, device=pick_device(device), engines=engines)
+    return bench_step.describe(rows)
+
+
+def _positive(key: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"{key}={value} is not a whole number of 1 or more")
+    return int(value)
+
+
+def _check_size(model: str, size: int) -> None:
+    from ghosttrain.config.sizes import SIDES, family
+
+    least = SIDES[family(model)]["standard"].least
+    if size < least:
+        raise UserError(f"size={size} is too small for {model}; type size={least} or more")
