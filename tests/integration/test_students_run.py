@@ -119,7 +119,7 @@ def test_bench_step_prints_a_row_per_side(ghosttrain):
         ([], "bench step"),
         (["steps"], "bench step"),
         (["step", "modle=x"], "Did you mean 'model'"),
-        (["step", "model=ghostnetv3_10"], "'ghostnetv3_100'"),
+        (["step", "model=ghostnetv3_10"], "Did you mean 'ghostnetv3_1"),
         (["step", "engines=auto,stakced"], "stacked"),
         (["step", "rounds=0"], "rounds=0"),
         (["step", "size=16"], "size=33 or more"),
