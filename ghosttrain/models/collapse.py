@@ -54,7 +54,8 @@ def choose(rep: RepConv2d, x: Tensor) -> str:
 
     - a single branch, or maps that are not channels-last: branches;
     - depthwise, k 3 or 5: collapsed where a compiled kernel takes the map, else branches;
-    - 1x1: collapsed costs 4 Ci^2 + 6 Ci Co per position, stacked 6 N Ci Co: the cheaper;
+    - 1x1: collapsed costs 4 Ci^2 + 6 Ci Co multiplications per position, stacked 6 N Ci Co and N
+      maps in memory: collapsed up to Ci = 2 (N - 1) Co, where the two took equal time;
     - any other convolution (a stem): stacked.
     """
     from_batch = [uses_batch_statistics(bn) for bn in rep.norms()]
@@ -72,7 +73,7 @@ def choose(rep: RepConv2d, x: Tensor) -> str:
     form = form_of(conv)
     if form is Depthwise:
         return "collapsed" if moments.compiled(x.device.type) else "branches"
-    cheap = rep.identity is not None or conv.in_channels <= 1.5 * (N - 1) * conv.out_channels
+    cheap = rep.identity is not None or conv.in_channels <= 2 * (N - 1) * conv.out_channels
     return "collapsed" if form is Pointwise and cheap else "stacked"
 
 

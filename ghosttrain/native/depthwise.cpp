@@ -51,6 +51,7 @@ struct Plan {
   int64_t lanes, blocks, groups; // lanes = g * chunk = blocks * LANES; a row has `groups` of them
   int64_t margin;                // floats before the first position of a stored line
   int64_t length;                // floats of a stored line, margins included
+  int64_t taps[5];               // see tap()
 
   Plan(const at::Tensor& x, int64_t k, int64_t stride)
       : B(x.size(0)), C(x.size(1)), H(x.size(2)), W(x.size(3)), k(k), stride(stride), pad(k / 2),
@@ -69,6 +70,10 @@ struct Plan {
     groups = (Wo * chunk + lanes - 1) / lanes;
     margin = (pad * chunk + LANES - 1) / LANES * LANES;  // lines begin at whole vectors: no split loads
     length = groups * lanes + 2 * margin;
+    for (int64_t t = 0; t < k && t < 5; ++t) {
+      const int64_t at = t - pad, q = at >= 0 ? at / stride : -((stride - 1 - at) / stride);
+      taps[t] = (at - q * stride) * length + margin + q * chunk;
+    }
   }
   int64_t kk() const { return k * k; }
   int64_t row() const { return length * stride; }
@@ -76,10 +81,7 @@ struct Plan {
   int64_t valid() const { return Wo * chunk; }
   int64_t full_groups() const { return valid() / lanes; }
   // Where the tap of column t of the kernel begins in a stored row, for output column 0.
-  int64_t tap(int64_t t) const {
-    const int64_t at = t - pad, q = at >= 0 ? at / stride : -((stride - 1 - at) / stride);
-    return (at - q * stride) * length + margin + q * chunk;
-  }
+  int64_t tap(int64_t t) const { return taps[t]; }
 };
 
 // Floats that begin at a cache line.
@@ -465,21 +467,29 @@ std::tuple<at::Tensor, at::Tensor> grads_k(const at::Tensor& x, const at::Tensor
       for (; done < ready; ++done) {
         for (int64_t phase = 0; phase < stride; ++phase) {
           const bool single = done % stride == 0 && phase == 0;
+          // The taps that reach this row and these columns, and what they read of branch 0.
+          int64_t which[K * K];
+          const float* lines[K * K];
+          int taps = 0;
+          for (int64_t a = 0; a < K; ++a) {
+            const int64_t from_row = done + p.pad - a, o = from_row / stride;
+            if (from_row < 0 || from_row % stride || o >= p.Ho) continue;
+            for (int64_t t = 0; t < K; ++t) {
+              const int64_t column = phase + p.pad - t;
+              if (column % stride) continue;
+              which[taps] = a * K + t;
+              lines[taps++] = dz(o, 0) + column / stride * p.chunk;
+            }
+          }
+          const float* centre = single ? dz(done / stride, N) : nullptr;
           for (int64_t j = 0; j < p.lanes; j += LANES) {
             for (int64_t f = j; f < p.line(); f += p.lanes)
-              store(sum.data() + f, single ? load(dz(done / stride, N) + f) : Vec{});
+              store(sum.data() + f, single ? load(centre + f) : Vec{});
             for (int64_t n = 0; n < N; ++n) {
               const float *w[K * K], *from[K * K];
-              int taps = 0;
-              for (int64_t a = 0; a < K; ++a) {
-                const int64_t from_row = done + p.pad - a, o = from_row / stride;
-                if (from_row < 0 || from_row % stride || o >= p.Ho) continue;
-                for (int64_t t = 0; t < K; ++t) {
-                  const int64_t column = phase + p.pad - t;
-                  if (column % stride) continue;
-                  w[taps] = weight.at(n * K * K + a * K + t, c0) + j;
-                  from[taps++] = dz(o, n) + column / stride * p.chunk;
-                }
+              for (int t = 0; t < taps; ++t) {
+                w[t] = weight.at(n * K * K + which[t], c0) + j;
+                from[t] = lines[t] + n * p.length;
               }
               add_taps(p, taps, w, from, j, sum.data());
             }
@@ -488,8 +498,12 @@ std::tuple<at::Tensor, at::Tensor> grads_k(const at::Tensor& x, const at::Tensor
           if (stride == 1 && p.chunk == p.C) {
             std::memcpy(to, sum.data(), p.valid() * sizeof(float));
           } else {
-            for (int64_t v = phase; v < p.W; v += stride)
-              std::memcpy(to + v * p.C, sum.data() + v / stride * p.chunk, p.chunk * sizeof(float));
+            const float* from = sum.data();
+            for (int64_t v = phase; v < p.W; v += stride, from += p.chunk) {
+              int64_t f = 0;
+              for (; f + LANES <= p.chunk; f += LANES) store(to + v * p.C + f, load(from + f));
+              for (; f < p.chunk; ++f) to[v * p.C + f] = from[f];
+            }
           }
         }
       }

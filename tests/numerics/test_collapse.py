@@ -505,7 +505,7 @@ def test_auto_follows_its_rule():
         return collapse.choose(rep, x.to(memory_format=torch.channels_last) if last else x)
 
     fast = "collapsed" if native.load() is not None else "branches"
-    assert choice("expansion") == choice("projection") == "collapsed"  # 24 -> 8: exactly 3 times
+    assert choice("expansion") == choice("projection") == "collapsed"
     assert choice("projection", (2, False, False)) == "stacked"
     assert choice("stem") == choice("pointwise, stride 2") == "stacked"
     assert choice("depthwise 3") == choice("depthwise 5, stride 2") == fast

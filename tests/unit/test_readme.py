@@ -8,6 +8,7 @@ import pytest
 
 from ghosttrain.cli import VERBS
 from ghosttrain.config.compose import cells, compose
+from ghosttrain.study.bench import DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,8 +29,12 @@ def test_there_are_commands_and_no_placeholders():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes(command, tmp_path):
     words = shlex.split(command, comments=True)
+    if words[0] == "bench":
+        known = DEFAULTS[words[1]]
+        assert all(word.split("=")[0] in known for word in words[2:])
+        return
     if words[0] in VERBS:
-        assert len(words) == 2
+        assert len([word for word in words if word not in ("--to", "timm")]) == 2
         return
     sweep = "-m" in words
     words = [w.replace("/path", str(tmp_path)) for w in words if w != "-m"]
