@@ -271,6 +271,11 @@ def _check(config: Config, names: Names) -> None:
         raise UserError(
             f"model.name={model.name} is no student.{hint} A timm model: model=timm model.name=NAME"
         )
+    if model.source == "timm" and config.train.sync_bn:
+        raise UserError(
+            f"train.sync_bn=true is for this project's students, not for timm's {model.name}; type "
+            "train.sync_bn=false"
+        )
     if model.weights and not Path(model.weights).expanduser().is_file():
         raise UserError(f"model.weights={model.weights}: no such file")
     if config.distill.name != "none" and not config.teacher.name:

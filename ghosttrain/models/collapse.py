@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ghosttrain.models import moments
-from ghosttrain.models.layers import convolve
+from ghosttrain.models.layers import BatchNorm, convolve, repeats_a_forward
 from ghosttrain.models.moments import full_precision
 
 if TYPE_CHECKING:
@@ -48,31 +49,44 @@ Kept = Sequence[Tensor]
 def choose(rep: RepConv2d, x: Tensor) -> str:
     """Return how `rep` computes its output for x: "branches", "stacked", "collapsed" or "folded".
 
-    Folded is one convolution with running statistics, in evaluation and where every batch norm is
-    frozen. In training `rep.engine` says which, and "auto" is this rule, from multiply-accumulates
-    and from timings on a CPU (`python -m ghosttrain bench step`):
+    Branches wherever the batch norms are not what the fast forms take: replaced, without weights,
+    of several kinds, some frozen and others not, or in a reduced precision throughout. Folded is
+    one convolution with running statistics, in evaluation and where every batch norm is frozen. In
+    training `rep.engine` says which, and "auto" is this rule, from multiplications and from
+    timings on a CPU (`python -m ghosttrain bench step`):
 
     - a single branch, or maps that are not channels-last: branches;
     - depthwise, k 3 or 5: collapsed where a compiled kernel takes the map, else branches;
     - 1x1: collapsed costs 4 Ci^2 + 6 Ci Co multiplications per position, stacked 6 N Ci Co and N
-      maps in memory: collapsed up to Ci = 2 (N - 1) Co, where the two took equal time;
+      maps in memory: collapsed up to Ci = 2 (N - 1) Co, where the two took equal time, and with an
+      identity (Ci = Co), which stacked would make a kernel;
     - any other convolution (a stem): stacked.
+
+    With synchronized statistics "auto" says stacked for branches: ranks may choose differently, and
+    must exchange the same sums.
     """
-    from_batch = [uses_batch_statistics(bn) for bn in rep.norms()]
-    if rep.engine == "branches" or (any(from_batch) and not all(from_batch)):
+    norms, first = rep.norms(), rep.norms()[0]
+    usual = type(first) in (BatchNorm, SyncBatchNorm2d) and first.weight is not None
+    usual = usual and first.weight.dtype in (torch.float32, torch.double)
+    usual = usual and all(type(bn) is type(first) and bn.eps == first.eps for bn in norms)
+    if rep.engine == "branches" or not usual:
+        return "branches"
+    from_batch = [bn.training or bn.running_mean is None for bn in norms]
+    if any(from_batch) and not all(from_batch):
         return "branches"
     if not any(from_batch):
         return "folded"
     conv, N = rep.convs()[0].conv, rep.num_branches
-    if len(x) * x.shape[2] * x.shape[3] <= conv.stride[0] ** 2:
+    if not first.synced and len(x) * x.shape[2] * x.shape[3] <= conv.stride[0] ** 2:
         return "branches"  # perhaps a single value: the batch norm refuses it
     if rep.engine != "auto":
         return rep.engine
-    if len(from_batch) == 1 or not x.is_contiguous(memory_format=torch.channels_last):
-        return "branches"
+    slow = "stacked" if first.synced and len(norms) > 1 else "branches"
+    if len(norms) == 1 or not x.is_contiguous(memory_format=torch.channels_last):
+        return slow
     form = form_of(conv)
     if form is Depthwise:
-        return "collapsed" if moments.compiled(x.device.type) else "branches"
+        return "collapsed" if moments.compiled(x.device.type) else slow
     cheap = rep.identity is not None or conv.in_channels <= 2 * (N - 1) * conv.out_channels
     return "collapsed" if form is Pointwise and cheap else "stacked"
 
@@ -87,9 +101,8 @@ def forward_together(rep: RepConv2d, x: Tensor, engine: str) -> Tensor:
     weight, taps = _kernels(rep, form)
     gamma, beta = (torch.stack([getattr(bn, name) for bn in norms]) for name in ("weight", "bias"))
     geometry = conv.stride[0], int(conv.padding[0]), conv.groups
-    synced = isinstance(norms[0], SyncBatchNorm2d)
     y, *statistics = _SumOfBranches.apply(
-        x, weight, taps, gamma, beta, form, geometry, norms[0].eps, synced
+        x, weight, taps, gamma, beta, form, geometry, norms[0].eps, norms[0].synced
     )
     update_running(norms, *statistics)
     return y
@@ -112,19 +125,13 @@ def forward_folded(rep: RepConv2d, x: Tensor) -> Tensor:
     return convolve(x, kernel, bias, conv.stride[0], int(conv.padding[0]), conv.groups)
 
 
-def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
-    """Whether a batch norm would normalise by the batch, rather than by its running statistics."""
-    return bn.training or bn.running_mean is None
-
-
 def update_running(norms: list[Any], mean: Tensor, var: Tensor, count: Tensor) -> None:
     """Update the running statistics as every batch norm would: mean, var (N, C), var biased.
 
-    Once per step: not again when activation checkpointing repeats a forward within the backward.
+    Once per step: not again when activation checkpointing repeats a forward.
     """
-    repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
     tracked = [i for i, bn in enumerate(norms) if bn.training and bn.running_mean is not None]
-    if repeated or not tracked:
+    if repeats_a_forward() or not tracked:
         return
     tracking = [norms[i] for i in tracked]
     with torch.no_grad():
@@ -137,8 +144,9 @@ def update_running(norms: list[Any], mean: Tensor, var: Tensor, count: Tensor) -
             torch._foreach_lerp_(running, values, momenta.pop())
             return
         for k, bn in enumerate(tracking):  # None: the mean over all batches so far
-            share = 1 / bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
-            torch._foreach_lerp_(running[2 * k : 2 * k + 2], values[2 * k : 2 * k + 2], share)
+            share = 1 / bn.num_batches_tracked.double() if bn.momentum is None else bn.momentum
+            for buffer, value in zip(running[2 * k :][:2], values[2 * k :][:2], strict=True):
+                buffer.add_((value - buffer) * share)
 
 
 def _kernels(rep: RepConv2d, form: type[Form]) -> tuple[Tensor, Tensor]:
@@ -201,6 +209,8 @@ class _SumOfBranches(torch.autograd.Function):
             mean = own_mean
             if synced:
                 mean, var, count = _over_ranks(mean, var, count)
+                if len(_rows(x)) <= 1 and count <= 1:
+                    raise ValueError("Expected more than 1 value per channel over all processes")
             rstd = (var.clamp_(min=0) + eps).rsqrt_()
             gain = gamma * rstd
             bias = (beta - gain * mean).sum(0)
@@ -211,6 +221,7 @@ class _SumOfBranches(torch.autograd.Function):
         return y, mean, var, count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, taps, gain, rstd, offset, count, own_count, *kept = ctx.saved_tensors
         layer = Layer(weight, taps, *ctx.geometry)
@@ -265,12 +276,6 @@ def _empty_map(x: Tensor, channels: int, layer: Layer, dtype: torch.dtype | None
         device=x.device,
         memory_format=torch.channels_last,
     )
-
-
-def _output_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that autocast, or else x, gives the output of a convolution."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _as_map(rows: Tensor, like: Tensor) -> Tensor:
@@ -333,7 +338,10 @@ class Form:
     def output(
         x: Tensor, layer: Layer, gain: Tensor, bias: Tensor, mean: Tensor, kept: Kept
     ) -> Tensor:
-        """Return sum_n gain_n z_n + bias: one convolution, in the dtype that autocast gives one."""
+        """Return sum_n gain_n z_n + bias: one convolution, in the dtype that autocast gives one.
+
+        Where that is a short one, not of the maps as they are: gain * mean may be a large number.
+        """
         weight, taps = layer.weight, layer.taps
         gain = gain.to(weight.dtype)
         kernel = (gain[: len(weight), :, None, None, None] * weight).sum(0)
@@ -341,9 +349,19 @@ class Form:
             middle = kernel[:, :, kernel.shape[2] // 2, kernel.shape[3] // 2]
             tap = (gain[len(weight) :] * taps).sum(0)
             (middle.diagonal() if layer.groups == 1 else middle[:, 0]).add_(tap)
-        x, kernel, bias = (t.to(_output_dtype(x)) for t in (x, kernel, bias))
-        if kernel.shape[2:] != (1, 1) or not x.is_contiguous(memory_format=torch.channels_last):
-            return F.conv2d(x, kernel, bias, layer.stride, layer.padding, 1, layer.groups)
+        short = moments.autocast_dtype(x)
+        if kernel.shape[2:] != (1, 1):  # depthwise: its border is 0, and would not be centred
+            with full_precision(x):
+                x, bias = x.to(weight.dtype), bias.to(weight.dtype)
+                y = F.conv2d(x, kernel, bias, layer.stride, layer.padding, 1, layer.groups)
+            return y if short is None else y.to(short)
+        if short is not None:
+            centre = kept[0]
+            x = (_map(x) - centre[:, None, None]).to(short)
+            bias, kernel = bias + kernel.flatten(1).double() @ centre.double(), kernel.to(short)
+        x, bias = x.to(kernel.dtype), bias.to(kernel.dtype)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return F.conv2d(x, kernel, bias)
         y = _empty_map(x, len(kernel), layer)
         torch.addmm(bias, _rows(x), kernel.flatten(1).t(), out=_rows(y))
         return y
@@ -482,7 +500,7 @@ class Stacked(Form):
         rows = _rows(y).copy_((bias + (gain * mean).sum(0)).to(z.dtype))
         for n, g in enumerate(gain.to(z.dtype)):
             rows.addcmul_(z[:, n], g)
-        return y.to(_output_dtype(x))
+        return y.to(moments.autocast_dtype(x) or x.dtype)
 
     @staticmethod
     def sums(x: Tensor, dy: Tensor, layer: Layer, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
@@ -571,12 +589,14 @@ def _filters(layer: Layer) -> Tensor:
 # --- statistics over all processes ----------------------------------------------------------------
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
+class SyncBatchNorm2d(BatchNorm):
     """Batch norm over the images of all processes, on any back end.
 
     torch.nn.SyncBatchNorm does the same and refuses a CPU. Parameters, buffers and names are those
-    of BatchNorm2d.
+    of BatchNorm2d. Raises ValueError in training where all processes together have one value.
     """
+
+    synced = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (B, C, H, W)."""
@@ -584,16 +604,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         weight = self.weight.new_empty(0, len(self.weight), 1, 1, 1)
         taps = self.weight.new_ones(1, len(self.weight))
+        gamma, beta = self.weight[None], self.bias[None]
         y, *statistics = _SumOfBranches.apply(
-            x,
-            weight,
-            taps,
-            self.weight[None],
-            self.bias[None],
-            Normalize,
-            (1, 0, 1),
-            self.eps,
-            True,
+            x, weight, taps, gamma, beta, Normalize, (1, 0, 1), self.eps, True
         )
         update_running([self], *statistics)
         return y
@@ -602,6 +615,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 def synchronize(model: nn.Module) -> nn.Module:
     """Give every batch norm of `model` statistics over all processes; in place, and returned."""
     for bn in model.modules():
-        if type(bn) is nn.BatchNorm2d:
+        if type(bn) in (nn.BatchNorm2d, BatchNorm):
             bn.__class__ = SyncBatchNorm2d
     return model

@@ -25,6 +25,31 @@ def make_divisible(value: float, divisor: int = 4) -> int:
     return rounded if rounded >= 0.9 * value else rounded + divisor
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm whose running statistics change once per step.
+
+    PyTorch's updates them again when activation checkpointing repeats a forward.
+    """
+
+    synced = False
+    """Whether the batch is that of all processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, H, W)."""
+        if not (self.training and self.track_running_stats and repeats_a_forward()):
+            return super().forward(x)
+        copies = self.running_mean.clone(), self.running_var.clone()
+        return F.batch_norm(x, *copies, self.weight, self.bias, True, 0.0, self.eps)
+
+
+def repeats_a_forward() -> bool:
+    """Whether this forward runs within a backward: checkpointing computes maps for a second time.
+
+    Not seen by torch.compile. (A first forward that a gradient hook starts looks the same.)
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class ConvBN(nn.Module):
     """Convolution without bias, then batch norm: (B, C_in, H, W) -> (B, C_out, H', W').
 
@@ -45,7 +70,7 @@ class ConvBN(nn.Module):
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False
         )
-        self.bn = nn.BatchNorm2d(out_channels)
+        self.bn = BatchNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H', W')."""
@@ -141,7 +166,9 @@ class Student(nn.Module):
             )
         if self.training and B == 1 and max(H, W) <= self.one_value_size:
             # Not so in the fused form, with frozen statistics, or those of all ranks together.
-            if any(type(m) is nn.BatchNorm2d and m.training for m in self.modules()):
+            if any(
+                isinstance(m, BatchNorm) and m.training and not m.synced for m in self.modules()
+            ):
                 raise UserError(
                     f"{self.name} cannot train on a batch of 1 at {H}x{W}: a batch norm would see "
                     "a single value. Use a batch of 2 or more (train.micro_batch) or images larger "

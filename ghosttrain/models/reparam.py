@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Reparam
 from ghosttrain.models import collapse
-from ghosttrain.models.layers import ConvBN
+from ghosttrain.models.layers import BatchNorm, ConvBN
 
 
 class RepConv2d(nn.Module):
@@ -56,7 +56,7 @@ class RepConv2d(nn.Module):
         self.num_branches, self.engine = reparam.branches, str(reparam.engine)
         self.branches = nn.ModuleList(branch(kernel_size) for _ in range(reparam.branches))
         self.scale = branch(1) if has_scale else None
-        self.identity = nn.BatchNorm2d(in_channels) if has_identity else None
+        self.identity = BatchNorm(in_channels) if has_identity else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H', W'), without activation."""
@@ -72,7 +72,7 @@ class RepConv2d(nn.Module):
         branches = cast("list[ConvBN]", list(self.branches))
         return branches if self.scale is None else [*branches, self.scale]
 
-    def norms(self) -> list[nn.BatchNorm2d]:
+    def norms(self) -> list[BatchNorm]:
         """Return the batch norm of every branch: k x k, scale, identity."""
         norms = [conv.bn for conv in self.convs()]
         return norms if self.identity is None else [*norms, self.identity]

@@ -537,3 +537,103 @@ def test_the_engine_is_restored_after_a_block():
         assert rep.engine == "stacked"
         raise RuntimeError
     assert rep.engine == "auto"
+
+
+# --- what the fast forms leave to the branches, and what they refuse ------------------------------
+
+
+def changed(rep: RepConv2d, name: str) -> RepConv2d:
+    if name == "eps":
+        rep.branches[1].bn.eps = 0.5
+    elif name == "no weights":
+        for branch in rep.branches:
+            branch.bn = nn.BatchNorm2d(branch.bn.num_features, affine=False)
+    elif name == "another norm":
+        rep.branches[0].bn = nn.GroupNorm(2, rep.branches[0].bn.num_features)
+    elif name == "torch's own synchronized":
+        rep = nn.SyncBatchNorm.convert_sync_batchnorm(rep)
+    else:
+        rep = rep.bfloat16()
+    rep.engine = "collapsed"
+    return rep
+
+
+@pytest.mark.parametrize(
+    "name", ["eps", "no weights", "another norm", "torch's own synchronized", "bf16 parameters"]
+)
+def test_unusual_layers_are_left_to_the_branches(name):
+    rep = changed(layer("expansion", (3, False, False)), name)
+    x = images(2, 6, 5, 6).to(next(rep.parameters()).dtype)
+    assert collapse.choose(rep, x) == "branches"
+    assert collapse.choose(rep.eval(), x) == "branches"
+    assert rep(x).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_second_derivatives_are_refused(how):
+    rep, x = layer("expansion"), images(2, 6, 5, 6).requires_grad_()
+    with engine(rep, how):
+        (g,) = torch.autograd.grad(rep(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["expansion", "projection"])
+@pytest.mark.parametrize("ratio", [1, 10, 100])
+def test_kernels_that_cancel_what_channels_share(kind, ratio):
+    """Zero-sum kernels over channels that share a signal `ratio` times their own: R loses most."""
+    rep = layer(kind)
+    for branch in rep.branches:
+        branch.conv.weight.data -= branch.conv.weight.data.mean(1, keepdim=True)
+    Ci = LAYERS[kind][0]
+    x = images(8, Ci, 14, 14, mean=0) + ratio * images(8, 1, 14, 14, mean=0, seed=9)
+    x = x.to(memory_format=torch.channels_last)
+    dy = outputs_gradient(rep, x)
+    exact = step(copy.deepcopy(rep).double(), x.double(), dy.double(), "branches")
+    branches, given = step(rep, x, dy, "branches"), step(rep, x, dy, "collapsed")
+    for key in exact:
+        assert error(given, exact, key) <= 10 * error(branches, exact, key) + 1e-7, key
+
+
+@pytest.mark.parametrize("kind", ["expansion", "depthwise 3"])
+@pytest.mark.parametrize("case", ["constant channels", "mean 30, std .01", "mean / std 100"])
+def test_bf16_outputs_of_channels_far_from_zero(kind, case):
+    rep = layer(kind)
+    x = HARD[case](8, LAYERS[kind][0], 15, 14).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact = copy.deepcopy(rep).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            branches = rep(x).double()
+            with engine(rep, "collapsed"):
+                given = rep(x)
+    assert given.dtype == torch.bfloat16
+    errors = ((y.double() - exact).norm() / exact.norm() for y in (given, branches))
+    given_error, branches_error = errors
+    assert given_error <= 2 * branches_error + 2**-8
+
+
+def test_synchronized_layers_exchange_the_same_sums_whatever_their_input():
+    """One rank with a single position, or another format, must not go through the branches."""
+    for kind in LAYERS:
+        rep = collapse.synchronize(layer(kind))
+        rep.engine = "auto"
+        for x in (images(1, LAYERS[kind][0], 1, 1), images(2, LAYERS[kind][0], 6, 5)):
+            assert collapse.choose(rep, x) != "branches"
+
+
+def test_a_single_value_on_all_ranks_is_refused():
+    with pytest.raises(ValueError, match="more than 1 value"):
+        collapse.SyncBatchNorm2d(4)(images(1, 4, 1, 1))
+
+
+def test_checkpointing_a_plain_batch_norm_updates_it_once():
+    from ghosttrain.models.layers import ConvBN
+
+    layer, x = ConvBN(6, 4), images(2, 6, 5, 6).requires_grad_()
+    other = copy.deepcopy(layer)
+    checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    other(x).square().sum().backward()
+    for given, expected in zip(layer.buffers(), other.buffers(), strict=True):
+        assert torch.equal(given, expected)
+    for p, q in zip(layer.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
