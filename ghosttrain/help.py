@@ -27,10 +27,12 @@ verbs
   train             the default; the same command again resumes, or shows a finished run's result
   eval RUN          evaluate a run again, exactly; data.root= and launch.nproc= may differ
   fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere;
-                    --to timm or torchvision: weights of their plain network)
+                    --to timm or torchvision: weights for their network of the same name)
   report RUN...     results side by side: mean and standard deviation over seeds
-  bench step        time and memory of a training step by engine (model= batch= size= rounds= ...)
+  bench step        time and memory of a training step by engine (model= batch= size= rounds=
+                    threads= device= engines= input_stride=)
   bench optim       time of LAMB and EMA against timm's (model= rounds= threads= device=)
+  GHOSTTRAIN_NATIVE=0 in the environment switches the C++ kernels off
 
 options
   -m, --multirun    sweep over comma-separated values; finished runs are not repeated

@@ -34,7 +34,7 @@ from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import flatten, unflatten
 from ghosttrain.config.names import Layer, Names, parse_override
 from ghosttrain.config.policy import check_policy
-from ghosttrain.config.schema import Config
+from ghosttrain.config.schema import Config, Reparam
 from ghosttrain.config.sizes import SIDES, check_sides, family
 
 
@@ -270,6 +270,14 @@ def _check(config: Config, names: Names) -> None:
         hint = did_you_mean(model.name, students)
         raise UserError(
             f"model.name={model.name} is no student.{hint} A timm model: model=timm model.name=NAME"
+        )
+    own = (
+        config.reparam != Reparam(engine=config.reparam.engine) or model.input_stride != "standard"
+    )
+    if model.source == "timm" and own:
+        raise UserError(
+            f"timm's {model.name} is trained as it is: reparam settings and model.input_stride "
+            "would do nothing; leave them out"
         )
     if model.source == "timm" and config.train.sync_bn:
         raise UserError(

@@ -2,7 +2,8 @@
 
 Groups of settings are frozen pydantic models; unknown names, wrong types and values out of bounds
 are refused when the configuration is composed, before torch is imported. A field marked
-`RESULT_NEUTRAL` cannot change what a run computes, so it does not enter the name of the run folder.
+`RESULT_NEUTRAL` cannot change what a run computes, but for rounding, so it does not enter the name
+of the run folder.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Model(Settings):
     """File of weights to start from (any known dialect); null starts from a random
     initialisation."""
     input_stride: Literal["standard", "small"] = "standard"
-    """`small`: the stem keeps the size of the image (stride 1), for images of 32x32 or so."""
+    """Stride of the stem: `standard` 2, as published; `small` 1, for images of 32x32 or so."""
 
 
 class Reparam(Settings):
@@ -58,8 +59,13 @@ class Reparam(Settings):
     engine: Literal["auto", "branches", "stacked", "collapsed"] = Field(
         "auto", json_schema_extra=RESULT_NEUTRAL
     )
-    """How the sum of branches is computed in training; all are equal up to rounding. `auto`: per
-    layer and shape."""
+    """How the sum of branches is computed in training; all are equal up to rounding (`bench step`
+    compares their times). `auto`: the fastest for each layer and shape."""
+
+
+FULL = Reparam()
+PLAIN = Reparam(branches=1, scale=False, identity=False)
+"""The published network without branches."""
 
 
 class Teacher(Settings):

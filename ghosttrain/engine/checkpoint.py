@@ -25,7 +25,7 @@ from ghosttrain.engine.folder import read_config
 from ghosttrain.models.layers import Student
 from ghosttrain.models.profile import count_macs, count_params
 from ghosttrain.models.registry import create_model, create_timm_model
-from ghosttrain.models.reparam import engine, fuse
+from ghosttrain.models.reparam import fuse, using_engine
 from ghosttrain.models.weights import export_state, mismatch
 
 Which = Literal["ema", "raw", "fused"]
@@ -44,6 +44,7 @@ def build_student(config: Config, num_classes: int) -> nn.Module:
         model.dropout,
         model.weights,
         input_stride=model.input_stride,
+        new_classifier=True,
     )
 
 
@@ -211,7 +212,7 @@ def fuse_run(folder: str | Path, out: str | None = None, library: str | None = N
         return _write_for(library, model, fused, path)
     size, chans = config.data.eval_size, config.data.in_chans
     x = torch.randn(4, chans, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), engine(model, "branches"):
+    with torch.inference_mode(), using_engine(model, "branches"):
         difference = (model(x) - fused(x)).abs().max().item()
     try:
         save_weights(path, fused, describe_weights(config, classes_of(folder), "fused"))
@@ -232,12 +233,12 @@ def fuse_run(folder: str | Path, out: str | None = None, library: str | None = N
 def _write_for(library: str, model: nn.Module, fused: nn.Module, path: Path) -> Path:
     """Write a run's weights for a network of `library`: the plain one, or timm's GhostNetV3."""
     try:
-        name, state = export_state(cast("Student", fused), library)
-    except UserError as error:
+        form, (name, state) = "fused", export_state(cast("Student", fused), library)
+    except UserError as refusal:
         try:
-            name, state = export_state(cast("Student", model), library)
+            form, (name, state) = "in training form", export_state(cast("Student", model), library)
         except UserError:
-            raise error from None
+            raise refusal from None
     try:
         path.write_bytes(save(state, metadata={"format": "pt"}))
     except OSError as error:
@@ -249,5 +250,5 @@ def _write_for(library: str, model: nn.Module, fused: nn.Module, path: Path) -> 
         "torchvision": f"torchvision.models.get_model({name!r}, num_classes={classes})"
         f".load_state_dict(safetensors.torch.load_file({str(path)!r}))",
     }
-    print(f"{path}\nload it: {how[library]}")
+    print(f"{path} ({form})\nload it: {how[library]}")
     return path

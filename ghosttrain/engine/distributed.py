@@ -55,8 +55,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def pick_device(setting: str) -> torch.device:
-    """Return the device of this rank for `launch.device`.
+def pick_device(setting: str, key: str = "launch.device") -> torch.device:
+    """Return the device of this rank for a setting of auto, cpu or cuda; `key` is its name.
 
     Raises:
         UserError: CUDA was asked for and there is none, or fewer GPUs than ranks.
@@ -64,9 +64,7 @@ def pick_device(setting: str) -> torch.device:
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(
-            "launch.device=cuda, but PyTorch sees no CUDA device; type launch.device=cpu or auto"
-        )
+        raise UserError(f"{key}=cuda, but PyTorch sees no CUDA device; type {key}=cpu or auto")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= torch.cuda.device_count():
         raise UserError(

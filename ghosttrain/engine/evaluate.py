@@ -15,7 +15,7 @@ from torch import nn
 from ghosttrain.data.loader import Batch, Loader
 from ghosttrain.data.order import eval_batches, eval_indices
 from ghosttrain.engine import distributed
-from ghosttrain.models.reparam import engine
+from ghosttrain.models.reparam import using_engine
 
 
 def held_out_batches(loader: Loader, n: int, batch: int) -> Iterator[Batch]:
@@ -49,7 +49,7 @@ def evaluate(
     largest = torch.zeros((), device=device)
     # Branch by branch beside the fused weights: one fold against another would prove nothing.
     together = nn.ModuleList(models.values())
-    with engine(together, "branches") if "fused" in models else nullcontext():
+    with using_engine(together, "branches") if "fused" in models else nullcontext():
         for images, labels, _ in batches:
             logits = {name: model(images).float() for name, model in models.items()}
             for row, answer in zip(counts, logits.values(), strict=True):

@@ -16,6 +16,7 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.engine import distributed
 from ghosttrain.engine.folder import result_lines
 from ghosttrain.engine.plan import Plan
+from ghosttrain.models.moments import compiled
 from ghosttrain.models.profile import count_macs, count_params
 
 
@@ -118,7 +119,9 @@ All settings: `config.yaml`; versions, commit, command: `provenance.json`.
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or the processor's architecture and the number of threads."""
+    """Return what computes: the GPU, or the processor's architecture, threads and kernels."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads, kernels = torch.get_num_threads(), "on" if compiled("cpu") else "off"
+    plural = "s" * (threads > 1)
+    return f"CPU ({platform.machine()}, {threads} thread{plural}, C++ kernels {kernels})"

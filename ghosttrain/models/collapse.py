@@ -375,7 +375,7 @@ class Form:
     def gradients(
         x: Tensor, dy: Tensor, layer: Layer, coef: Coefficients, more: Tensor, kept: Kept
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of x, weight and taps."""
+        """Return the gradients of x, weight and taps; an empty one of these is its own gradient."""
         raise NotImplementedError
 
 
@@ -613,8 +613,13 @@ class SyncBatchNorm2d(BatchNorm):
 
 
 def synchronize(model: nn.Module) -> nn.Module:
-    """Give every batch norm of `model` statistics over all processes; in place, and returned."""
+    """Give every batch norm of a student statistics over all processes; in place, and returned.
+
+    Raises TypeError for batch norms of another kind, such as timm's with an activation.
+    """
     for bn in model.modules():
         if type(bn) in (nn.BatchNorm2d, BatchNorm):
-            bn.__class__ = SyncBatchNorm2d
+            bn.__class__ = SyncBatchNorm2d  # the same parameters and buffers, under the same names
+        elif isinstance(bn, nn.modules.batchnorm._BatchNorm) and type(bn) is not SyncBatchNorm2d:
+            raise TypeError(f"cannot synchronize a {type(bn).__name__}")
     return model

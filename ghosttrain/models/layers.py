@@ -36,9 +36,10 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (B, C, H, W)."""
-        if not (self.training and self.track_running_stats and repeats_a_forward()):
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None or not (self.training and repeats_a_forward()):
             return super().forward(x)
-        copies = self.running_mean.clone(), self.running_var.clone()
+        copies = mean.clone(), var.clone()  # as many tensors as the first time
         return F.batch_norm(x, *copies, self.weight, self.bias, True, 0.0, self.eps)
 
 

@@ -13,12 +13,10 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Literal, NamedTuple
 
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import FULL, PLAIN, Reparam
 from ghosttrain.models.mobilenetv2 import STAGES
 
 Dialect = Literal["ghosttrain", "fused", "timm", "official", "torchvision", "unknown"]
-FULL = Reparam(branches=3, scale=True, identity=True)
-PLAIN = Reparam(branches=1, scale=False, identity=False)
 
 
 class Layout(NamedTuple):

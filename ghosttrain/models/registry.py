@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import FULL, PLAIN, Reparam
 from ghosttrain.config.sizes import SIDES, family
 
 if TYPE_CHECKING:
@@ -47,10 +47,7 @@ STUDENTS: dict[str, Entry] = {
     "shufflenetv2_150": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (176, 352, 704, 1024)}),
     "shufflenetv2_200": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (244, 488, 976, 2048)}),
 }
-REPARAM = {
-    "full": Reparam(branches=3, scale=True, identity=True),
-    "none": Reparam(branches=1, scale=False, identity=False),
-}
+REPARAM = {"full": FULL, "none": PLAIN}
 
 
 def create_model(
@@ -62,6 +59,7 @@ def create_model(
     weights: str | None = None,
     fused: bool = False,
     input_stride: str = "standard",
+    new_classifier: bool = False,
 ) -> nn.Module:
     """Build a student in training mode: images (B, in_chans, H, W) -> logits (B, num_classes).
 
@@ -72,6 +70,8 @@ def create_model(
       says which it was, its `weights_note` what it lacked: branches, which then start with gain 0.
     - `fused`: build the inference form, convolutions with bias and no batch norm. It takes fused
       weights as they are, and folds weights of the training form (of the given `reparam`).
+    - `new_classifier`: where `weights` are for another number of classes, keep the new classifier
+      and say so in `weights_note`; else they are refused.
     - `input_stride`: "standard", or "small": the stem keeps the map, for images of 32x32 or so.
 
     Raises UserError for an unknown name or setting and for weights that do not fit.
@@ -91,7 +91,7 @@ def create_model(
     state = None if weights is None else read_state(weights)
     holds_branches = state is not None and detect(state).dialect != "fused"
     if fused and not holds_branches:
-        settings = REPARAM["none"]  # every setting folds to the same shapes; the least to build
+        settings = PLAIN  # every setting folds to the same shapes; the least to build
     module, cls, kwargs = STUDENTS[name]
     build = getattr(importlib.import_module(f"ghosttrain.models.{module}"), cls)
     model = build(
@@ -104,11 +104,13 @@ def create_model(
         input_stride=input_stride,
     )
     if state is not None and holds_branches:
-        model.weights_dialect, model.weights_note = load_state(model, state, str(weights))
+        loaded = load_state(model, state, str(weights), new_classifier)
+        model.weights_dialect, model.weights_note = loaded
     if fused:
         model = fuse(model.eval()).train()
     if state is not None and not holds_branches:
-        model.weights_dialect, model.weights_note = load_state(model, state, str(weights))
+        loaded = load_state(model, state, str(weights), new_classifier)
+        model.weights_dialect, model.weights_note = loaded
     return model
 
 

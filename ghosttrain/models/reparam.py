@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import PLAIN, Reparam
 from ghosttrain.models import collapse
 from ghosttrain.models.layers import BatchNorm, ConvBN
 
@@ -46,7 +46,7 @@ class RepConv2d(nn.Module):
         super().__init__()
         depthwise = groups == in_channels > 1
         if (depthwise and not reparam.depthwise) or (kernel_size == 1 and not reparam.pointwise):
-            reparam = reparam.model_copy(update={"branches": 1, "scale": False, "identity": False})
+            reparam = PLAIN.model_copy(update={"engine": reparam.engine})
 
         def branch(kernel_size: int) -> ConvBN:
             return ConvBN(in_channels, out_channels, kernel_size, stride, groups)
@@ -104,7 +104,7 @@ def make_stem(
 
 
 @contextmanager
-def engine(model: nn.Module, name: str) -> Iterator[None]:
+def using_engine(model: nn.Module, name: str) -> Iterator[None]:
     """Compute every `RepConv2d` of `model` by this engine within the block."""
     reps = [m for m in model.modules() if isinstance(m, RepConv2d)]
     before = [rep.engine for rep in reps]

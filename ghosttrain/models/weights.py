@@ -97,10 +97,13 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, Mapping) else {}
 
 
-def load_state(model: Student, state: Mapping[str, Tensor], origin: str) -> Loaded:
+def load_state(
+    model: Student, state: Mapping[str, Tensor], origin: str, new_classifier: bool = False
+) -> Loaded:
     """Load a state dict of any dialect into a student of the same family.
 
     Branches of the model that the file lacks start with gain 0, so that the function is the file's.
+    With `new_classifier` a classifier of another number of classes is left out.
     Raises UserError, naming `origin` (a file), for another family, for fused weights in a model
     with batch norms, and for what does not fit, key by key, as `fit_state` does.
     """
@@ -117,11 +120,17 @@ def load_state(model: Student, state: Mapping[str, Tensor], origin: str) -> Load
             f"create_model({model.name!r}, fused=True, weights=...)."
         )
     state = translate(state, own)
-    silent = _silent_branches(own, state)
-    fit_state(model, state, model.name, origin, silent)
-    count = sum(key.endswith(".running_mean") for key in silent)
-    note = f"{count} branches that it lacks start with gain 0" if count else ""
-    return Loaded(there.dialect, note)
+    spare, notes = _silent_branches(own, state), []
+    if count := sum(key.endswith(".running_mean") for key in spare):
+        notes.append(f"{count} branches that it lacks start with gain 0")
+    old, new = (len(s.get("classifier.bias", ())) for s in (state, own))
+    if new_classifier and old not in (0, new):
+        spare |= {key: own[key] for key in own if key.startswith("classifier.")}
+        state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
+        notes.append(f"its classifier of {old} classes is left out, one of {new} starts at random")
+    form = None if there.dialect in ("ghosttrain", "unknown") else there.form
+    fit_state(model, state, model.name, origin, spare, form)
+    return Loaded(there.dialect, "; ".join(notes))
 
 
 def translate(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> State:
@@ -161,12 +170,14 @@ def fit_state(
     name: str,
     origin: str,
     spare: Mapping[str, Tensor] = {},
+    form: Reparam | None = None,
 ) -> None:
     """Load `state` into `model` if all names and shapes agree.
 
     Else raises UserError with the keys that differ; `name` (the model) and `origin` (a file) stand
-    in it. What `state` lacks may come from `spare`. Counters of batch norms (`num_batches_tracked`)
-    may be missing: not all trainers store them, and only a batch norm without momentum reads them.
+    in it. What `state` lacks may come from `spare`; `form` is that of the network it comes from,
+    where its own names do not tell. Counters of batch norms (`num_batches_tracked`) may be missing:
+    not all trainers store them, and only a batch norm without momentum reads them.
     """
     own = model.state_dict()
     counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
@@ -185,7 +196,7 @@ def fit_state(
     hint = ""
     if not missing and not unexpected:
         hint = _hint_for_shapes(own, state, reshaped)
-    elif not reshaped and (form := _form(state)) not in (None, _form(own)):
+    elif not reshaped and (form := form or _form(state)) not in (None, _form(own)):
         hint = f" The file has {_spell(form)}."
     raise UserError(f"{origin} does not fit {name}: {'; '.join(parts)}.{hint}")
 
@@ -283,6 +294,13 @@ def _counterpart(model: Student, own: State, library: str) -> tuple[Layout, str]
     if not layouts:
         known = " or ".join(sorted({layout.dialect for layout in written}))
         raise UserError(f"{library!r} has no network for {model.name}: choose {known}.")
+    if not any(width in la.networks for la in layouts):
+        known = ", ".join(sorted({name for la in layouts for name in la.networks.values()}))
+        also = sorted({la.dialect for la in written if width in la.networks})
+        hint = f"; choose {' or '.join(also)}" if also else ""
+        raise UserError(
+            f"{library} has no network of the width of {model.name}, only {known}{hint}."
+        )
     layout = next((la for la in layouts if la.form == form and width in la.networks), None)
     if layout is None:
         shown = "fused" if here.dialect == "fused" else _spell(form)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.sizes import SIDES, family
 from ghosttrain.models.registry import STUDENTS
 
 ENGINES = ("auto", "collapsed", "stacked", "branches")
@@ -17,6 +18,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "threads": "1",
         "device": "auto",
         "engines": ",".join(ENGINES),
+        "input_stride": "standard",
     },
     "optim": {"model": "ghostnetv3_130", "rounds": "30", "threads": "1", "device": "auto"},
 }
@@ -42,12 +44,15 @@ def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
         raise UserError(f"model={settings['model']} is no student.{hint}")
     engines = tuple(settings.pop("engines", "").split(","))
     for engine in engines:
-        if engine and engine not in ENGINES:
+        if names[0] == "step" and engine not in ENGINES:
             raise UserError(f"engines={engine} is no engine.{did_you_mean(engine, ENGINES)}")
     device = settings.pop("device")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={device}: choose auto, cpu or cuda")
-    model = settings.pop("model")
+    model, stride = settings.pop("model"), settings.pop("input_stride", "standard")
+    strides = SIDES[family(model)]
+    if stride not in strides:
+        raise UserError(f"input_stride={stride}: choose {' or '.join(strides)}")
     numbers = {key: _positive(key, value) for key, value in settings.items()}
 
     from ghosttrain.engine.distributed import pick_device
@@ -55,12 +60,18 @@ def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
     if names[0] == "optim":
         from ghosttrain.study import bench_optim
 
-        rows = bench_optim.bench_optim(model, **numbers, device=pick_device(device))
+        rows = bench_optim.bench_optim(model, **numbers, device=pick_device(device, "device"))
         return bench_optim.describe(rows)
     from ghosttrain.study import bench_step
 
-    _check_size(model, numbers["size"])
-    rows = bench_step.bench_step(model, **numbers, device=pick_device(device), engines=engines)
+    if numbers["size"] < strides[stride].least:
+        raise UserError(
+            f"size={numbers['size']} is too small for {model}; type "
+            f"size={strides[stride].least} or more"
+        )
+    rows = bench_step.bench_step(
+        model, **numbers, device=pick_device(device, "device"), engines=engines, input_stride=stride
+    )
     return bench_step.describe(rows)
 
 
@@ -68,11 +79,3 @@ def _positive(key: str, value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise UserError(f"{key}={value} is not a whole number of 1 or more")
     return int(value)
-
-
-def _check_size(model: str, size: int) -> None:
-    from ghosttrain.config.sizes import SIDES, family
-
-    least = SIDES[family(model)]["standard"].least
-    if size < least:
-        raise UserError(f"size={size} is too small for {model}; type size={least} or more")

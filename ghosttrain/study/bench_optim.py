@@ -16,7 +16,6 @@ from timm.optim import Lamb as TimmLamb
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ghosttrain import native
 from ghosttrain.engine.summary import device_name
 from ghosttrain.models.registry import create_model
 from ghosttrain.optim.ema import Ema
@@ -89,7 +88,7 @@ def describe(rows: list[Row]) -> str:
     about = rows[0]
     lines = [
         f"{about['model']}: {about['tensors']} tensors, {about['parameters'] / 1e6:.3f} M "
-        f"parameters; {about['device']}, C++ kernels {about['kernels']}, {about['versions']}",
+        f"parameters; {about['device']}, {about['versions']}",
         f"median of {about['rounds']} rounds (lower to upper quartile), sides taking turns",
         "",
         "| part | side | CPU ms | wall ms | times ours |",
@@ -127,6 +126,5 @@ def _about(model_name: str, model: nn.Module, rounds: int, device: torch.device)
         "parameters": sum(p.numel() for p in model.parameters()),
         "rounds": rounds,
         "device": device_name(device),
-        "kernels": "on" if device.type == "cpu" and native.load() else "off",
         "versions": f"torch {torch.__version__}, timm {timm.__version__}",
     }

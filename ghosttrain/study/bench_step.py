@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ghosttrain import native
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import PLAIN
 from ghosttrain.engine.summary import device_name
 from ghosttrain.models.profile import count_macs
 from ghosttrain.models.registry import create_model, create_timm_model
@@ -27,7 +27,7 @@ from ghosttrain.study.timing import quartiles, timed
 
 Row = dict[str, Any]
 
-PLAIN, TIMM = "plain", "timm"
+PLAIN_SIDE, TIMM = "plain", "timm"
 WARM_UP = 2
 """Rounds before the first that counts."""
 
@@ -40,6 +40,7 @@ def bench_step(
     threads: int = 1,
     device: torch.device | None = None,
     engines: tuple[str, ...] = ENGINES,
+    input_stride: str = "standard",
 ) -> list[Row]:
     """Return a row for every engine, for the plain network and, if timm has it, for timm's.
 
@@ -51,12 +52,17 @@ def bench_step(
     image, as written branch by branch. What all rows share stands in each.
     """
     device = device or torch.device("cpu")
-    sides = [*engines, PLAIN, *([TIMM] if timm_name(model_name) else [])]
-    arguments = (model_name, batch, size, threads, device)
+    sides = [*engines, PLAIN_SIDE]
+    if in_timm(model_name) and input_stride == "standard":
+        sides.append(TIMM)
+    arguments = (model_name, input_stride, batch, size, threads, device)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        steps = {side: one_step(build(model_name, side), batch, size, device) for side in sides}
+        steps = {
+            side: one_step(build(model_name, input_stride, side), batch, size, device)
+            for side in sides
+        }
         times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for round_ in range(WARM_UP + rounds):
             for side, step in steps.items():
@@ -72,18 +78,17 @@ def bench_step(
         "rounds": rounds,
         "threads": threads,
         "device": device_name(device),
-        "kernels": "on" if device.type == "cpu" and native.load() else "off",
         "torch": torch.__version__,
     }
     rows = []
     for side in sides:
         cpu, wall = zip(*times[side], strict=True)
         row: Row = {"side": side, "cpu_ms": quartiles(cpu), "wall_ms": quartiles(wall)}
-        row["macs"] = count_macs(build(model_name, side), size)
+        row["macs"] = count_macs(build(model_name, input_stride, side), size)
         row["peak_mib"] = peak_in_fresh_process(side, *arguments)
         rows.append(row | about)
     clock = "cpu_ms" if device.type == "cpu" else "wall_ms"
-    plain = next(row for row in rows if row["side"] == PLAIN)
+    plain = next(row for row in rows if row["side"] == PLAIN_SIDE)
     for row in rows:
         row["ratio"] = row[clock][1] / plain[clock][1]
         row["memory_ratio"] = row["peak_mib"] / plain["peak_mib"]
@@ -95,8 +100,8 @@ def describe(rows: list[Row]) -> str:
     about = rows[0]
     lines = [
         f"{about['model']}: forward and backward of {about['batch']} images of {about['size']} "
-        f"pixels, float32, channels-last; {about['device']}, C++ kernels "
-        f"{about['kernels']}, torch {about['torch']}",
+        f"pixels, float32, channels-last; {about['device']}, torch "
+        f"{about['torch']}",
         f"median of {about['rounds']} rounds (lower to upper quartile), sides taking turns; "
         "memory: peak above the start, each in a fresh process",
         "",
@@ -109,6 +114,8 @@ def describe(rows: list[Row]) -> str:
             for low, median, high in (row["cpu_ms"], row["wall_ms"])
         )
         side = f"`engine={row['side']}`" if row["side"] in ENGINES else row["side"]
+        if side == TIMM and not row["model"].startswith("ghostnetv3"):
+            side = "timm (plain)"
         lines.append(
             f"| {side} | {cpu} | {wall} | {row['ratio']:.2f} | {row['peak_mib']:.0f} | "
             f"{row['memory_ratio']:.2f} | {row['macs'] / 1e6:.1f} |"
@@ -116,24 +123,26 @@ def describe(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def timm_name(model_name: str) -> str | None:
-    """Return timm's re-parameterized network of this name (GhostNetV3), else the plain one."""
+def in_timm(model_name: str) -> bool:
+    """Whether timm is installed and has a network of this name.
+
+    `ghostnetv3_*` have branches there as here; what else it has is plain.
+    """
     try:
         import timm
     except ImportError:
-        return None
-    return model_name if timm.is_model(model_name) else None
+        return False
+    return timm.is_model(model_name)
 
 
-def build(model_name: str, side: str) -> nn.Module:
+def build(model_name: str, input_stride: str, side: str) -> nn.Module:
     """Return one side's network, in training mode."""
     torch.manual_seed(0)
     if side == TIMM:
-        return create_timm_model(timm_name(model_name) or model_name)
-    if side == PLAIN:
-        plain = Reparam(branches=1, scale=False, identity=False, engine="branches")
-        return create_model(model_name, reparam=plain)
-    return create_model(model_name, reparam={"engine": side})
+        return create_timm_model(model_name)
+    plain = PLAIN.model_copy(update={"engine": "branches"})
+    reparam = plain if side == PLAIN_SIDE else {"engine": side}
+    return create_model(model_name, reparam=reparam, input_stride=input_stride)
 
 
 def one_step(model: nn.Module, batch: int, size: int, device: torch.device) -> Callable[[], None]:
@@ -152,22 +161,34 @@ def one_step(model: nn.Module, batch: int, size: int, device: torch.device) -> C
 
 
 def peak_in_fresh_process(
-    side: str, model_name: str, batch: int, size: int, threads: int, device: torch.device
+    side: str,
+    model_name: str,
+    input_stride: str,
+    batch: int,
+    size: int,
+    threads: int,
+    device: torch.device,
 ) -> float:
     """Return the peak memory in MiB of two steps above what there was before the first."""
-    arguments = json.dumps([side, model_name, batch, size, threads, str(device)])
+    arguments = json.dumps([side, model_name, input_stride, batch, size, threads, str(device)])
     command = [sys.executable, "-m", "ghosttrain.study.bench_step", arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def _peak(
-    side: str, model_name: str, batch: int, size: int, threads: int, device_text: str
+    side: str,
+    model_name: str,
+    input_stride: str,
+    batch: int,
+    size: int,
+    threads: int,
+    device_text: str,
 ) -> float:
     device = torch.device(device_text)
     torch.set_num_threads(threads)
     native.load()
-    step = one_step(build(model_name, side), batch, size, device)
+    step = one_step(build(model_name, input_stride, side), batch, size, device)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

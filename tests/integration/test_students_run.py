@@ -14,7 +14,8 @@ from conftest import only_run
 from safetensors.torch import load_file
 from torch import nn
 
-from ghosttrain import load_run
+from ghosttrain import create_model, load_run
+from ghosttrain.config.errors import UserError
 
 
 def without(arguments: list[str], *keys: str) -> list[str]:
@@ -46,6 +47,32 @@ def test_plain_weights_of_timm_start_a_run_with_branches(ghosttrain, tiny, tmp_p
     assert "timm" in line and "start with gain 0" in line
 
 
+def test_weights_of_another_number_of_classes_start_a_run_with_a_new_classifier(
+    ghosttrain, tiny, tmp_path
+):
+    torch.manual_seed(0)
+    there = torchvision.models.shufflenet_v2_x0_5(num_classes=1000)
+    torch.save(there.state_dict(), tmp_path / "w.pth")
+    outcome = ghosttrain(
+        *without(tiny, "model"), "model=shufflenetv2_050", f"model.weights={tmp_path / 'w.pth'}",
+        "train.max_steps=1",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    (line,) = (x for x in outcome.out.splitlines() if x.startswith("weights: "))
+    assert "torchvision" in line and "classifier of 1000 classes is left out, one of 3" in line
+    with pytest.raises(UserError, match="1000 classes, the model 3"):
+        create_model("shufflenetv2_050", 3, weights=str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(
+    "setting", ["reparam.branches=2", "reparam=none", "model.input_stride=small"]
+)
+def test_a_timm_model_takes_no_settings_that_would_do_nothing(ghosttrain, tiny, setting):
+    outcome = ghosttrain(*without(tiny, "model"), "model=timm", "model.name=resnet10t", setting)
+    assert outcome.code == 2
+    assert "trained as it is" in outcome.err
+
+
 def images(size: int = 64) -> torch.Tensor:
     return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
 
@@ -59,7 +86,9 @@ def test_a_run_is_usable_in_timm_and_in_torchvision(ghosttrain, tiny, tmp_path):
         run = only_run(root)
         outcome = ghosttrain("fuse", str(run), "--to", library)
         assert outcome.code == 0, outcome.err
-        path, load = outcome.out.splitlines()
+        written, load = outcome.out.splitlines()
+        path, form = written.split(" ", 1)
+        assert form == ("(in training form)" if library == "timm" else "(fused)")
         assert load.startswith("load it: ")
         there: nn.Module
         if library == "timm":
@@ -123,11 +152,17 @@ def test_bench_step_prints_a_row_per_side(ghosttrain):
         (["step", "engines=auto,stakced"], "stacked"),
         (["step", "rounds=0"], "rounds=0"),
         (["step", "size=16"], "size=33 or more"),
+        (["step", "size=16", "input_stride=small"], "size=17 or more"),
+        (["step", "input_stride=tiny"], "standard or small"),
+        (["step", "engines="], "is no engine"),
+        (["step", "device=cuda"], "device=cuda, but"),
         (["optim", "batch=3"], "no setting 'batch'"),
         (["optim", "device=gpu"], "auto, cpu or cuda"),
     ],
 )
 def test_mistakes_in_bench(ghosttrain, arguments, said):
+    if "device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("no mistake here")
     outcome = ghosttrain("bench", *arguments)
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ghosttrain import native
 from ghosttrain.config.schema import Reparam
 from ghosttrain.models import collapse, moments
-from ghosttrain.models.reparam import RepConv2d, engine
+from ghosttrain.models.reparam import RepConv2d, using_engine
 
 ENGINES = ("stacked", "collapsed")
 LAYERS = {  # in, out, kernel, stride, groups
@@ -61,7 +61,7 @@ def images(*shape: int, mean: float = 1.0, seed: int = 1) -> Tensor:
 def step(rep: nn.Module, x: Tensor, dy: Tensor, how: str) -> Results:
     """Everything one training step by an engine leaves behind, and the output in evaluation."""
     rep, x = copy.deepcopy(rep), x.detach().clone().requires_grad_()
-    with engine(rep, how):
+    with using_engine(rep, how):
         y = rep(x)
         y.backward(dy)
         grads = {f"d {name}": p.grad for name, p in rep.named_parameters()}
@@ -185,7 +185,7 @@ def test_momentum_and_cumulative_average(how, momentum):
     for bn in rep.norms():
         bn.momentum = momentum
     other = copy.deepcopy(rep)
-    with engine(rep, how), engine(other, "branches"):
+    with using_engine(rep, how), using_engine(other, "branches"):
         for seed in range(3):
             x = images(2, 12, 5, 6, seed=seed).double()
             rep(x), other(x)
@@ -232,7 +232,7 @@ def test_some_batch_norms_frozen_and_others_not_are_left_to_the_branches():
 @pytest.mark.parametrize("how", ENGINES)
 def test_a_single_value_per_channel_is_refused_as_batch_norm_does(how):
     rep = layer("expansion")
-    with engine(rep, how), pytest.raises(ValueError, match="more than 1 value"):
+    with using_engine(rep, how), pytest.raises(ValueError, match="more than 1 value"):
         rep(images(1, 6, 1, 1))
 
 
@@ -293,7 +293,7 @@ def test_a_large_batch_of_large_maps_in_float32(kind):
         conv = exact.branches[0].conv
         z = F.conv2d(x.double(), conv.weight, None, 1, conv.padding, 1, conv.groups)
         var, mean = torch.var_mean(z, (0, 2, 3))
-        with engine(rep, "collapsed"):
+        with using_engine(rep, "collapsed"):
             rep(x)
     bn = rep.branches[0].bn
     assert ((bn.running_var - var) / var).abs().max() <= 1e-6
@@ -348,7 +348,7 @@ def hundred_steps(how: str, nudge: float = 0.0) -> Tensor:
     optimizer = torch.optim.SGD(network.parameters(), 1e-3)
     x = images(6, 3, 16, 16).double().to(memory_format=torch.channels_last)
     labels = torch.arange(6) % 5
-    with engine(network, how):
+    with using_engine(network, how):
         for _ in range(100):
             optimizer.zero_grad()
             F.cross_entropy(network(x), labels).backward()
@@ -373,7 +373,7 @@ def test_a_hundred_steps_stay_as_near_as_a_rounding_error(how):
 def test_gradients_accumulate(how):
     rep = layer("depthwise 3").double()
     other = copy.deepcopy(rep)
-    with engine(rep, how), engine(other, "branches"):
+    with using_engine(rep, how), using_engine(other, "branches"):
         for seed in (1, 2):
             x = images(2, 12, 5, 6, seed=seed).double()
             for r in (rep, other):
@@ -387,7 +387,7 @@ def test_gradients_accumulate(how):
 def test_checkpointing_updates_running_statistics_once(how, reentrant):
     rep, x = layer("expansion").double(), images(2, 6, 5, 6).double().requires_grad_()
     other = copy.deepcopy(rep)
-    with engine(rep, how), engine(other, how):
+    with using_engine(rep, how), using_engine(other, how):
         checkpoint(rep, x, use_reentrant=reentrant).square().sum().backward()
         other(x).square().sum().backward()
     for (name, given), expected in zip(
@@ -402,7 +402,7 @@ def test_what_follows_may_work_in_place():
     x = images(2, 6, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
     for how in ("branches", *ENGINES):
         rep = layer("expansion")
-        with engine(rep, how):
+        with using_engine(rep, how):
             y = rep(x)
             y += 1
             F.relu(y, inplace=True).sum().backward()
@@ -440,7 +440,7 @@ def test_two_processes_equal_one_with_the_joint_batch(how, tmp_path):
     script = textwrap.dedent(f"""
         import sys, torch, torch.distributed as dist
         sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_collapse import synced_network, images, engine, collapse
+        from test_collapse import synced_network, images, using_engine, collapse
         torch.set_num_threads(1)
         rank = int(sys.argv[1])
         store = "file://{tmp_path}/store"
@@ -448,7 +448,7 @@ def test_two_processes_equal_one_with_the_joint_batch(how, tmp_path):
         network = collapse.synchronize(synced_network())
         x = images(5, 3, 9, 7).double().to(memory_format=torch.channels_last)
         own = (x[:3] if rank == 0 else x[3:]).requires_grad_()
-        with engine(network, {how!r}):
+        with using_engine(network, {how!r}):
             y = network(own)
             (y * torch.linspace(-1, 1, y[0].numel()).view_as(y[0])).square().sum().backward()
         grads = torch.cat([p.grad.flatten() for p in network.parameters()])
@@ -533,7 +533,7 @@ def test_without_the_kernels_depthwise_layers_fall_back(monkeypatch):
 def test_the_engine_is_restored_after_a_block():
     rep = layer("expansion")
     rep.engine = "auto"
-    with pytest.raises(RuntimeError), engine(rep, "stacked"):
+    with pytest.raises(RuntimeError), using_engine(rep, "stacked"):
         assert rep.engine == "stacked"
         raise RuntimeError
     assert rep.engine == "auto"
@@ -572,7 +572,7 @@ def test_unusual_layers_are_left_to_the_branches(name):
 @pytest.mark.parametrize("how", ENGINES)
 def test_second_derivatives_are_refused(how):
     rep, x = layer("expansion"), images(2, 6, 5, 6).requires_grad_()
-    with engine(rep, how):
+    with using_engine(rep, how):
         (g,) = torch.autograd.grad(rep(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.square().sum().backward()
@@ -604,7 +604,7 @@ def test_bf16_outputs_of_channels_far_from_zero(kind, case):
         exact = copy.deepcopy(rep).double()(x.double())
         with torch.autocast("cpu", torch.bfloat16):
             branches = rep(x).double()
-            with engine(rep, "collapsed"):
+            with using_engine(rep, "collapsed"):
                 given = rep(x)
     assert given.dtype == torch.bfloat16
     errors = ((y.double() - exact).norm() / exact.norm() for y in (given, branches))
@@ -637,3 +637,8 @@ def test_checkpointing_a_plain_batch_norm_updates_it_once():
         assert torch.equal(given, expected)
     for p, q in zip(layer.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_batch_norms_of_another_kind_are_not_synchronized_in_silence():
+    with pytest.raises(TypeError, match="BatchNorm3d"):
+        collapse.synchronize(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm3d(2)))

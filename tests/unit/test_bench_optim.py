@@ -25,7 +25,7 @@ def test_rows_and_table_of_a_small_student() -> None:
         assert (row["ratio"] == 1) == (row["side"] == "ours")
     about, *_, last = describe(rows).splitlines()
     assert "ghostnetv3_050: 978 tensors, 3.395 M parameters; CPU" in about
-    assert ", 1 threads)" in about
+    assert ", 1 thread, C++ kernels o" in about
     assert f"torch {torch.__version__}" in about and "timm" in about
     assert last.startswith("| both | timm, no clipping |")
     assert last.endswith(f"| {rows[-1]['ratio']:.2f} |")

@@ -192,7 +192,7 @@ def test_names_that_nobody_knows_stay(model):
         (NAME, {}, True, "timm", "ghostnetv2_160 fused or with reparam=none; ghosttrain.fuse"),
         (NAME, {"input_stride": "small"}, False, "timm", "ghostnetv3_050 halves the image"),
         ("mobilenetv2_050", {}, False, "timm", "reparam.branches=3"),
-        ("mobilenetv2_050", {}, True, "torchvision", "only for mobilenet_v2 fused"),
+        ("mobilenetv2_050", {}, True, "torchvision", "only mobilenet_v2; choose timm"),
         ("shufflenetv2_050", {}, True, "timm", "'timm' has no network for shufflenetv2_050: ch"),
         ("shufflenetv2_050", {"input_stride": "small"}, True, "torchvision", "input_stride=small"),
         ("shufflenetv2_050", {"in_chans": 1}, True, "torchvision", "1 channels, torchvision's sh"),
