@@ -34,7 +34,7 @@ from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import flatten, unflatten
 from ghosttrain.config.names import Layer, Names, parse_override
 from ghosttrain.config.policy import check_policy
-from ghosttrain.config.schema import Config, Reparam
+from ghosttrain.config.schema import FULL, PLAIN, Config
 from ghosttrain.config.sizes import SIDES, check_sides, family
 
 
@@ -110,6 +110,8 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         )
     config = _replace(config, "data", root=_data_root(config))
     _check(config, names)
+    if config.model.source == "timm":  # it has no branches: no setting of them tells runs apart
+        config = config.model_copy(update={"reparam": PLAIN})
     replaced = _replaced(bases, budget, ablations, user, config, names.default_groups())
     arguments = (*overrides, *(("--config-dir", config_dir) if config_dir else ()))
     return Composed(config, tuple(replaced), chosen, arguments, tuple(passed))
@@ -271,10 +273,8 @@ def _check(config: Config, names: Names) -> None:
         raise UserError(
             f"model.name={model.name} is no student.{hint} A timm model: model=timm model.name=NAME"
         )
-    own = (
-        config.reparam != Reparam(engine=config.reparam.engine) or model.input_stride != "standard"
-    )
-    if model.source == "timm" and own:
+    named = config.reparam.model_copy(update={"engine": FULL.engine}) not in (FULL, PLAIN)
+    if model.source == "timm" and (named or model.input_stride != "standard"):
         raise UserError(
             f"timm's {model.name} is trained as it is: reparam settings and model.input_stride "
             "would do nothing; leave them out"

@@ -64,9 +64,7 @@ def test_weights_of_another_number_of_classes_start_a_run_with_a_new_classifier(
         create_model("shufflenetv2_050", 3, weights=str(tmp_path / "w.pth"))
 
 
-@pytest.mark.parametrize(
-    "setting", ["reparam.branches=2", "reparam=none", "model.input_stride=small"]
-)
+@pytest.mark.parametrize("setting", ["reparam.branches=2", "model.input_stride=small"])
 def test_a_timm_model_takes_no_settings_that_would_do_nothing(ghosttrain, tiny, setting):
     outcome = ghosttrain(*without(tiny, "model"), "model=timm", "model.name=resnet10t", setting)
     assert outcome.code == 2

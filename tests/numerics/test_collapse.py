@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ghosttrain import native
 from ghosttrain.config.schema import Reparam
 from ghosttrain.models import collapse, moments
+from ghosttrain.models.registry import create_model
 from ghosttrain.models.reparam import RepConv2d, using_engine
 
 ENGINES = ("stacked", "collapsed")
@@ -642,3 +643,23 @@ def test_checkpointing_a_plain_batch_norm_updates_it_once():
 def test_batch_norms_of_another_kind_are_not_synchronized_in_silence():
     with pytest.raises(TypeError, match="BatchNorm3d"):
         collapse.synchronize(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm3d(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["ghostnetv3_050", "mobilenetv2_050", "shufflenetv2_050"])
+def test_a_whole_student_compiles_to_one_graph(model):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    student = create_model(model, 5, dropout=0).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(student)
+    x = images(4, 3, 64, 64).to(memory_format=torch.channels_last)
+    counter = CompileCounterWithBackend("aot_eager")
+    y = torch.compile(student, backend=counter, fullgraph=True)(x)
+    y.square().sum().backward()
+    plain(x).square().sum().backward()
+    assert counter.frame_count == 1
+    for (name, p), q in zip(student.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-3 * (q.grad.norm() + 1), name
+    for (name, b), c in zip(student.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(b, c, rtol=1e-4, atol=1e-5, msg=name)

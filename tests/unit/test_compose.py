@@ -293,3 +293,9 @@ def test_config_imports_no_torch():
     code = "import ghosttrain.config.compose, ghosttrain.cli, ghosttrain.engine.launch, sys"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_setting_of_branches_tells_runs_of_a_timm_model_apart():
+    timm = ["model=timm", "model.name=resnet10t"]
+    runs = [run_name(compose([*timm, extra]).config) for extra in ("reparam=full", "reparam=none")]
+    assert runs[0] == runs[1]
