@@ -8,11 +8,48 @@ of the run folder.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import partial
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 RESULT_NEUTRAL: dict[str, Any] = {"result_neutral": True}
+
+Points = tuple[tuple[float, float], ...]
+"""(share of the run in [0, 1], value), rising in the first."""
+
+
+def _scheduled(value: Any, positive: bool = False) -> Any:
+    """Check a number or a list of `[share, value]` points; points become tuples of floats."""
+    points = value if isinstance(value, list | tuple) else [[0, value]]
+    good = bool(points) and all(_is_point(point, positive) for point in points)
+    if not good or any(a[0] >= b[0] for a, b in pairwise(points)):
+        low = "above 0" if positive else "of 0 or more"
+        raise PydanticCustomError(
+            "scheduled",
+            f"a number {low}, nor a list [[share of the run, number], ...] whose shares rise "
+            "within 0 to 1",
+        )
+    if points is value:
+        return tuple((float(share), float(number)) for share, number in points)
+    return float(value)
+
+
+def _is_point(point: Any, positive: bool) -> bool:
+    if not isinstance(point, list | tuple) or len(point) != 2:
+        return False
+    if not all(type(x) in (int, float) and 0 <= x < float("inf") for x in point):
+        return False
+    return point[0] <= 1 and (point[1] > 0 or not positive)
+
+
+Scheduled = Annotated[float | Points, BeforeValidator(_scheduled)]
+"""A constant of 0 or more, or points between which the value is linear: `[[0,0],[0.1,1]]` rises
+over the first tenth of the run and stays at 1."""
+ScheduledPositive = Annotated[float | Points, BeforeValidator(partial(_scheduled, positive=True))]
+"""The same, above 0."""
 
 
 class Settings(BaseModel):
@@ -68,8 +105,8 @@ PLAIN = Reparam(branches=1, scale=False, identity=False)
 """The published network without branches."""
 
 
-class Teacher(Settings):
-    """The distillation teacher: always pretrained, frozen, in eval mode."""
+class Pretrained(Settings):
+    """One pretrained network that teaches."""
 
     name: str | None = None
     """timm model name; null trains without a teacher."""
@@ -83,22 +120,75 @@ class Teacher(Settings):
     configuration."""
     std: tuple[float, ...] | None = Field(None, strict=False)
     """Channel standard deviations the teacher was trained with; null: its own configuration."""
-    check_samples: int = Field(512, ge=0)
-    """Unaugmented training images on which the teacher must beat chance (binomial p <= .01); 0
+
+
+class Member(Pretrained):
+    """One network of an ensemble."""
+
+    weight: float = Field(1.0, gt=0)
+    """Its share in the average, relative to the other members'."""
+
+
+class Teacher(Pretrained):
+    """The distillation teacher: always pretrained, frozen, in eval mode. One network, or several:
+    `teacher=ensemble teacher.members.A.name=... teacher.members.B.name=...`.
+    """
+
+    members: dict[str, Member] = {}
+    """The networks of an ensemble by a name of your choice, each with the settings of a teacher
+    (name, weights, input_size, mean, std) and its `weight`."""
+    average: Literal["probability", "logit"] = "probability"
+    """Ensemble: what is averaged, the members' probabilities or their logits."""
+    check_samples: int = Field(512, ge=0, json_schema_extra=RESULT_NEUTRAL)
+    """Unaugmented training images on which every network must beat chance (binomial p <= .01); 0
     skips the check."""
+    trust: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
+    """Take a teacher that does not beat chance all the same."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of its weights and activations; `auto`: bf16 on CUDA, fp32 on the CPU."""
+    compile: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
+    """torch.compile it."""
+    chunk: int | None = Field(None, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    """Images it sees at once, where memory is short; null: the whole micro-batch."""
 
 
 class Distill(Settings):
-    """How the student learns from the teacher, beside the labels."""
+    """How the student learns from the teacher, beside the labels. A weight or temperature is a
+    number or a schedule: `[[0,0],[0.1,1]]` rises linearly over the first tenth of the run.
+    """
 
-    name: Literal["none", "soft_ce", "kl"] = "none"
-    """`soft_ce`: cross-entropy to the teacher's softened answer; `kl`: KL divergence times T^2."""
-    temperature: float = Field(1.0, gt=0)
+    name: Literal["none", "soft_ce", "kl", "dkd", "dist", "hard", "logit_std"] = "none"
+    """`soft_ce`: cross-entropy to the teacher's softened answer; `kl`: KL divergence times T^2;
+    `dkd`: decoupled KD; `dist`: correlations; `hard`: cross-entropy to the teacher's best class;
+    `logit_std`: `kl` of standardised logits."""
+    temperature: ScheduledPositive = 1.0
     """Softmax temperature T of student and teacher in the distillation term."""
-    weight: float = Field(1.0, ge=0)
+    weight: Scheduled = 1.0
     """Weight of the distillation term."""
-    label_weight: float = Field(1.0, ge=0)
+    label_weight: Scheduled = 1.0
     """Weight of the cross-entropy with the labels."""
+    alpha: float | None = Field(None, ge=0)
+    """`dkd`: weight of the target class's part; `dist`: of the relations between classes."""
+    beta: float | None = Field(None, ge=0)
+    """`dkd`: weight of the other classes' part; `dist`: of the relations between images."""
+    features_weight: Scheduled = 0.0
+    """Weight of the features term: 1 - cosine between the teacher's pooled features and a linear
+    projection of the student's; 0 is off."""
+
+
+class Targets(Settings):
+    """The teacher's answers, stored once (`python -m ghosttrain cache`) and read in training."""
+
+    dir: str | None = None
+    """Folder of stored answers; with it, training needs no teacher. null asks the teacher."""
+    epochs: int | None = Field(None, ge=1)
+    """Augmentation draws stored of each image: epoch e replays draw e mod this. null: when storing,
+    train.epochs; in training, all there are."""
+    codec: str = "auto"
+    """How an answer is stored: `topk:K`, `features:BITS`, `logits:BITS`; `auto`: the smallest that
+    keeps the direction of the gradient (cosine >= .995). Used when storing."""
+    shard_size: int = Field(8192, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    """Images in one file of the store. Used when storing."""
 
 
 class Data(Settings):
@@ -282,6 +372,7 @@ class Config(Settings):
     reparam: Reparam = Reparam()
     teacher: Teacher = Teacher()
     distill: Distill = Distill()
+    targets: Targets = Targets()
     data: Data = Data()
     augment: Augment = Augment()
     optim: Optim = Optim()
