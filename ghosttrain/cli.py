@@ -29,6 +29,9 @@ class Options:
     info: str | None = None
     out: str | None = None
     to: str | None = None
+    dry_run: bool = False
+    repair: bool = False
+    inspect: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "\nghosttrain: interrupted; the same command goes on from the last finished epoch",
+            "\nghosttrain: interrupted; the same command goes on from the last finished "
+            + ("file" if verb == "cache" else "epoch"),
             file=sys.stderr,
         )
         return 130
@@ -120,6 +124,19 @@ def _train(options: Options) -> int:
     return launch(composed)
 
 
+def _cache(options: Options) -> int:
+    """Store the teacher's answers: of composed settings, or of a store with its own settings."""
+    from ghosttrain.engine.launch import store_answers
+
+    if len(options.folders) > 1:
+        raise UserError(f"cache takes one folder, not also {options.folders[1]!r}")
+    what = {name: getattr(options, name) for name in ("dry_run", "repair", "inspect")}
+    if sum(what.values()) > 1:
+        raise UserError("choose one of --dry-run, --repair and --inspect")
+    folder = Path(options.folders[0]) if options.folders else None
+    return store_answers(folder, options.overrides, options.config_dir, what)
+
+
 def _eval(options: Options) -> int:
     """Evaluate a finished or unfinished run again, exactly."""
     from ghosttrain.engine.reevaluate import evaluate_run
@@ -161,12 +178,16 @@ def _report(options: Options) -> int:
 
 VERBS: dict[str, Callable[[Options], int]] = {
     "train": _train,
+    "cache": _cache,
     "eval": _eval,
     "fuse": _fuse,
     "report": _report,
     "bench": _bench,
 }
-FLAGS = ("--help", "--version", "--multirun", "--cfg", "--info", "--config-dir", "--out", "--to")
+FLAGS = (
+    "--help", "--version", "--multirun", "--cfg", "--info", "--config-dir", "--out", "--to",
+    "--dry-run", "--repair", "--inspect",
+)  # fmt: skip
 
 
 def _options(verb: str, args: list[str]) -> Options:
@@ -178,6 +199,8 @@ def _options(verb: str, args: list[str]) -> Options:
         flag, equals, value = arg.partition("=")
         if arg in ("-m", "--multirun"):
             found["multirun"] = True
+        elif arg in ("--dry-run", "--repair", "--inspect"):
+            found[arg.lstrip("-").replace("-", "_")] = True
         elif flag in ("--cfg", "--info", "--config-dir", "--out", "--to", "-c", "-cd"):
             name = {"-c": "cfg", "-cd": "config_dir"}.get(flag, flag.lstrip("-").replace("-", "_"))
             given = value if equals else next(rest, None)
@@ -192,7 +215,11 @@ def _options(verb: str, args: list[str]) -> Options:
             folders.append(arg)
     if found.get("cfg") not in (None, "job", "hydra", "all"):
         raise UserError(f"--cfg {found['cfg']}: choose job, hydra or all")
-    known = {"train": {"multirun", "cfg", "info", "config_dir"}, "fuse": {"out", "to"}}
+    known = {
+        "train": {"multirun", "cfg", "info", "config_dir"},
+        "cache": {"config_dir", "dry_run", "repair", "inspect"},
+        "fuse": {"out", "to"},
+    }
     allowed = known.get(verb, set())
     for name in set(found) - allowed:
         raise UserError(

@@ -29,9 +29,12 @@ verbs
   fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere;
                     --to timm or torchvision: weights for their network of the same name)
   report RUN...     results side by side: mean and standard deviation over seeds
+  cache             store the teacher's answers once (targets.dir=D targets.epochs=E); --dry-run
+                    only measures; cache D --repair, cache D --inspect
   bench step        time and memory of a training step by engine (model= batch= size= rounds=
                     threads= device= engines= input_stride=)
   bench optim       time of LAMB and EMA against timm's (model= rounds= threads= device=)
+  bench distill     cost of an epoch with stored targets against none and a live teacher
   GHOSTTRAIN_NATIVE=0 in the environment switches the C++ kernels off
 
 options
@@ -39,6 +42,9 @@ options
   --cfg job         print the composed settings and stop (hydra, all: Hydra's own)
   --info defaults   where they come from (also: defaults-tree, config, searchpath, plugins)
   --config-dir D    your own groups (D/optim/x.yaml) and recipes (D/recipe/x.yaml)
+  --dry-run         cache: measure the codecs, the size on disk and the time, and store nothing
+  --repair          cache D: make damaged files of the store again, and only those
+  --inspect         cache D: draw a few stored crops with what the teacher says of them
   --version         print the version
 """
 
@@ -83,16 +89,26 @@ def _default_choices(path: Path) -> list[tuple[str, str]]:
 def _settings() -> dict[str, list[tuple[str, str]]]:
     """Section -> (name, default) of every setting, from the source of schema.py."""
     tree = ast.parse((PACKAGE / "config" / "schema.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     found: dict[str, list[tuple[str, str]]] = {}
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef) or node.name == "Settings":
-            continue
-        fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
-        if node.name == "Config":
-            fields = [f for f in fields if ast.unparse(f.target) == "seed"]
-        name = "" if node.name == "Config" else node.name.lower()
-        found[name] = [(ast.unparse(f.target), _default(f.value)) for f in fields]
-    return found
+    for section in _fields(classes, "Config"):
+        if (kind := ast.unparse(section.annotation)) in classes:
+            settings = _fields(classes, kind)
+            found[ast.unparse(section.target)] = [_name_and_default(f) for f in settings]
+    own = [f for f in _fields(classes, "Config") if ast.unparse(f.target) == "seed"]
+    return found | {"": [_name_and_default(f) for f in own]}
+
+
+def _fields(classes: dict[str, ast.ClassDef], name: str) -> list[ast.AnnAssign]:
+    """Return the fields of a class, those of its base classes in the same file first."""
+    node = classes[name]
+    bases = [b.id for b in node.bases if isinstance(b, ast.Name) and b.id in classes]
+    inherited = [field for base in bases for field in _fields(classes, base)]
+    return inherited + [field for field in node.body if isinstance(field, ast.AnnAssign)]
+
+
+def _name_and_default(field: ast.AnnAssign) -> tuple[str, str]:
+    return ast.unparse(field.target), _default(field.value)
 
 
 def _default(value: ast.expr | None) -> str:

@@ -6,7 +6,7 @@ python scripts/pack_teacher.py RUN ghosttrain/distill/digits_teacher.safetensors
 import sys
 from pathlib import Path
 
-from ghosttrain.distill.teacher import About, save_packed
+from ghosttrain.distill.pretrained import About, save_packed
 from ghosttrain.engine.checkpoint import classes_of, load_run
 from ghosttrain.engine.folder import read_config, read_result
 

@@ -68,6 +68,16 @@ def make_images(root: Path, classes: int, train: int = 16, val: int = 7) -> None
                 Image.fromarray(pixels).save(folder / f"{number}.JPEG", quality=95)
 
 
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 5 ImageNet classes: 12 training and 4 held-out JPEG crops of a photo each."""
+    from photos import make_photos
+
+    root = tmp_path_factory.mktemp("photos")
+    make_photos(root)
+    return root
+
+
 @pytest.fixture
 def tiny(image_folder: Path, tmp_path: Path) -> list[str]:
     """Arguments of a run of seconds: 48 images of 64 pixels, the smallest student, no teacher."""

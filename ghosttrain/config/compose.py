@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,19 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
+from ghosttrain.config.distillation import check_loss, check_targets, check_teacher
 from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.identity import flatten, unflatten
-from ghosttrain.config.names import Layer, Names, parse_override
+from ghosttrain.config.identity import field_of, flatten, unflatten
+from ghosttrain.config.names import (
+    MEMBERS,
+    NAME_A_MEMBER,
+    Layer,
+    Names,
+    parse_override,
+    settings_near,
+)
 from ghosttrain.config.policy import check_policy
 from ghosttrain.config.schema import FULL, PLAIN, Config
 from ghosttrain.config.sizes import SIDES, check_sides, family
@@ -84,7 +94,9 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         smaller = {g: c for g, c in budget.groups.items() if g not in unused}
         budget = replace(budget, groups=smaller)
         chosen |= smaller | stronger
-        values = _stack((*bases, budget, *ablations), chosen)
+        # The names of an ensemble's members are the user's: to Hydra, no such setting exists.
+        members = {o.key_or_group: o.value() for o in user if o.key_or_group.startswith(MEMBERS)}
+        values = _merged(_stack((*bases, budget, *ablations), chosen), unflatten(members))
         recipe = "+".join(layer.name for layer in (*bases, *ablations)) or "none"
         store = ConfigStore.instance()
         store.store(name="schema", node=Config().model_dump(mode="json"))
@@ -93,23 +105,23 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         store.store(group="layers", name=name, node=node, package="_global_")
         passed = [f"{group}={choice}" for group, choice in chosen.items()]
         passed += [f"+layers={name}"]
-        passed += [
-            o.input_line or ""
-            for o in user
-            if o.key_or_group not in names.groups and o.key_or_group not in ("recipe", "budget")
-        ]
+        elsewhere = {*names.groups, "recipe", "budget", *members}
+        passed += [o.input_line or "" for o in user if o.key_or_group not in elsewhere]
         passed += names.search_path()
         config = _typed(_hydra(passed))
     named = {o.key_or_group for o in user}
     if "optim.lr" in named and "optim.lr_batch" not in named:
         config = _replace(config, "optim", lr_batch=None)  # typed by hand: used as typed
-    if user_groups.get("teacher", "none") != "none" and config.distill.name == "none":
+    teacher = user_groups.get("teacher", "none")
+    asked = [f"teacher={teacher}"] if teacher != "none" else [*members]
+    if asked and config.distill.name == "none":
         raise UserError(
-            f"teacher={user_groups['teacher']} would never be asked, because distill=none; "
-            "type distill=soft_ce (or kl) too"
+            f"{asked[0]} would never be asked, because distill=none; type distill=soft_ce (or kl) "
+            "too"
         )
     config = _replace(config, "data", root=_data_root(config))
-    _check(config, names)
+    config = _replace(config, "targets", dir=_absolute(config.targets.dir))
+    _check(config, names, chosen)
     if config.model.source == "timm":  # it has no branches: no setting of them tells runs apart
         config = config.model_copy(update={"reparam": PLAIN})
     replaced = _replaced(bases, budget, ablations, user, config, names.default_groups())
@@ -126,24 +138,25 @@ def cells(overrides: Sequence[str], config_dir: str | None = None) -> list[list[
     names = Names(config_dir)
     with names.hydra():
         parsed = names.parse(overrides, sweep=True)
-        plus = {o.key_or_group for o in parsed if o.is_add()}
-        batch = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-    return [["+" + o if o.split("=")[0] in plus else o for o in cell] for cell in batch]
+        return [[*cell] for cell in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
 
 
 def override_run(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
     """Return a saved run's settings with a few of them changed.
+
+    `allowed` are dotted names; `*` in one stands for any name of an ensemble's member.
 
     Raises:
         UserError: a setting that is not in `allowed`, or a value that does not fit.
     """
     tree = config.model_dump(mode="json")
     parser = OverridesParser.create()
+    free = [key for key in flatten(tree) if any(fnmatchcase(key, name) for name in allowed)]
     for text in overrides:
         key, _, _ = text.partition("=")
-        if key not in allowed:
+        if key not in free:
             raise UserError(
-                f"{key!r} cannot be changed for a run that exists.{did_you_mean(key, allowed)}"
+                f"{key!r} cannot be changed for a run that exists.{did_you_mean(key, free)}"
             )
         override = parse_override(parser, text)
         if override.is_sweep_override():
@@ -223,30 +236,36 @@ def _typed(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        given, expected = first["input"], first["msg"].removeprefix("Input should be ")
-        hint = ""
-        if first["type"] == "extra_forbidden":
-            raise UserError(
-                f"there is no setting {key!r}.{did_you_mean(key, flatten(tree))}"
-            ) from None
-        if first["type"] == "literal_error":
-            hint = did_you_mean(
-                str(given), expected.replace(" or ", ", ").replace("'", "").split(", ")
-            )
-            hint = hint if hint.startswith(" Did") else ""
-        section, _, name = key.partition(".")
-        about = _docstring(section, name.split(".")[0])
-        if given is None:
-            raise UserError(f"{key} is missing: type {key}=...{about}") from None
-        raise UserError(f"{key}={given} is not {expected}.{hint}{about}") from None
+        raise UserError(_mistake(error.errors(include_url=False)[0])) from None
 
 
-def _docstring(section: str, name: str) -> str:
-    model = Config.model_fields.get(section)
-    inner = getattr(model.annotation if model else None, "model_fields", {}).get(name)
-    text = " ".join((inner.description or "").split()) if inner is not None else ""
+def _mistake(first: ErrorDetails) -> str:
+    """One line about a value that its setting does not take."""
+    parts = [str(part) for part in first["loc"]]
+    key, kind, given = ".".join(parts), first["type"], first["input"]
+    expected = first["msg"].removeprefix("Input should be ")
+    about = _docstring(".".join(part for part in first["loc"] if isinstance(part, str)))
+    if parts[-1] == "[key]":
+        return (
+            f"{MEMBERS}: {given!r} cannot name a network; use letters, digits, _ and - (a bare "
+            "number in quotes)"
+        )
+    if kind in ("dict_type", "model_type"):
+        return f"{key}={given}: {NAME_A_MEMBER}"
+    if kind == "extra_forbidden":
+        return f"there is no setting {key!r}.{did_you_mean(key, settings_near(key))}"
+    if given is None:
+        return f"{key} is missing: type {key}=...{about}"
+    hint = ""
+    if kind == "literal_error":
+        hint = did_you_mean(str(given), expected.replace(" or ", ", ").replace("'", "").split(", "))
+        hint = hint if hint.startswith(" Did") else ""
+    return f"{key}={given} is not {expected}.{hint}{about}"
+
+
+def _docstring(key: str) -> str:
+    field = field_of(key)
+    text = " ".join((field.description or "").split()) if field else ""
     return f" ({text})" if text else ""
 
 
@@ -258,13 +277,17 @@ def _data_root(config: Config) -> str | None:
     root = config.data.root
     if root is None and config.data.name == "imagenet":
         root = os.environ.get("IMAGENET_DIR") or None
-    return str(Path(root).expanduser().resolve()) if root else None
+    return _absolute(root)
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).expanduser().resolve()) if path else None
 
 
 # --- checks across sections -----------------------------------------------------------------------
 
 
-def _check(config: Config, names: Names) -> None:
+def _check(config: Config, names: Names, chosen: dict[str, str]) -> None:
     """Refuse contradictions between settings, each in one line that says what to type."""
     model, data, augment = config.model, config.data, config.augment
     students = [n for n in names.groups["model"] if family(n) in SIDES]
@@ -286,11 +309,9 @@ def _check(config: Config, names: Names) -> None:
         )
     if model.weights and not Path(model.weights).expanduser().is_file():
         raise UserError(f"model.weights={model.weights}: no such file")
-    if config.distill.name != "none" and not config.teacher.name:
-        raise UserError(
-            f"distill={config.distill.name} needs a teacher: type teacher=NAME "
-            f"({', '.join(n for n in names.groups['teacher'] if n != 'none')}) or distill=none"
-        )
+    check_teacher(config.teacher, config.distill, chosen["teacher"], names.groups["teacher"])
+    check_loss(config.distill)
+    check_targets(config.targets, config.distill, augment)
     check_policy(augment)
     for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max")):
         if getattr(augment, low) > getattr(augment, high):
@@ -354,7 +375,7 @@ def _replaced(
         if group not in named and before_groups[group] != choice
     ]
     for key, value in flatten(budget.values).items():
-        old = before.get(key, schema[key])
-        if key not in named and final[key] == value and old != value:
+        old = before.get(key, schema.get(key))
+        if key not in named and final.get(key) == value and old != value:
             notes.append(f"{key}: {old} -> {value}")
     return notes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from ghosttrain.config.schema import Config
 
@@ -22,34 +24,56 @@ def run_name(config: Config) -> str:
 
 
 def fingerprint(config: Config) -> str:
-    """Hash (8 hex digits) of every setting that can change the result, except the seed."""
-    text = json.dumps(result_settings(config), sort_keys=True)
+    """Hash (8 hex digits) of every setting that can change the result, except the seed.
+
+    A setting at its schema default does not enter it: adding one to the schema leaves the folders
+    of earlier runs where they are.
+    """
+    text = json.dumps(result_settings(config, exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def result_settings(config: Config) -> dict[str, Any]:
+def result_settings(config: Config, exclude_defaults: bool = False) -> dict[str, Any]:
     """Dotted name -> value of every setting that can change the result, except the seed."""
-    flat = {}
-    for key, value in flatten(config.model_dump(mode="json")).items():
-        section, _, name = key.rpartition(".")
-        model = type(getattr(config, section)) if section else Config
-        extra = model.model_fields[name].json_schema_extra
-        if not (isinstance(extra, dict) and extra.get("result_neutral")) and key not in (
-            "seed",
-            "recipe",
-        ):
-            flat[key] = value
-    return flat
+    tree = config.model_dump(mode="json", exclude_defaults=exclude_defaults)
+    return {
+        key: value
+        for key, value in flatten(tree).items()
+        if key not in ("seed", "recipe") and not _result_neutral(key)
+    }
+
+
+def _result_neutral(key: str) -> bool:
+    field = field_of(key)
+    extra = field.json_schema_extra if field else None
+    return isinstance(extra, dict) and bool(extra.get("result_neutral"))
+
+
+def field_of(key: str) -> FieldInfo | None:
+    """Return the schema's field behind `optim.lr` or `teacher.members.ANY.weight`; None if there is
+    none.
+    """
+    kind: Any = Config
+    field: FieldInfo | None = None
+    for part in key.split("."):
+        if get_origin(kind) is dict:  # `part` is a name of the user's choice, not a field
+            kind, field = get_args(kind)[1], None
+            continue
+        field = getattr(kind, "model_fields", {}).get(part)
+        if field is None:
+            return None
+        kind = field.annotation
+    return field
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn `{"optim": {"lr": 1}}` into `{"optim.lr": 1}`."""
+    """Turn `{"optim": {"lr": 1}}` into `{"optim.lr": 1}`; an empty dictionary stays a value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

@@ -7,7 +7,8 @@ and parses overrides: every key and every choice must exist. It does not merge (
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.identity import flatten, unflatten
+from ghosttrain.config.identity import field_of, flatten, unflatten
 from ghosttrain.config.paths import shipped
-from ghosttrain.config.schema import Config
+from ghosttrain.config.schema import Config, Member
 
-
-def _text_keys() -> set[str]:
-    """Dotted names of all settings that hold free text."""
-    return {
-        f"{section}.{name}"
-        for section, group in Config.model_fields.items()
-        for name, setting in getattr(group.annotation, "model_fields", {}).items()
-        if setting.annotation in (str, str | None)
-    }
-
-
-TEXT_KEYS = _text_keys()
+MEMBERS = "teacher.members"
+KEYS = tuple(key for key in flatten(Config().model_dump(mode="json")) if key != MEMBERS)
+"""Dotted names of all settings, but for those of an ensemble's members: the user names those."""
+NAME_A_MEMBER = (
+    f"name each network of an ensemble and set what it is: type {MEMBERS}.a.name=MODEL "
+    f"{MEMBERS}.a.weights=hub (a: a name of your choice)"
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,6 @@ class Names:
             for group in root.iterdir()
             if group.is_dir() and group.name not in ("budget", "recipe")
         }
-        self.keys = [*flatten(Config().model_dump(mode="json"))]
 
     def hydra(self) -> Any:
         """Return the context in which Hydra finds the shipped groups."""
@@ -98,16 +93,20 @@ class Names:
         return self.groups[group]
 
     def parse(self, overrides: Sequence[str], sweep: bool = False) -> list[Override]:
-        """Parse and check names: every key must exist, every group choice too."""
+        """Parse and check names: every key must exist, every group choice too.
+
+        A dictionary of an ensemble's members becomes one override for each of their settings.
+        """
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = []
         for text in overrides:
             if "=" not in text:
-                hint = did_you_mean(text, [*self.groups, *self.keys, "recipe", "budget"])
+                hint = did_you_mean(text, [*self.groups, *KEYS, "recipe", "budget"])
                 raise UserError(f"{text!r} is not key=value.{hint}")
-            override = parse_override(parser, text)
-            self._check_name(override, sweep)
-            parsed.append(override)
+            for one in _spread(parser, text):
+                override = parse_override(parser, one)
+                self._check_name(override, sweep)
+                parsed.append(override)
         return parsed
 
     def _check_name(self, o: Override, sweep: bool) -> None:
@@ -126,21 +125,29 @@ class Names:
                         raise UserError(
                             f"no {key} is called {shown!r}.{did_you_mean(shown, names)}"
                         )
-        elif key not in self.keys:
-            inside = [k for k in self.keys if k.startswith(key + ".")]
-            if inside:
-                raise UserError(f"{key!r} is a section: set one of {', '.join(inside[:6])}, ...")
-            leaf = [k for k in self.keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
-            hint = (
-                f" Did you mean {leaf[0]!r}?"
-                if leaf
-                else did_you_mean(key, [*self.keys, *self.groups])
-            )
-            raise UserError(f"there is no setting {key!r}.{hint}")
+        elif _above_settings(key) and not o.is_sweep_override():
+            raise UserError(f"{o.input_line!r}: {NAME_A_MEMBER}")
+        else:
+            self._check_key(key)
         if o.is_sweep_override() and not sweep:
             raise UserError(
                 f"{o.input_line!r} names several values: add -m to run one after the other"
             )
+
+    def _check_key(self, key: str) -> None:
+        if _is_setting(key) or _above_settings(key):
+            return
+        inside = [k for k in KEYS if k.startswith(key + ".")]
+        if inside:
+            raise UserError(f"{key!r} is a section: set one of {', '.join(inside[:6])}, ...")
+        last = key.rpartition(".")[2]
+        leaf = [k for k in KEYS if k.rpartition(".")[2] == last and key.count(".") < 2]
+        hint = (
+            f" Did you mean {leaf[0]!r}?"
+            if leaf
+            else did_you_mean(key, [*settings_near(key), *self.groups])
+        )
+        raise UserError(f"there is no setting {key!r}.{hint}")
 
     def recipes(self, choice: Any) -> tuple[list[Layer], list[Layer]]:
         """Return the layers of `recipe=NAME` or `recipe=[A,B]`: base recipes and ablations."""
@@ -171,10 +178,10 @@ class Names:
                 raise UserError(f"{path.name}: no {group} is called {value!r}.{hint}")
             groups[group] = str(value)
         for key in flatten(body):
-            if key not in self.keys:
-                raise UserError(
-                    f"{path.name}: there is no setting {key!r}.{did_you_mean(key, self.keys)}"
-                )
+            try:
+                self._check_key(key)
+            except UserError as error:
+                raise UserError(f"{path.name}: {error}") from None
         return Layer(name, groups, body)
 
     def budget(self, choice: Any, chosen: dict[str, str]) -> Layer:
@@ -199,6 +206,13 @@ class Names:
         return Layer(name, groups, unflatten(values))
 
 
+def settings_near(key: str) -> list[str]:
+    """Return the names of all settings; those of an ensemble's member by the name in `key`."""
+    parts = key.split(".")
+    member = parts[2] if key.startswith(f"{MEMBERS}.") else parts[-2] if len(parts) > 2 else "a"
+    return [*KEYS, *(f"{MEMBERS}.{member}.{name}" for name in Member.model_fields)]
+
+
 def parse_override(parser: OverridesParser, text: str) -> Override:
     """Parse `key=value`; a value that is text by the schema is taken as it stands.
 
@@ -206,16 +220,53 @@ def parse_override(parser: OverridesParser, text: str) -> Override:
     """
     key, _, value = text.partition("=")
     plain = key.lstrip("+")
+    member = plain.startswith(f"{MEMBERS}.")
+    if member:
+        key = "member"  # the grammar knows no key with a part such as `2b`
     try:
-        override = parser.parse_override(text)
-        if plain not in TEXT_KEYS or override.is_sweep_override():
-            return override
-        if override.value() is None or isinstance(override.value(), str):
-            return override
+        override = parser.parse_override(f"{key}={value}")
+        if _is_text(plain) and not override.is_sweep_override():
+            if not (override.value() is None or isinstance(override.value(), str)):
+                override = parser.parse_override(f"{key}={_quoted(value)}")
     except HydraException:
-        if plain not in TEXT_KEYS and plain != "recipe":
+        if not _is_text(plain) and plain != "recipe":
             raise UserError(f"cannot read {text!r}: write key=value, lists as key=[a,b]") from None
-    return parser.parse_override(f"{key}={_quoted(value)}")
+        override = parser.parse_override(f"{key}={_quoted(value)}")
+    return replace(override, key_or_group=plain, input_line=text) if member else override
+
+
+def _spread(parser: OverridesParser, text: str) -> list[str]:
+    """Turn `teacher.members={a: {weight: 2}}` into `teacher.members.a.weight=2`."""
+    key, _, value = text.partition("=")
+    if not _above_settings(key.lstrip("+")):
+        return [text]
+    tree = None
+    try:
+        override = parser.parse_override(f"members={value}")
+        tree = None if override.is_sweep_override() else override.value()
+    except HydraException:
+        with suppress(yaml.YAMLError):  # YAML takes paths that Hydra's grammar does not
+            tree = yaml.safe_load(value)
+    if not isinstance(tree, dict):
+        return [text]
+    return [
+        f"{leaf}={_quoted(v) if isinstance(v, str) else 'null' if v is None else v}"
+        for leaf, v in flatten({key: tree}).items()
+    ]
+
+
+def _is_text(key: str) -> bool:
+    found = field_of(key)
+    return "." in key and found is not None and found.annotation in (str, str | None)
+
+
+def _is_setting(key: str) -> bool:
+    return key in KEYS or (key.startswith(f"{MEMBERS}.") and field_of(key) is not None)
+
+
+def _above_settings(key: str) -> bool:
+    """Whether `key` is `teacher.members` or `teacher.members.ANY`."""
+    return key == MEMBERS or (key.startswith(f"{MEMBERS}.") and key.count(".") == 2)
 
 
 def _quoted(text: str) -> str:

@@ -129,12 +129,15 @@ class Member(Pretrained):
     """Its share in the average, relative to the other members'."""
 
 
+MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
 class Teacher(Pretrained):
     """The distillation teacher: always pretrained, frozen, in eval mode. One network, or several:
     `teacher=ensemble teacher.members.A.name=... teacher.members.B.name=...`.
     """
 
-    members: dict[str, Member] = {}
+    members: dict[MemberName, Member] = {}
     """The networks of an ensemble by a name of your choice, each with the settings of a teacher
     (name, weights, input_size, mean, std) and its `weight`."""
     average: Literal["probability", "logit"] = "probability"
@@ -149,7 +152,8 @@ class Teacher(Pretrained):
     compile: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
     """torch.compile it."""
     chunk: int | None = Field(None, ge=1, json_schema_extra=RESULT_NEUTRAL)
-    """Images it sees at once, where memory is short; null: the whole micro-batch."""
+    """Images it sees at once, where memory is short; null: the whole micro-batch, on a CPU as many
+    as are fastest."""
 
 
 class Distill(Settings):
@@ -184,7 +188,7 @@ class Targets(Settings):
     epochs: int | None = Field(None, ge=1)
     """Augmentation draws stored of each image: epoch e replays draw e mod this. null: when storing,
     train.epochs; in training, all there are."""
-    codec: str = "auto"
+    codec: str = Field("auto", json_schema_extra=RESULT_NEUTRAL)
     """How an answer is stored: `topk:K`, `features:BITS`, `logits:BITS`; `auto`: the smallest that
     keeps the direction of the gradient (cosine >= .995). Used when storing."""
     shard_size: int = Field(8192, ge=1, json_schema_extra=RESULT_NEUTRAL)

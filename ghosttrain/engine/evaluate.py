@@ -35,7 +35,7 @@ def evaluate(
     Args:
         models: name -> model returning logits (B, K); with "ema" and "fused" their logits are
             compared.
-        batches: (images (B,C,H,W), labels (B,), sample numbers (B,)) of this rank.
+        batches: images (B, C, H, W), labels (B,), ... of this rank.
         device: where the models are.
 
     Returns:
@@ -50,7 +50,7 @@ def evaluate(
     # Branch by branch beside the fused weights: one fold against another would prove nothing.
     together = nn.ModuleList(models.values())
     with using_engine(together, "branches") if "fused" in models else nullcontext():
-        for images, labels, _ in batches:
+        for images, labels, *_ in batches:
             logits = {name: model(images).float() for name, model in models.items()}
             for row, answer in zip(counts, logits.values(), strict=True):
                 best = answer.topk(min(5, answer.shape[1])).indices

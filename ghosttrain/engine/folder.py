@@ -73,7 +73,11 @@ def check_same_run(folder: Path, config: Config) -> None:
     if fingerprint(old) == fingerprint(config) and old.seed == config.seed:
         return
     before, now = ({**result_settings(c), "seed": c.seed} for c in (old, config))
-    changes = [f"{k}: {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
+    changes = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in before | now
+        if before.get(key) != now.get(key)
+    ]
     shown = "; ".join(changes[:4]) + ("; ..." if len(changes) > 4 else "")
     raise UserError(
         f"{folder} holds a run with other settings ({shown}); choose another run.name or "

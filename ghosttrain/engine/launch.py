@@ -13,17 +13,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from ghosttrain.config.compose import Composed
+from ghosttrain.config.compose import Composed, compose, override_run
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Launch
 from ghosttrain.engine.folder import (
     check_same_run,
     made_by_other_code,
     opened,
+    read_config,
     read_result,
     result_lines,
     run_folder,
 )
+
+STORE_MAY_CHANGE = (
+    "data.root",
+    "data.workers",
+    "launch.nproc",
+    "launch.device",
+    "teacher.check_samples",
+    "teacher.chunk",
+    "teacher.compile",
+    "teacher.members.*.weights",
+    "teacher.weights",
+    "train.eval_batch",
+)
+"""Settings of a store that may differ when it is repaired or looked at."""
 
 
 def launch(composed: Composed) -> int:
@@ -54,6 +72,49 @@ def launch(composed: Composed) -> int:
         from ghosttrain.engine.train import train
 
         train(config, notes)
+    return 0
+
+
+def store_answers(
+    folder: Path | None, overrides: Sequence[str], config_dir: str | None, what: dict[str, bool]
+) -> int:
+    """Run the verb `cache`; return the exit code.
+
+    Args:
+        folder: a store: its own settings count. None: settings are composed from `overrides`.
+        overrides: `key=value`; for a store that exists, only where things are and how they run.
+        config_dir: the user's own groups and recipes.
+        what: `dry_run`, `repair`, `inspect`.
+
+    Raises:
+        UserError: no store there, no teacher, no `targets.dir`.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        from ghosttrain.engine.cache import cache
+
+        cache(None, **what)  # the settings come from rank 0
+        return 0
+    if folder is not None:
+        if not (folder / "about.json").is_file():
+            raise UserError(f"{folder} is no store of answers: it has no about.json")
+        saved = read_config(folder).model_copy(update={"launch": Launch()})
+        config = override_run(saved, overrides, STORE_MAY_CHANGE)
+        targets = config.targets.model_copy(update={"dir": str(folder.expanduser().resolve())})
+        config = config.model_copy(update={"targets": targets})
+    else:
+        config = compose(overrides, config_dir).config
+        if config.distill.name == "none":
+            raise UserError("cache stores a teacher's answers: type distill=soft_ce teacher=NAME")
+        if config.targets.dir is None:
+            raise UserError("cache needs a folder: type targets.dir=/path/to/store")
+    if config.launch.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        flags = [f"--{name.replace('_', '-')}" for name, on in what.items() if on]
+        named = [str(folder)] if folder is not None else []
+        own = ["--config-dir", config_dir] if config_dir else []
+        return spawn(("cache", *named, *overrides, *flags, *own), config.launch.nproc)
+    from ghosttrain.engine.cache import cache
+
+    cache(config, **what)
     return 0
 
 

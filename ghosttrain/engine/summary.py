@@ -92,6 +92,8 @@ def card(config: Config, result: dict[str, Any], held_out: Dataset, notes: list[
     table = "\n".join(result_lines(result))
     policy = config.augment.policy
     said = "\n".join(note.replace("  ", "- ", 1) if note[:2] == "  " else note for note in notes)
+    members = [str(member.name) for member in config.teacher.members.values()]
+    teacher = config.teacher.name or " + ".join(members) or "none"
     mixed = " Mixup/CutMix were on." if policy == "with_mixup" else ""
     return f"""# {run_name(config)}
 
@@ -106,7 +108,7 @@ held-out images.
 ![curves](curves.png)
 
 {said}
-Teacher: {config.teacher.name or "none"} ({config.distill.name}). Augmentation: `{policy}`.{mixed}
+Teacher: {teacher} ({config.distill.name}). Augmentation: `{policy}`.{mixed}
 
 ```python
 import ghosttrain

@@ -25,6 +25,10 @@ from ghosttrain.engine import distributed
 from ghosttrain.engine.folder import clock, write_text
 
 Row = dict[str, float]
+NO_TERMS = ("kind", "step", "loss", "agreement", "lr", "images_per_second")
+"""What a row of training metrics holds besides the terms of the loss."""
+AGREED = "as the teacher (training)"
+"""Label of the curve of the agreement with the teacher on augmented images."""
 
 
 class Meter:
@@ -149,11 +153,12 @@ class Tracker:
 
 
 def describe(row: Row) -> str:
-    """Return `loss 1.234 (label 1.0 + soft_ce 0.2)  lr 1.2e-03  540 images/s`."""
-    parts = [f"{k} {v:.3f}" for k, v in row.items() if k not in ("loss", "lr", "images_per_second")]
-    inside = f" ({' + '.join(parts)})" if len(parts) > 1 else ""
-    speed = f"{row['images_per_second']:.0f} images/s"
-    return f"loss {row['loss']:.3f}{inside}  lr {row['lr']:.2e}  {speed}"
+    """Return `loss 1.2 (label 1.0 + kl 0.2)  agreement 71 %  lr 1.2e-03  540 images/s`."""
+    terms = [f"{name} {value:.3f}" for name, value in row.items() if name not in NO_TERMS]
+    parts = [f"loss {row['loss']:.3f}" + (f" ({' + '.join(terms)})" if len(terms) > 1 else "")]
+    if "agreement" in row:
+        parts.append(f"agreement {100 * row['agreement']:.0f} %")
+    return "  ".join([*parts, f"lr {row['lr']:.2e}", f"{row['images_per_second']:.0f} images/s"])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -178,11 +183,7 @@ def draw_curves(folder: Path, title: str) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     losses, rate, accuracy = figure.subplots(1, 3)
-    names = [
-        k
-        for k in (train[0] if train else {})
-        if k not in ("kind", "step", "lr", "images_per_second")
-    ]
+    names = [k for k in (train[0] if train else {}) if k == "loss" or k not in NO_TERMS]
     for name in names:
         losses.plot([r["step"] for r in train], [r[name] for r in train], label=name, linewidth=1.2)
     rate.plot([r["step"] for r in train], [r["lr"] for r in train], color="tab:gray")
@@ -191,9 +192,13 @@ def draw_curves(folder: Path, title: str) -> None:
         accuracy.plot(
             [r["step"] for r in rows_with], [r[f"{name}_top1"] for r in rows_with], ".-", label=name
         )
+    agreed = [(r["step"], 100 * r["agreement"]) for r in train if "agreement" in r]
+    if agreed:
+        accuracy.plot(*zip(*agreed, strict=True), color="0.7", linewidth=1, label=AGREED, zorder=0)
     if held:
         best = max(r["ema_top1"] for r in held)
         accuracy.set_title(f"last EMA {held[-1]['ema_top1']:.2f} %, best {best:.2f} %", fontsize=9)
+    if held or agreed:
         accuracy.legend(frameon=False)
     if names:
         losses.legend(frameon=False)

@@ -19,13 +19,16 @@ from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
-from ghosttrain.data.augment import mix_batch
-from ghosttrain.data.datasets import Dataset, build_datasets
-from ghosttrain.data.loader import eval_loader, train_loader
-from ghosttrain.data.order import epoch_order, eval_batches, mix, train_batches
-from ghosttrain.distill.losses import LOSSES
-from ghosttrain.distill.teacher import Teacher, build_teacher, check_teacher, refuse_chance
+from ghosttrain.data.augment import View, mix_batch
+from ghosttrain.data.datasets import build_datasets
+from ghosttrain.data.loader import Batch, eval_loader, train_loader
+from ghosttrain.data.order import mix, train_batches
+from ghosttrain.distill import losses as terms
+from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.features import WithFeatures, pooled_width
+from ghosttrain.distill.losses import LOSSES, at
 from ghosttrain.engine import distributed, folder, summary, track
+from ghosttrain.engine.answers import ready_answers
 from ghosttrain.engine.checkpoint import (
     build_student,
     can_fuse,
@@ -71,25 +74,36 @@ def train(config: Config | None, notes: list[str]) -> None:
     rank, ranks = distributed.rank(), distributed.world_size()
     run = folder.run_folder(config)
 
-    # ---------------------------------------------------------------- Data
+    # ---------------------------------------------------------------- Data, teacher
     train_set, held_out = build_datasets(config.data)
     classes, n = train_set.classes, len(train_set)
     plan = make_plan(config, n, ranks)
+    answers = ready_answers(config, train_set, device)
     train_images = train_loader(
-        train_set, config.data, config.augment, device, config.train.channels_last
+        train_set,
+        config.data,
+        config.augment,
+        device,
+        config.train.channels_last,
+        answers.views,
+        answers.records,
     )
     held_images = eval_loader(held_out, config.data, device, config.train.channels_last)
     eval_batch = config.train.eval_batch or plan.micro_batch
 
-    # ---------------------------------------------------------------- Student, teacher, optimizer
+    # ---------------------------------------------------------------- Student, optimizer
     torch.manual_seed(config.seed)
     student = build_student(config, len(classes)).to(device)
     if config.train.channels_last:
         student = student.to(memory_format=torch.channels_last)
     if config.train.sync_bn:
         student = synchronize(student)
-    teacher, about_teacher = ready_teacher(config, train_set, device)
-    optimizer = build_optimizer(config.optim, student)
+    learner: nn.Module = student
+    projection = nn.Module()  # nothing to train or to save
+    if config.distill.features_weight:
+        learner = with_features(config, student, answers.num_features).to(device)
+        projection = learner.project
+    optimizer = build_optimizer(config.optim, learner)
     ema = Ema(student, config.ema.decay, config.ema.warmup)
 
     # ---------------------------------------------------------------- Resume
@@ -99,6 +113,7 @@ def train(config: Config | None, notes: list[str]) -> None:
         saved = load_state(last)
         step, seconds, best = saved["step"], saved["seconds"], saved["best"]
         load_into(student, saved["student"], last)
+        projection.load_state_dict(saved.get("projection", {}))
         ema.load_state_dict(saved["ema"])
         if step < plan.total_steps:
             optimizer.load_state_dict(saved["optimizer"])
@@ -108,14 +123,14 @@ def train(config: Config | None, notes: list[str]) -> None:
     # ---------------------------------------------------------------- Loop
     tracker = track.Tracker(config, run if rank == 0 else None, step, plan.total_steps)
     if config.train.compile:
-        student.compile()
-    forward = distributed.parallel(student, device)
+        learner.compile()
+    forward = distributed.parallel(learner, device)
     autocast = mixed_precision(config.train.precision, device)
     started, meter = time.perf_counter() - seconds, track.Meter()
     student.train()
     with train_images, held_images, tracker:
         for line in summary.head(
-            config, plan, run, train_set, held_out, student, about_teacher, device, notes
+            config, plan, run, train_set, held_out, student, answers.about, device, notes
         ):
             tracker.say(line)
         while step < plan.total_steps:
@@ -132,7 +147,7 @@ def train(config: Config | None, notes: list[str]) -> None:
                     ranks,
                     start_step=done,
                 ),
-                draw_number=epoch,
+                draw_number=answers.draw_number(epoch),
             )
             meter.start()
             while step < end:
@@ -140,17 +155,18 @@ def train(config: Config | None, notes: list[str]) -> None:
                 set_lr(optimizer, lr)
                 torch.manual_seed(mix(config.seed, step, rank))
                 for part in range(plan.accumulation):
-                    images, labels, indices = next(batches)
-                    images, targets = mix_batch(
-                        images, labels, len(classes), config.augment, epoch, indices.tolist()
-                    )
+                    batch = next(batches)
+                    images, views, targets = mixed(batch, len(classes), config, epoch)
+                    answer = answers(images, views, batch.records)
                     with distributed.no_sync(forward, part + 1 < plan.accumulation):
                         with autocast():
-                            losses = objective(config, forward, teacher, images, targets)
+                            losses = objective(
+                                config, step / plan.total_steps, forward, answer, images, targets
+                            )
                         (losses["loss"] / plan.accumulation).backward()
                     meter.add(losses, len(images) * ranks)
                 if config.optim.clip_grad is not None:
-                    nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_grad)
+                    nn.utils.clip_grad_norm_(learner.parameters(), config.optim.clip_grad)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 ema.update(student)
@@ -182,6 +198,7 @@ def train(config: Config | None, notes: list[str]) -> None:
                 state: dict[str, Any] = {
                     "student": student.state_dict(),
                     "ema": ema.state_dict(),
+                    "projection": projection.state_dict(),
                     "optimizer": optimizer.state_dict() if step < plan.total_steps else {},
                     "step": step,
                     "seconds": seconds,
@@ -220,50 +237,77 @@ def train(config: Config | None, notes: list[str]) -> None:
 
 
 def objective(
-    config: Config, student: nn.Module, teacher: Teacher | None, images: Tensor, targets: Tensor
+    config: Config,
+    progress: float,
+    forward: nn.Module,
+    answer: Answer | None,
+    images: Tensor,
+    targets: Tensor,
 ) -> dict[str, Tensor]:
     """Return every term of the loss by name, weighted, and their sum as "loss".
 
+    With a teacher there is "agreement" too: the share of images on which the student's best class
+    is the teacher's.
+
     Args:
         config: which terms, their weights and temperature.
-        student: returns logits (B, K).
-        teacher: returns logits (B, K), or None.
+        progress: share of the run that is done, in [0, 1]: weights and temperature may follow it.
+        forward: returns logits (B, K), or those and projected features (B, F) (`WithFeatures`).
+        answer: the teacher's, or None.
         images: (B, C, H, W) as the student sees them.
         targets: (B, K) class probabilities of the labels.
     """
     distill = config.distill
-    logits = student(images).float()
+    output = forward(images)
+    logits, projected = output if isinstance(output, tuple) else (output, None)
+    logits = logits.float()
     label = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
-    losses = {"label": distill.label_weight * label}
-    if teacher is not None:
-        term = LOSSES[distill.name](logits, teacher(images), distill.temperature)
-        losses[distill.name] = distill.weight * term
-    return losses | {"loss": torch.stack(list(losses.values())).sum()}
-
-
-def ready_teacher(
-    config: Config, train_set: Dataset, device: torch.device
-) -> tuple[Teacher | None, str]:
-    """Return the teacher, checked on unaugmented training images, and a line that says what it is.
-
-    With `distill=none` there is none.
-    """
-    if config.distill.name == "none":
-        return None, "none"
-    data = config.data
-    teacher = build_teacher(
-        config.teacher, train_set.classes, data.mean, data.std, data.in_chans, device
+    losses = {"label": at(distill.label_weight, progress) * label}
+    if answer is None:
+        return losses | {"loss": losses["label"]}
+    term = LOSSES[distill.name](
+        logits, answer.logits, targets.argmax(dim=1), at(distill.temperature, progress), distill
     )
-    assert teacher is not None  # the composer refuses distillation without a teacher
-    about = f"{config.teacher.name} ({config.teacher.weights}), {teacher.input_size} px"
-    sample = epoch_order(len(train_set), 0, 0)[: config.teacher.check_samples].tolist()
-    if sample:
-        with eval_loader(train_set, data, device) as images:
-            batches = images.batches(eval_batches(sample, 64))
-            top1, n = check_teacher(teacher, ((x, label) for x, label, _ in batches))
-        refuse_chance(top1, n, len(train_set.classes))
-        about += f", top-1 {100 * top1:.1f} % on {n} unaugmented training images"
-    return teacher, about
+    losses[distill.name] = at(distill.weight, progress) * term
+    if projected is not None and answer.features is not None:
+        term = terms.features(projected, answer.features)
+        losses["features"] = at(distill.features_weight, progress) * term
+    total = torch.stack(list(losses.values())).sum()
+    return losses | {"loss": total, "agreement": terms.agreement(logits, answer.logits)}
+
+
+def mixed(
+    batch: Batch, num_classes: int, config: Config, epoch: int
+) -> tuple[Tensor, dict[View, Tensor], Tensor]:
+    """Return images, the teacher's views and targets (B, K), after Mixup or CutMix where it is on.
+
+    Views are mixed by the same draw as the images; the targets are those of the images.
+    """
+    indices = batch.indices.tolist()
+
+    def mix_one(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return mix_batch(pixels, batch.labels, num_classes, config.augment, epoch, indices)
+
+    images, targets = mix_one(batch.images)
+    if not (config.augment.mixup_alpha or config.augment.cutmix_alpha):
+        return images, batch.views, targets
+    return images, {k: mix_one(view.float() / 255)[0] for k, view in batch.views.items()}, targets
+
+
+def with_features(config: Config, student: nn.Module, teacher_features: int) -> WithFeatures:
+    """Return the student with a projection of its pooled features onto the teacher's.
+
+    Raises:
+        UserError: the student's classifier is not one linear layer of pooled features.
+    """
+    data = config.data
+    num_features = pooled_width(student, data.in_chans, data.train_size)
+    if not num_features:
+        raise UserError(
+            f"{config.model.name} has no pooled features below one linear layer: type "
+            "distill.features_weight=0"
+        )
+    return WithFeatures(student, num_features, teacher_features)
 
 
 def mixed_precision(setting: str, device: torch.device) -> Callable[[], torch.autocast]:

@@ -199,7 +199,6 @@ class GhostNet(Student):
         x = F.relu(self.stem(x), inplace=True)
         return F.relu(self.last(self.stages(x)), inplace=True)
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Pool (B, num_features, H', W') and classify: logits (B, K)."""
-        x = F.relu(self.head(features.mean((2, 3))))
-        return self.classifier(F.dropout(x, self.dropout, self.training))
+    def pool(self, features: Tensor) -> Tensor:
+        """Map the last map (B, num_features, H', W') to pooled features (B, 1280)."""
+        return F.relu(self.head(features.mean((2, 3))))

@@ -120,9 +120,11 @@ class SqueezeExcite(nn.Module):
 class Student(nn.Module):
     """Frame of every student: what is known about it, and the check of its input.
 
-    A subclass sets `num_features` and defines `forward_features` and `forward_head`. The least
-    sizes of images come from `ghosttrain/config/sizes.py`.
+    A subclass sets `num_features` and `classifier` and defines `forward_features`. The least sizes
+    of images come from `ghosttrain/config/sizes.py`.
     """
+
+    classifier: nn.Linear
 
     num_features: int
     """Channels of the last map, the output of `forward_features`."""
@@ -143,9 +145,21 @@ class Student(nn.Module):
         """Map images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""
         raise NotImplementedError
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Map the last map (B, num_features, H', W') to logits (B, K)."""
-        raise NotImplementedError
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the last map (B, num_features, H', W') and classify it: logits (B, K).
+
+        With `pre_logits`, what the classifier sees: pooled features (B, F), after dropout.
+        """
+        x = F.dropout(self.pool(features), self.dropout, self.training)
+        return x if pre_logits else self.classifier(x)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Map the last map (B, num_features, H', W') to pooled features (B, F)."""
+        return features.mean((2, 3))
+
+    def get_classifier(self) -> nn.Linear:
+        """Return the layer that makes logits of pooled features."""
+        return self.classifier
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to logits (B, K); UserError if they cannot be taken."""

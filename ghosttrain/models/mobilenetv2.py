@@ -108,11 +108,6 @@ class MobileNetV2(Student):
         x = F.relu6(self.stem(x), inplace=True)
         return F.relu6(self.last(self.stages(x)), inplace=True)
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Pool (B, num_features, H', W') and classify: logits (B, K)."""
-        x = features.mean((2, 3))
-        return self.classifier(F.dropout(x, self.dropout, self.training))
-
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):

@@ -117,8 +117,3 @@ class ShuffleNetV2(Student):
         x = F.relu(self.stem(x), inplace=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         return F.relu(self.last(self.stages(x)), inplace=True)
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Pool (B, num_features, H', W') and classify: logits (B, K)."""
-        x = features.mean((2, 3))
-        return self.classifier(F.dropout(x, self.dropout, self.training))

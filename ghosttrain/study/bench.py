@@ -21,6 +21,17 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "input_stride": "standard",
     },
     "optim": {"model": "ghostnetv3_130", "rounds": "30", "threads": "1", "device": "auto"},
+    "distill": {
+        "model": "mobilenetv2_050",
+        "teacher": "efficientnet_lite2",
+        "codec": "features:4",
+        "images": "256",
+        "batch": "32",
+        "size": "224",
+        "rounds": "5",
+        "threads": "1",
+        "device": "auto",
+    },
 }
 
 
@@ -31,7 +42,8 @@ def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
         UserError: there is no such benchmark, setting, model, engine or device.
     """
     if len(names) != 1 or names[0] not in DEFAULTS:
-        raise UserError("bench needs one of: python -m ghosttrain bench step, bench optim")
+        shown = ", ".join(f"bench {name}" for name in DEFAULTS)
+        raise UserError(f"bench needs one of: python -m ghosttrain {shown}")
     settings = dict(DEFAULTS[names[0]])
     for override in overrides:
         key, _, value = override.partition("=")
@@ -53,6 +65,7 @@ def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
     strides = SIDES[family(model)]
     if stride not in strides:
         raise UserError(f"input_stride={stride}: choose {' or '.join(strides)}")
+    teacher, codec = settings.pop("teacher", ""), settings.pop("codec", "")
     numbers = {key: _positive(key, value) for key, value in settings.items()}
 
     from ghosttrain.engine.distributed import pick_device
@@ -62,6 +75,13 @@ def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
 
         rows = bench_optim.bench_optim(model, **numbers, device=pick_device(device, "device"))
         return bench_optim.describe(rows)
+    if names[0] == "distill":
+        from ghosttrain.study import bench_distill
+
+        rows = bench_distill.bench_distill(
+            model, teacher, codec, **numbers, device=pick_device(device, "device")
+        )
+        return bench_distill.describe(rows)
     from ghosttrain.study import bench_step
 
     if numbers["size"] < strides[stride].least:

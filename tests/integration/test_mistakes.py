@@ -71,6 +71,13 @@ def test_before_torch_is_imported():
         (["+recipe=compact_kd", "optim.lr=nan"], "optim.lr=nan is not a finite number"),
         (["+recipe=compact_kd", "train.global_batch=100", "launch.nproc=3"], "99 or 102"),
         (["data=folder", "data.root=/absent"], "data.root=/absent: no such folder"),
+        (["teacher=ensemble", "distill=kl"], "type teacher.members.a.name="),
+        (["teacher=digits", "distill=kl", "distill.alpha=1"], "would do nothing with distill=kl"),
+        (["targets.dir=D"], "would never be read, because distill=none"),
+        (
+            ["-m", "distill=kl", "teacher.members.a.nmae=X"],
+            "Did you mean 'teacher.members.a.name'?",
+        ),
         (["-m", "seed=1,2", "optim.lrr=1"], "Did you mean 'optim.lr'?"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.data.decode import open_image, to_pixels
+from ghosttrain.data.decode import open_image, read_file, reduction, to_pixels
 
 
 def picture(height=48, width=64):
@@ -17,8 +17,9 @@ def picture(height=48, width=64):
     return np.stack(channels, -1).astype(np.uint8)
 
 
-def load(path, in_chans=3, **kwargs):
-    return to_pixels(open_image(str(path)), in_chans, **kwargs)
+def load(path, in_chans=3, least=None):
+    image = open_image(str(path))
+    return to_pixels(image, in_chans, reduction(image, least) if least else 1)
 
 
 def grey(rgb):
@@ -122,9 +123,27 @@ def test_a_jpeg_is_decoded_no_smaller_than_asked(tmp_path, least, size):
     assert np.abs(np.asarray(image, dtype=int) - np.asarray(reference)).max() <= 12
 
 
-def test_other_formats_ignore_the_hint(tmp_path):
+def test_other_formats_decode_every_pixel(tmp_path):
     Image.fromarray(picture(600, 801)).save(tmp_path / "a.png")
     assert load(tmp_path / "a.png", least=(10, 10)).size == (801, 600)
+    assert reduction(Image.fromarray(picture(600, 801)), (10, 10)) == 1
+
+
+def test_the_reduction_is_the_one_pillow_takes_for_the_same_size(tmp_path):
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(40):
+        width, height = rng.randint(1, 60), rng.randint(1, 60)
+        Image.new("L", (width, height)).save(tmp_path / "a.jpg")
+        for _ in range(10):
+            least = rng.randint(1, 20), rng.randint(1, 20)
+            theirs, ours = (open_image(str(tmp_path / "a.jpg")) for _ in range(2))
+            theirs.draft(None, least)
+            by = reduction(ours, least)
+            assert to_pixels(ours, 1, by).size == theirs.size
+            assert theirs.size == (-(-width // by), -(-height // by))
+            seen.add(by)
+    assert seen == {1, 2, 4, 8}
 
 
 # --- broken files -------------------------------------------------------------------------------
@@ -156,6 +175,8 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
         load(tmp_path / "gone.jpg")
     with pytest.raises(UserError, match="Is a directory"):
         load(tmp_path)
+    with pytest.raises(UserError, match=r"^cannot decode .*gone\.jpg \(No such file"):
+        read_file(str(tmp_path / "gone.jpg"))
 
 
 def test_floating_point_pixels_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
@@ -54,10 +55,14 @@ def run(data, workers, epochs=(0, 1)):
 
 
 def assert_equal(a, b):
+    """The same batches, whole: views and records too, bit for bit."""
     assert len(a) == len(b) > 0
-    for x, y in zip(a, b, strict=True):
-        for s, t in zip(x, y, strict=True):
-            assert torch.equal(s, t)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def alone(transform, dataset, draw_number, index):
+    """What a transform makes of one image, without a loader: (1, C, S, S)."""
+    return torch.stack(transform(lambda: dataset.open(index), draw_number, index))
 
 
 def children():
@@ -78,11 +83,12 @@ def test_batches_hold_what_the_transform_makes(data):
     train, _ = build_datasets(data)
     transform = train_transform(data, Augment())
     mean, std = torch.tensor(data.mean), torch.tensor(data.std)
-    for images, labels, indices in run(data, 0, epochs=(1,)):
+    for images, labels, indices, views, records in run(data, 0, epochs=(1,)):
+        assert views == {} and records is None
         assert images.dtype == torch.float32 and images.is_contiguous()
         assert labels.dtype == indices.dtype == torch.int64
         assert labels.tolist() == train.labels[indices].tolist()
-        pixels = torch.stack([transform(train.open(i), 1, i) for i in indices.tolist()])
+        pixels = torch.cat([alone(transform, train, 1, i) for i in indices.tolist()])
         assert torch.equal(images, normalise(pixels, mean, std))
     order = [batch[2].tolist() for batch in run(data, 0, epochs=(1,))]
     assert order == list(plan(1))
@@ -159,8 +165,8 @@ def test_evaluation_yields_every_image_once_as_the_transform_makes_it(data, work
             assert_equal(
                 batches, list(loader.batches(eval_batches(eval_indices(N, rank, world), 5)))
             )
-        for images, labels, indices in batches:
-            pixels = torch.stack([transform(val.open(i), 0, i) for i in indices.tolist()])
+        for images, labels, indices, *_ in batches:
+            pixels = torch.cat([alone(transform, val, 0, i) for i in indices.tolist()])
             assert torch.equal(images, normalise(pixels, mean, std))
             assert labels.tolist() == val.labels[indices].tolist()
             seen += indices.tolist()
@@ -171,6 +177,112 @@ def test_more_workers_than_cores_or_batches_is_no_warning(data):
     data = with_workers(data, 2 * (os.cpu_count() or 1) + 1)
     with eval_loader(build_datasets(data)[1], data, CPU) as loader:
         assert len(list(loader.batches([[0], [1]]))) == 2
+
+
+# --- views and records --------------------------------------------------------------------------
+
+VIEWS = ((40, "bilinear"), (25, "bicubic"))
+
+
+class Stored:
+    """A store that answers with what it was asked, and by whom."""
+
+    def read(self, draw_number, indices):
+        assert isinstance(draw_number, int) and all(isinstance(i, int) for i in indices)
+        me = list(os.getpid().to_bytes(4, "big"))
+        return torch.tensor([[draw_number, i, *me] for i in indices], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_views_show_what_their_own_transform_makes_and_leave_the_rest(data, workers, channels_last):
+    train, _ = build_datasets(data)
+    data = with_workers(data, workers)
+    with train_loader(train, data, Augment(), CPU, channels_last) as loader:
+        plain = list(loader.batches(plan(1), 1))
+    with train_loader(train, data, Augment(), CPU, channels_last, VIEWS) as loader:
+        viewed = list(loader.batches(plan(1), 1))
+    assert_equal([batch._replace(views={}) for batch in viewed], plain)
+    for batch in viewed:
+        assert tuple(batch.views) == VIEWS
+        for (side, interpolation), pixels in batch.views.items():
+            assert pixels.dtype == torch.uint8
+            own = data.model_copy(update={"train_size": side, "interpolation": interpolation})
+            transform = train_transform(own, Augment())
+            expected = [alone(transform, train, 1, i) for i in batch.indices.tolist()]
+            assert torch.equal(pixels, torch.cat(expected))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_of_evaluation_are_centre_crops_of_their_size(data, workers):
+    data = with_workers(data.model_copy(update={"crop_pct": 0.7}), workers)
+    _, val = build_datasets(data)
+    order = list(eval_batches(eval_indices(N), 5))
+    with eval_loader(val, data, CPU) as loader:
+        plain = list(loader.batches(order))
+    with eval_loader(val, data, CPU, views=VIEWS) as loader:
+        viewed = list(loader.batches(order))
+    assert_equal([batch._replace(views={}) for batch in viewed], plain)
+    for (side, interpolation), pixels in viewed[1].views.items():
+        own = data.model_copy(update={"eval_size": side, "interpolation": interpolation})
+        expected = [alone(eval_transform(own), val, 0, i) for i in order[1]]
+        assert torch.equal(pixels, torch.cat(expected))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_records_travel_in_order_with_their_draw_from_the_workers(data, workers):
+    data = with_workers(data, workers)
+    train, _ = build_datasets(data)
+    with train_loader(train, data, Augment(), CPU, records=Stored().read) as loader:
+        for draw_number in (0, 3):
+            batches = list(loader.batches(plan(1), draw_number))
+            assert [batch.indices.tolist() for batch in batches] == list(plan(1))
+            for batch in batches:
+                assert batch.records.dtype == torch.uint8
+                assert batch.records[:, 0].eq(draw_number).all()
+                assert torch.equal(batch.records[:, 1].long(), batch.indices)
+            readers = {tuple(batch.records[0, 2:].tolist()) for batch in batches}
+            assert len(readers) == max(workers, 1)
+            assert (tuple(os.getpid().to_bytes(4, "big")) in readers) is (workers == 0)
+    with train_loader(train, data, Augment(), CPU) as loader:
+        plain = list(loader.batches(plan(1), 3))
+    assert_equal([batch._replace(records=None) for batch in batches], plain)
+
+
+def damaged(draw_number, indices):
+    if draw_number == 1:
+        raise UserError("shard 7 is damaged: type cache --repair")
+    return torch.zeros(len(indices), 3, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_records_refuse_is_the_same_one_line_from_anywhere(data, workers):
+    data = with_workers(data, workers)
+    with train_loader(build_datasets(data)[0], data, Augment(), CPU, records=damaged) as loader:
+        with pytest.raises(UserError) as raised:
+            list(loader.batches(plan(0), 1))
+        assert str(raised.value) == "shard 7 is damaged: type cache --repair"
+        assert len(list(loader.batches(plan(0), 0))) == len(list(plan(0)))  # they are still there
+
+
+@pytest.fixture
+def spawned_workers():
+    """Processes that inherit nothing, as is the rule on macOS: all must pickle."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_that_inherit_nothing_change_no_bit(data, spawned_workers):
+    train, _ = build_datasets(data)
+    results = []
+    for workers in (1, 0):
+        with train_loader(
+            train, with_workers(data, workers), Augment(), CPU, False, VIEWS, damaged
+        ) as loader:
+            results.append(list(loader.batches(plan(0), 2)))
+    assert_equal(*results)
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -190,7 +302,7 @@ def test_a_broken_image_is_the_same_one_line_from_anywhere(data, workers):
         assert len(list(loader.batches(intact))) == 2  # the workers are still there
 
 
-def fails(image, draw_number, index):
+def fails(opened, draw_number, index):
     raise ZeroDivisionError("a bug")
 
 
@@ -226,7 +338,7 @@ def test_workers_serve_all_epochs_and_end_with_the_block(data):
     assert children() == before
 
 
-def tells_handler(image, draw_number, index):
+def tells_handler(opened, draw_number, index):
     raise UserError(repr(signal.getsignal(signal.SIGINT)))
 
 
@@ -263,7 +375,7 @@ from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import train_loader
 data = Data(name="folder", root=sys.argv[1], train_size=16, workers=2)
 with train_loader(build_datasets(data)[0], data, Augment(), torch.device("cpu")) as loader:
-    for images, _, _ in loader.batches([[0, 1]] * 100_000):
+    for _ in loader.batches([[0, 1]] * 100_000):
         print("batch", flush=True)
         time.sleep(0.01)
 """

@@ -13,21 +13,26 @@ import torch
 from huggingface_hub import constants as hub
 from safetensors.torch import save_file
 from scipy.stats import binom
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
-from ghosttrain.distill import lite, teacher
-from ghosttrain.distill.teacher import (
+from ghosttrain.distill import lite, pretrained
+from ghosttrain.distill.pretrained import (
     About,
+    Loaded,
+    load_packed,
+    save_packed,
+)
+from ghosttrain.distill.teacher import (
+    Member,
     Teacher,
     binomial_tail,
     build_teacher,
     check_teacher,
-    load_packed,
     refuse_chance,
-    save_packed,
 )
 
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -49,7 +54,14 @@ def network(num_classes: int = 4, in_chans: int = 3, seed: int = 0) -> nn.Module
 def build(classes: list[str] | None = None, in_chans: int = 3, **settings) -> Teacher:
     cfg = schema.Teacher(**{"name": ARCHITECTURE, **settings})
     mean, std = (MEAN, STD) if in_chans == 3 else (MEAN[:1], STD[:1])
-    return build_teacher(cfg, classes or CLASSES, mean, std, in_chans, "cpu")  # type: ignore[return-value]
+    data = schema.Data(mean=mean, std=std, in_chans=in_chans, train_size=40)
+    return build_teacher(cfg, classes or CLASSES, data, "cpu")  # type: ignore[return-value]
+
+
+def only(teacher: Teacher) -> Member:
+    """Return the member of a teacher of one network."""
+    (member,) = teacher.members.values()
+    return member  # type: ignore[return-value]
 
 
 def saved(tmp_path: Path, model: nn.Module, name: str = "weights.safetensors") -> str:
@@ -76,7 +88,7 @@ def test_logits_are_those_of_the_network_on_its_own_view_of_the_image(tmp_path: 
     small = F.interpolate(pixels, (48, 48), mode="bilinear", antialias=True)
     with torch.no_grad():
         expected = model((small - 0.5) / 0.5)
-    torch.testing.assert_close(built(student_view), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(built(student_view).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_image_of_its_size_is_not_resized(tmp_path: Path) -> None:
@@ -89,11 +101,13 @@ def test_an_image_of_its_size_is_not_resized(tmp_path: Path) -> None:
         settings["std"]
     ).view(3, 1, 1)
     with torch.no_grad():
-        torch.testing.assert_close(built(student_view), model(own_view), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            built(student_view).logits, model(own_view), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_its_input_size_comes_from_its_own_configuration(tmp_path: Path) -> None:
-    assert build(weights=saved(tmp_path, network())).input_size == 160
+    assert only(build(weights=saved(tmp_path, network()))).view == (160, "bilinear")
 
 
 def test_a_grey_image_is_repeated(tmp_path: Path) -> None:
@@ -102,7 +116,7 @@ def test_a_grey_image_is_repeated(tmp_path: Path) -> None:
     pixels = torch.rand(2, 1, 48, 48)
     with torch.no_grad():
         expected = model((pixels.expand(-1, 3, -1, -1) - 0.5) / 0.5)
-    logits = built((pixels - MEAN[0]) / STD[0])
+    logits = built((pixels - MEAN[0]) / STD[0]).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -113,7 +127,7 @@ def test_a_grey_teacher(tmp_path: Path) -> None:
     message = refusal(lambda: build(weights=weights, in_chans=1))
     assert "teacher.mean has 3 values" in message
     built = build(weights=weights, in_chans=1, mean=(0.5,), std=(0.5,), input_size=48)
-    assert built(torch.zeros(1, 1, 48, 48)).shape == (1, 4)
+    assert built(torch.zeros(1, 1, 48, 48)).logits.shape == (1, 4)
 
 
 def test_it_is_frozen_and_stays_in_eval_mode(tmp_path: Path) -> None:
@@ -123,14 +137,14 @@ def test_it_is_frozen_and_stays_in_eval_mode(tmp_path: Path) -> None:
     assert not any(module.training for module in built.modules())
     before = {key: value.clone() for key, value in built.state_dict().items()}
     images = torch.rand(2, 3, 48, 48, requires_grad=True)
-    assert not built(images).requires_grad
+    assert not built(images).logits.requires_grad
     assert all(torch.equal(before[key], value) for key, value in built.state_dict().items())
 
 
 def test_logits_are_float32_under_autocast(tmp_path: Path) -> None:
     built = build(weights=saved(tmp_path, network()), input_size=48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert built(torch.rand(1, 3, 48, 48).bfloat16()).dtype == torch.float32
+        assert built(torch.rand(1, 3, 48, 48).bfloat16()).logits.dtype == torch.float32
 
 
 def test_building_it_draws_no_random_numbers(tmp_path: Path) -> None:
@@ -159,7 +173,7 @@ def test_files_of_torch_are_unwrapped(tmp_path: Path, name: str, wrap: Callable)
     model = network()
     torch.save(wrap(model.state_dict()), tmp_path / name)
     built = build(weights=str(tmp_path / name))
-    for key, value in built.network.state_dict().items():
+    for key, value in only(built).network.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
 
 
@@ -170,9 +184,9 @@ def test_timm_may_translate_a_file(tmp_path: Path) -> None:
     save_file(larger.state_dict(), tmp_path / "w.safetensors")
     # A transformer has one embedding per position of the image; timm's reader resamples them.
     built = build(name="test_vit", weights=str(tmp_path / "w.safetensors"))
-    shapes = {key: value.shape for key, value in built.network.state_dict().items()}
+    shapes = {key: value.shape for key, value in only(built).network.state_dict().items()}
     assert shapes == {key: value.shape for key, value in state.items()}
-    assert torch.equal(built.network.head.weight, larger.head.weight)
+    assert torch.equal(only(built).network.head.weight, larger.head.weight)
 
 
 def test_no_name_is_no_teacher() -> None:
@@ -276,7 +290,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_without_network_the_message_says_what_to_fetch(offline: None) -> None:
     name = "beitv2_base_patch16_224.in1k_ft_in22k_in1k"
-    classes = [f"n{i:08d}" for i in range(1000)]
+    classes = ImageNetInfo("imagenet-1k").label_names()
     message = refusal(lambda: build(classes, name=name, weights="hub"))
     assert f"timm/{name}/resolve/main/model.safetensors" in message
     assert "teacher.weights=PATH" in message and "offline" in message
@@ -301,18 +315,18 @@ class FakeHub:
     def download(self, repo: str, filename: str, **options: object) -> str:
         assert repo == "timm/test_resnet.r160_in1k"
         if options.get("local_files_only") and not (self.cached and filename in self.files):
-            raise teacher.LocalEntryNotFoundError("not in the cache")
+            raise pretrained.LocalEntryNotFoundError("not in the cache")
         return self.files[filename]
 
     def metadata(self, url: str, **options: object) -> None:
         if not self.up:
             raise OSError("no route\nto host")
         if url.rsplit("/", 1)[-1] not in self.files:
-            raise teacher.EntryNotFoundError("404")
+            raise pretrained.EntryNotFoundError("404")
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(teacher, "hf_hub_download", self.download)
-        monkeypatch.setattr(teacher, "get_hf_file_metadata", self.metadata)
+        monkeypatch.setattr(pretrained, "hf_hub_download", self.download)
+        monkeypatch.setattr(pretrained, "get_hf_file_metadata", self.metadata)
 
 
 THOUSAND = [str(i) for i in range(1000)]
@@ -330,7 +344,7 @@ def test_hub_weights(
         saved(tmp_path, model, name)
     FakeHub({name: str(tmp_path / name)}, cached, up).install(monkeypatch)
     built = build(THOUSAND, weights="hub")
-    assert torch.equal(built.network.fc.weight, model.fc.weight)
+    assert torch.equal(only(built).network.fc.weight, model.fc.weight)
 
 
 @pytest.mark.parametrize(("up", "reason"), [(False, "(no route)"), (True, "(404)")])
@@ -348,11 +362,11 @@ def test_efficientnet_lite_knows_a_palace(index: int, size: int) -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     name = f"tf_efficientnet_lite{index}"
     built = build(THOUSAND, name=name, weights="efficientnet-lite")
-    assert built.input_size == size and built.interpolation == "bicubic"
+    assert only(built).view == (size, "bicubic")
     photo = np.array(datasets.load_sample_image("china.jpg"))[:, 106:533]
     pixels = torch.from_numpy(photo).permute(2, 0, 1)[None] / 255
     view = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    assert built(view).argmax().item() == 698  # ImageNet's class "palace"
+    assert built(view).logits.argmax().item() == 698  # ImageNet's class "palace"
 
 
 def test_efficientnet_lite_errors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +392,7 @@ ABOUT = About(
 
 @pytest.fixture
 def digits_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(teacher, "DIGITS_FILE", tmp_path / "digits.safetensors")
+    monkeypatch.setattr(pretrained, "DIGITS_FILE", tmp_path / "digits.safetensors")
     return tmp_path / "digits.safetensors"
 
 
@@ -390,11 +404,11 @@ def test_the_digits_teacher(digits_file: Path) -> None:
     assert all(t.dtype == torch.float16 for t in state.values() if t.is_floating_point())
 
     built = build(name="digits", weights="digits", in_chans=1)
-    assert (built.input_size, built.interpolation) == (48, "bicubic")
+    assert only(built).view == (48, "bicubic")
     pixels = torch.rand(2, 1, 48, 48)
     with torch.no_grad():
         expected = model((pixels - 0.3) / 0.6)
-    logits = built((pixels - MEAN[0]) / STD[0])
+    logits = built((pixels - MEAN[0]) / STD[0]).logits
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=2e-2, atol=1e-2)
 
@@ -423,17 +437,17 @@ class Oracle(nn.Module):
 
 
 def oracle() -> Teacher:
-    plain = {"mean": (0.0,), "std": (1.0,), "student_mean": (0.0,), "student_std": (1.0,)}
-    return Teacher(Oracle(), input_size=2, interpolation="bilinear", **plain)
+    loaded = Loaded(Oracle(), 2, "bilinear", [0.0], [1.0], None, "")
+    return Teacher({"oracle": Member(loaded, student_mean=(0.0,), student_std=(1.0,))})
 
 
 def test_check_teacher_counts() -> None:
     answers = torch.tensor([0, 1, 2, 3, 4, 5, 6])
     labels = torch.tensor([0, 1, 2, 3, 9, 9, 9])
     images = answers.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float()
-    batches = zip(images.split(4), labels.split(4), strict=True)
-    assert check_teacher(oracle(), batches) == (4 / 7, 7)
-    assert check_teacher(oracle(), []) == (0.0, 0)
+    batches = zip(images.split(4), labels.split(4), ({}, {}), strict=True)
+    assert check_teacher(oracle(), batches) == ([4 / 7], 7)
+    assert check_teacher(oracle(), []) == ([0.0], 0)
 
 
 def test_answers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -441,7 +455,7 @@ def test_answers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.fc.weight.fill_(float("nan"))
     built = build(weights=saved(tmp_path, model), input_size=48)
-    batch = (torch.rand(2, 3, 48, 48), torch.zeros(2, dtype=torch.long))
+    batch = (torch.rand(2, 3, 48, 48), torch.zeros(2, dtype=torch.long), {})
     assert "not finite" in refusal(lambda: check_teacher(built, [batch]))
 
 

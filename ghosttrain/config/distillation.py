@@ -1,0 +1,127 @@
+"""What the settings of teacher, distillation and stored answers refuse of each other.
+
+Imports no torch: a contradiction is named before anything heavy is loaded. Whether weights exist
+and fit, and whether a store holds the right answers, is for `ghosttrain.distill` to find out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Augment, Distill, Pretrained, Targets, Teacher
+
+TWO_PARTS = ("dkd", "dist")
+"""Losses of two parts, weighted by alpha and beta."""
+_CODEC = re.compile(r"auto|topk:[1-9]\d*|(features|logits):([2-8]|16)")
+
+
+def check_teacher(teacher: Teacher, distill: Distill, chosen: str, choices: Sequence[str]) -> None:
+    """Refuse a loss without a teacher, and a teacher that is one network and several.
+
+    `chosen` is the file of the group `teacher`, `choices` are all there are.
+
+    Raises:
+        UserError: naming what contradicts what, and what to type.
+    """
+    members = teacher.members
+    if distill.name != "none" and not (teacher.name or members):
+        if chosen == "ensemble":
+            raise UserError(
+                "teacher=ensemble has no members: type teacher.members.a.name=tf_efficientnet_lite0"
+                " teacher.members.a.weights=efficientnet-lite, the same for teacher.members.b, ... "
+                "(a, b: names of your choice)"
+            )
+        raise UserError(
+            f"distill={distill.name} needs a teacher: type teacher=NAME "
+            f"({', '.join(n for n in choices if n != 'none')}) or distill=none"
+        )
+    alone = [f"teacher.{name}" for name in Pretrained.model_fields if getattr(teacher, name)]
+    if members and alone:
+        raise UserError(
+            f"{' and '.join(alone)} set up a single teacher, teacher.members "
+            f"({', '.join(members)}) an ensemble; keep one of the two: teacher=ensemble is for "
+            "members, every other file for one network"
+        )
+    for name, member in members.items():
+        if not member.name:
+            raise UserError(
+                f"teacher.members.{name} is no network yet: type teacher.members."
+                f"{name}.name=MODEL (any timm model)"
+            )
+    if not members and teacher.average != Teacher().average:
+        raise UserError(
+            f"teacher.average={teacher.average} would do nothing: it is for teacher=ensemble, and "
+            "teacher.members is empty"
+        )
+
+
+def check_loss(distill: Distill) -> None:
+    """Refuse settings that this loss would never read, and a loss that lacks one it reads.
+
+    Raises:
+        UserError: naming the setting and what to type.
+    """
+    name, default = distill.name, Distill()
+    for key in ("alpha", "beta"):
+        value = getattr(distill, key)
+        if value is None and name in TWO_PARTS:
+            raise UserError(
+                f"distill.name={name} needs distill.{key}: type distill={name}, whose file gives "
+                f"alpha and beta, or distill.{key}=NUMBER"
+            )
+        if value is not None and name not in TWO_PARTS:
+            raise UserError(
+                f"distill.{key}={value} would do nothing with distill={name}: it is a weight of "
+                f"{' and '.join(TWO_PARTS)}; leave it out"
+            )
+    idle = {"none": ("temperature", "weight", "features_weight"), "hard": ("temperature",)}
+    for key in idle.get(name, ()):
+        value = getattr(distill, key)
+        if value != getattr(default, key):
+            why = "asks no teacher" if name == "none" else "takes the teacher's best class as it is"
+            raise UserError(
+                f"distill.{key}={_shown(value)} would do nothing with distill={name}, which {why}; "
+                "leave it out"
+            )
+
+
+def check_targets(targets: Targets, distill: Distill, augment: Augment) -> None:
+    """Refuse stored answers that cannot be right, or would not be read.
+
+    Raises:
+        UserError: naming the setting and what to type.
+    """
+    if not _CODEC.fullmatch(targets.codec):
+        raise UserError(
+            f"targets.codec={targets.codec} is none of auto, topk:K (K of 1 or more), "
+            "features:BITS and logits:BITS (BITS: 2 to 8, or 16); type for example "
+            "targets.codec=topk:20"
+        )
+    if targets.dir is None:
+        for key in ("epochs", "codec", "shard_size"):
+            value = getattr(targets, key)
+            if value != getattr(Targets(), key):
+                raise UserError(
+                    f"targets.{key}={value} would do nothing without a store of answers: type "
+                    "targets.dir=FOLDER too (python -m ghosttrain cache writes one)"
+                )
+        return
+    if distill.name == "none":
+        raise UserError(
+            f"targets.dir={targets.dir} is for a teacher's answers and would never be read, "
+            "because distill=none; type distill=soft_ce (or kl) teacher=NAME too, or leave it out"
+        )
+    for key in ("mixup_alpha", "cutmix_alpha"):
+        if alpha := getattr(augment, key):
+            raise UserError(
+                f"targets.dir={targets.dir} holds one answer for each image, but with "
+                f"augment.{key}={alpha} an image also depends on the batch it is mixed in; type "
+                "augment=compact, or leave targets.dir out"
+            )
+
+
+def _shown(value: float | tuple[tuple[float, float], ...]) -> str:
+    points = value if isinstance(value, tuple) else ()
+    return f"[{','.join(f'[{x:g},{y:g}]' for x, y in points)}]" if points else f"{value:g}"

@@ -1,0 +1,432 @@
+"""The folder of a teacher's stored answers: written once, read by every run and worker.
+
+Owns the files, their identity and their checks; not the bytes of an answer (codecs.py), nor which
+fingerprint a run has and when to write (engine/).
+
+    about.json                    what is stored and for what (`About`); written last: it makes the
+                                  folder a store
+    tables.safetensors            what all answers share (`Codec.tables`)
+    config.yaml                   the settings it was made with, for people
+    draws/00003/000017.targets    answers to samples [17 S, 18 S) of draw 3, S = shard_size
+
+A shard is a line of text with the version of the format, filled to 64 bytes; 32 bytes of identity,
+a hash of what the store is for and of the shard's place in it; the SHA-256 of the body; the body,
+one record of R bytes a sample. So a file that was cut, damaged, or copied from another store or
+place is found. Every file is written beside its name, and takes it when it is whole and on disk.
+
+Shapes: B batch, R bytes of a record.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.codecs import Codec, make_codec
+
+FORMAT = 1
+_MAGIC = f"ghosttrain targets {FORMAT}\n".encode().ljust(64, b"\0")
+_HEADER = len(_MAGIC) + 2 * 32  # identity and checksum; the body starts at a multiple of 64
+_OWN = {"about.json", "tables.safetensors", "config.yaml", "draws"}
+
+
+class Shard(NamedTuple):
+    """One file of answers."""
+
+    draw: int
+    number: int
+
+
+@dataclass(frozen=True)
+class About:
+    """What a store holds, and for what."""
+
+    fingerprint: dict[str, Any]
+    """Everything the answers depend on, by name: JSON values."""
+    codec: str
+    num_classes: int
+    widths: tuple[int, ...]
+    """Of the teacher's pooled features, where they are what is stored."""
+    record_bytes: int
+    """R"""
+    samples: int
+    epochs: int
+    """Draws of each sample. Not part of a shard's identity: a store may be given more."""
+    shard_size: int
+    """Samples in a shard; the last one of a draw may have fewer."""
+    notes: dict[str, Any]
+    """For people; not part of a shard's identity."""
+
+
+def is_store(folder: str | Path) -> bool:
+    """Whether there are stored answers, or at least their beginning, in `folder`."""
+    return (Path(folder).expanduser() / "about.json").is_file()
+
+
+def create(folder: str | Path, about: About, tables: Mapping[str, Tensor], settings: str) -> Store:
+    """Make a folder a store without answers yet, and return it.
+
+    Args:
+        folder: a new one, or an empty one.
+        about: what will be stored.
+        tables: of the codec.
+        settings: the text of config.yaml.
+
+    Raises:
+        UserError: the folder holds something, or cannot be written; the codec does not fit.
+    """
+    folder = Path(folder).expanduser()
+    about = replace(about, fingerprint=_as_json(about.fingerprint), notes=_as_json(about.notes))
+    codec = make_codec(about.codec, about.num_classes, about.widths, tables)
+    packed = save({name: x.cpu() for name, x in codec.tables.items()})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            foreign = {path.name for path in folder.iterdir()} - _OWN
+            if is_store(folder) or any(not name.startswith(".") for name in foreign):
+                raise UserError(
+                    f"{folder} is not empty: stored answers need a folder of their own, type"
+                    " another targets.dir"
+                )
+            _write(folder / "tables.safetensors", packed)
+            _write(folder / "config.yaml", settings.encode())
+            _write_about(folder, about, hashlib.sha256(packed).hexdigest())
+    except OSError as error:
+        raise UserError(f"cannot write stored answers to {folder}: {_why(error)}") from None
+    return Store(folder, about, codec)
+
+
+def open_store(folder: str | Path) -> Store:
+    """Return the store in `folder`.
+
+    Raises:
+        UserError: no folder, no store in it, one of another version, or a damaged one.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"targets.dir={folder} is no folder: {_how_to_store(folder)}")
+    if not is_store(folder):
+        raise UserError(f"targets.dir={folder} holds no stored answers: {_how_to_store(folder)}")
+    try:
+        fields = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        found, digest = fields.pop("format"), fields.pop("tables", "")
+        about = TypeAdapter(About).validate_python(fields) if found == FORMAT else None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise _damaged(folder / "about.json", error) from None
+    if about is None:
+        raise UserError(
+            f"{folder} was stored in format {found}, this version reads {FORMAT}: store anew in"
+            " another targets.dir"
+        )
+    path = folder / "tables.safetensors"
+    try:
+        packed = path.read_bytes()
+        if hashlib.sha256(packed).hexdigest() != digest:
+            raise ValueError("its checksum is wrong")
+        codec = make_codec(about.codec, about.num_classes, about.widths, load(packed))
+        if codec.record_bytes != about.record_bytes:
+            raise ValueError(f"{about.codec} makes records of {codec.record_bytes} bytes")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path, error) from None
+    return Store(folder, about, codec)
+
+
+class Store:
+    """Stored answers. May be sent to other processes; each maps the files that it reads itself."""
+
+    def __init__(self, folder: Path, about: About, codec: Codec) -> None:
+        self.folder = folder
+        self.about = about
+        self.codec = codec
+        self._verified: set[Shard] = set()
+        self._draw = -1
+        self._open: dict[int, np.ndarray] = {}  # shards of this draw by number, (samples, R)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.folder, self.about, self.codec.to("cpu"))
+
+    def to(self, device: torch.device | str) -> Store:
+        """Return the store that decodes on `device`."""
+        return Store(self.folder, self.about, self.codec.to(device))
+
+    def decode(self, records_BR: Tensor) -> Answer:
+        """Return the answers that records (B, R) on the store's device hold."""
+        return self.codec.decode(records_BR)
+
+    # --- what there is ----------------------------------------------------------------------------
+
+    def shards(self) -> list[Shard]:
+        """Return all shards that a complete store has, draw by draw."""
+        numbers = range(-(-self.about.samples // self.about.shard_size))
+        return [Shard(draw, number) for draw in range(self.about.epochs) for number in numbers]
+
+    def samples(self, shard: Shard) -> range:
+        """Return the samples whose answers are in `shard`."""
+        start = shard.number * self.about.shard_size
+        return range(start, min(start + self.about.shard_size, self.about.samples))
+
+    def path(self, shard: Shard) -> Path:
+        """Return the file of `shard`."""
+        return self.folder / "draws" / f"{shard.draw:05d}" / f"{shard.number:06d}.targets"
+
+    def total_bytes(self) -> int:
+        """Return the size on disk of all shards of the complete store."""
+        per_draw = self.about.samples * self.about.record_bytes
+        return self.about.epochs * per_draw + len(self.shards()) * _HEADER
+
+    def missing(self) -> list[Shard]:
+        """Return the shards that are not there, or not whole: by their size, nothing is read."""
+        return [shard for shard in self.shards() if self._size(shard) != self._whole(shard)]
+
+    def damaged(self) -> list[tuple[Shard, str]]:
+        """Read all shards that are there; return those that are not as written, and why."""
+        found = []
+        for shard in self.shards():
+            if self._size(shard) is not None and (why := self._map(shard)[1]):
+                found.append((shard, why))
+        return found
+
+    def difference(self, fingerprint: Mapping[str, Any]) -> list[str]:
+        """Return a line `name: stored X, now Y` for each value that is another one now; names of
+        nested values are joined by points.
+        """
+        old, new = dict(_leaves(self.about.fingerprint)), dict(_leaves(_as_json(fingerprint)))
+        lines = []
+        for name in sorted(old | new):
+            if name not in old or name not in new or old[name] != new[name]:
+                was, now = _shortened(_shown(old, name), _shown(new, name))
+                lines.append(f"{'.'.join(name)}: stored {was}, now {now}")
+        return lines
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only job that writes here, until the block or the process ends.
+
+        Raises:
+            UserError: another one does.
+        """
+        with _locked(self.folder):
+            yield
+
+    def extended(self, epochs: int) -> Store:
+        """Return the store with room for `epochs` draws, noted on disk; never with fewer."""
+        if epochs <= self.about.epochs:
+            return self
+        about = replace(self.about, epochs=epochs)
+        path = self.folder / "about.json"
+        try:
+            _write_about(self.folder, about, json.loads(path.read_bytes())["tables"])
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {_why(error)}") from None
+        return Store(self.folder, about, self.codec)
+
+    def write(self, shard: Shard, records: Tensor) -> None:
+        """Write the records (samples, R) of a shard, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+            ValueError: records of another shape, or not uint8 on the CPU.
+        """
+        shape = (len(self.samples(shard)), self.about.record_bytes)
+        if tuple(records.shape) != shape or records.dtype != torch.uint8:
+            raise ValueError(f"{shard} takes uint8 {shape}, got {records.dtype} {records.shape}")
+        body = records.contiguous().numpy().data
+        path = self.path(shard)
+        header = _MAGIC + self._identity(shard) + hashlib.sha256(body).digest()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, header, body)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {_why(error)}") from None
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def records(self, draw: int, indices: Sequence[int]) -> Tensor:
+        """Return the records (B, R), uint8, of one draw of these samples, in their order.
+
+        A process verifies the checksum of a shard when it first reads it, and keeps the shards of
+        one draw open: the last one that was asked for.
+
+        Raises:
+            UserError: a shard is missing or damaged, naming it and how to mend it.
+            IndexError: no such sample.
+        """
+        if draw != self._draw:
+            self._draw, self._open = draw, {}
+        size, count = self.about.shard_size, self.about.samples
+        records = np.empty((len(indices), self.about.record_bytes), np.uint8)
+        for row, index in enumerate(indices):
+            if not 0 <= index < count:
+                raise IndexError(f"sample {index} of {count}")
+            number, place = divmod(index, size)
+            if number not in self._open:
+                self._open[number] = self._verify(Shard(draw, number))
+            records[row] = self._open[number][place]
+        return torch.from_numpy(records)
+
+    def _verify(self, shard: Shard) -> np.ndarray:
+        """Return the records of a shard, of which the checksum was found right in this process."""
+        records, why = self._map(shard, verify=shard not in self._verified)
+        if why:
+            raise UserError(
+                f"{self.path(shard)} {why}: type python -m ghosttrain cache"
+                f" {shlex.quote(str(self.folder))} --repair"
+            )
+        self._verified.add(shard)
+        return records
+
+    def _map(self, shard: Shard, verify: bool = True) -> tuple[np.ndarray, str]:
+        """Return the records of a shard, memory-mapped, and what is wrong with them, if anything.
+
+        Without `verify`, what it takes the reading of the body to know is not looked for.
+        """
+        nothing = np.empty((0, 0), np.uint8)
+        try:
+            with open(self.path(shard), "rb") as file:
+                size, whole = os.fstat(file.fileno()).st_size, self._whole(shard)
+                if size != whole:
+                    return nothing, f"is not whole: {size:,} bytes instead of {whole:,}"
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            return nothing, "is missing"
+        except OSError as error:
+            return nothing, f"cannot be read: {_why(error)}"
+        magic, at = mapped[: len(_MAGIC)], len(_MAGIC)
+        if magic != _MAGIC:
+            return nothing, "is no file of stored answers of this version"
+        if mapped[at : at + 32] != self._identity(shard):
+            return nothing, "belongs to another store or to another place in this one"
+        body = memoryview(mapped)[_HEADER:]
+        if verify and hashlib.sha256(body).digest() != mapped[at + 32 : _HEADER]:
+            return nothing, "is damaged: its checksum is wrong"
+        return np.frombuffer(body, np.uint8).reshape(-1, self.about.record_bytes), ""
+
+    def _size(self, shard: Shard) -> int | None:
+        try:
+            return self.path(shard).stat().st_size
+        except OSError:
+            return None
+
+    def _whole(self, shard: Shard) -> int:
+        return _HEADER + len(self.samples(shard)) * self.about.record_bytes
+
+    def _identity(self, shard: Shard) -> bytes:
+        """Return 32 bytes that tell this shard from all others of this and other stores."""
+        stored = asdict(replace(self.about, epochs=0, notes={}))
+        return hashlib.sha256(json.dumps([stored, *shard], sort_keys=True).encode()).digest()
+
+
+# --- Fingerprints ---------------------------------------------------------------------------------
+
+
+def _as_json(value: Any) -> Any:
+    """Return what is left of a value when it was written to JSON and read again."""
+    return json.loads(json.dumps(value))
+
+
+def _leaves(value: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*name, key))
+    else:
+        yield name, value
+
+
+def _shown(leaves: Mapping[tuple[str, ...], Any], name: tuple[str, ...]) -> str:
+    return json.dumps(leaves[name]) if name in leaves else "nothing"
+
+
+def _shortened(a: str, b: str, most: int = 40) -> tuple[str, str]:
+    """Cut long texts to where they begin to differ."""
+    if max(len(a), len(b)) <= most:
+        return a, b
+    start = max(0, len(os.path.commonprefix([a, b])) - 8)
+
+    def cut(text: str) -> str:
+        end = start + most
+        return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
+
+    return cut(a), cut(b)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def _write(path: Path, *parts: Any) -> None:
+    """Write a file atomically; what a killed writer left behind is overwritten by the next."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            for data in parts:
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk should get its space back
+        raise
+
+
+def _write_about(folder: Path, about: About, tables: str) -> None:
+    fields = {"format": FORMAT, "tables": tables, **asdict(about)}
+    _write(folder / "about.json", (json.dumps(fields, indent=1) + "\n").encode())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is storing answers in {folder}: wait for it, or type another"
+                " targets.dir"
+            ) from None
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing leaves it to forked workers, if there are any
+        os.close(handle)
+
+
+def _how_to_store(folder: Path) -> str:
+    return (
+        "type python -m ghosttrain cache, the settings of the run and"
+        f" targets.dir={shlex.quote(str(folder))} targets.epochs=N"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    why = _why(error)
+    return UserError(f"{path} cannot be read ({why}): store anew in another targets.dir")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    return " ".join(str(error).split())[:120]

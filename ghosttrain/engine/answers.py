@@ -1,0 +1,218 @@
+"""Where the teacher's answer to a batch comes from: a live teacher, or a store of its answers.
+
+Owns the checks before the first step (the teacher knows the classes; the store belongs to this
+data, policy and teacher) and the fingerprint that ties a store to what it was made for.
+
+Shapes: B batch, C channels, H W map, R bytes of a stored answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghosttrain.config import schema
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Config
+from ghosttrain.data import augment
+from ghosttrain.data.augment import View
+from ghosttrain.data.datasets import Dataset
+from ghosttrain.data.loader import eval_loader
+from ghosttrain.data.order import epoch_order, eval_batches
+from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.pretrained import weights_digest
+from ghosttrain.distill.targets import Store, open_store
+from ghosttrain.distill.teacher import Teacher, build_teacher, check_teacher, refuse_chance
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The teacher of a run, or what stands for it. Called with a batch, it answers."""
+
+    about: str = "none"
+    """One line for the head of the log."""
+    teacher: Teacher | None = None
+    store: Store | None = None
+    draws: int | None = None
+    """How many draws of each image are used, over and over; None: each epoch has its own."""
+
+    def __call__(
+        self, images: Tensor, views: Mapping[View, Tensor], records: Tensor | None
+    ) -> Answer | None:
+        """Return the answer to images (B, C, H, W), their larger views or their stored records."""
+        if self.store is not None and records is not None:
+            return self.store.decode(records)
+        return None if self.teacher is None else self.teacher(images, views)
+
+    @property
+    def views(self) -> Sequence[View]:
+        """Sizes besides the student's at which the loader should replay each image."""
+        return self.teacher.views if self.teacher is not None else ()
+
+    @property
+    def records(self) -> Callable[[int, Sequence[int]], Tensor] | None:
+        """What the loader asks for the stored answers (B, R) to (draw number, sample numbers)."""
+        return self.store.records if self.store is not None else None
+
+    @property
+    def num_features(self) -> int:
+        """Pooled features in an answer; 0: it has none."""
+        if self.store is not None:
+            return sum(self.store.about.widths)
+        return sum(self.teacher.widths) if self.teacher is not None else 0
+
+    def draw_number(self, epoch: int) -> int:
+        """Return which draw of each image an epoch (from 0) takes."""
+        return epoch if self.draws is None else epoch % self.draws
+
+
+def ready_answers(config: Config, train_set: Dataset, device: torch.device) -> Answers:
+    """Return what answers in this run, checked; with `distill=none` nothing does.
+
+    Raises:
+        UserError: the teacher cannot be had or does not know the classes; the store is not there,
+            not complete, or belongs to something else; no features where the settings need them.
+    """
+    if config.distill.name == "none":
+        return Answers()
+    if config.targets.dir is not None:
+        answers = _stored(config, train_set, device)
+    else:
+        teacher, about = ready_teacher(config, train_set, device)
+        answers = Answers(about, teacher)
+    if config.distill.features_weight and not answers.num_features:
+        raise UserError(
+            "distill.features_weight needs the teacher's pooled features: a teacher whose"
+            " classifier is one linear layer, an ensemble with teacher.average=logit, or, with"
+            " targets.dir, a store made with targets.codec=features:8"
+        )
+    return answers
+
+
+def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> tuple[Teacher, str]:
+    """Return the teacher, checked on unaugmented training images, and a line that says what it is.
+
+    Raises:
+        UserError: it cannot be had, or it or a member of it is no better than guessing.
+    """
+    cfg = config.teacher
+    teacher = build_teacher(cfg, train_set.classes, config.data, device)
+    assert teacher is not None  # the composer refuses distillation without a teacher
+    sample = epoch_order(len(train_set), 0, 0)[: cfg.check_samples].tolist()
+    top1: list[float] = []
+    if sample:
+        with eval_loader(train_set, config.data, device, views=teacher.views) as images:
+            batches = images.batches(eval_batches(sample, 64))
+            top1, n = check_teacher(teacher, ((b.images, b.labels, b.views) for b in batches))
+        who = ["the teacher", *(f"the teacher's member {name!r}" for name in cfg.members)]
+        for share, name in zip(top1, who, strict=False):
+            if not cfg.trust:
+                refuse_chance(share, n, len(train_set.classes), name)
+    return teacher, _describe(cfg, teacher, top1, len(sample))
+
+
+def _describe(cfg: schema.Teacher, teacher: Teacher, top1: list[float], n: int) -> str:
+    shares = [f", top-1 {100 * share:.1f} %" for share in top1]
+    settings: Mapping[str, schema.Pretrained] = cfg.members or {"": cfg}
+    parts = [
+        f"{one.name} ({one.weights}), {member.view[0]} px, {member.classes_note}"
+        for one, member in zip(settings.values(), teacher.members.values(), strict=True)
+    ]
+    if len(parts) > 1:
+        parts = [part + share for part, share in zip(parts, shares[1:] or [""] * 9, strict=False)]
+        line = f"{' + '.join(parts)}; averaged as {cfg.average}"
+    else:
+        line = parts[0]
+    checked = f"{shares[0]} on {n} unaugmented training images" if n else ", not checked"
+    return line + checked
+
+
+# --- Stored answers -------------------------------------------------------------------------------
+
+
+def _stored(config: Config, train_set: Dataset, device: torch.device) -> Answers:
+    """Open the store of `targets.dir` and make sure that it was made for this run."""
+    store = open_store(Path(str(config.targets.dir)))
+    now = fingerprint(config, train_set)
+    for name, member in now["teacher"].items():
+        if member["weights"] is None:  # the teacher need not be on this machine
+            member["weights"] = store.about.fingerprint["teacher"].get(name, {}).get("weights")
+    refuse_other(store, now)
+    if config.targets.codec not in ("auto", store.about.codec):
+        raise UserError(
+            f"targets.dir={store.folder} holds {store.about.codec}: leave"
+            f" targets.codec={config.targets.codec} out, or store anew in another targets.dir"
+        )
+    missing = store.missing()
+    if missing:
+        raise UserError(
+            f"targets.dir={store.folder} is not complete: {len(missing)} of {len(store.shards())}"
+            f" files are missing or cut short (first: {store.path(missing[0])}); type python -m"
+            f" ghosttrain cache {store.folder} --repair"
+        )
+    draws = config.targets.epochs or store.about.epochs
+    if draws > store.about.epochs:
+        raise UserError(
+            f"targets.epochs={draws}, but {store.folder} holds {store.about.epochs} draws of each"
+            f" image: type targets.epochs={store.about.epochs}, or store more with python -m"
+            " ghosttrain cache"
+        )
+    about = (
+        f"stored answers of {store.about.notes['teacher']}; {store.about.codec},"
+        f" {store.about.record_bytes} bytes each, {draws} draws of each image"
+    )
+    return Answers(about, store=store.to(device), draws=draws)
+
+
+def refuse_other(store: Store, now: Mapping[str, Any]) -> None:
+    """Raise UserError, naming what differs, unless the store was made for fingerprint `now`."""
+    lines = store.difference(now)
+    if lines:
+        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise UserError(
+            f"targets.dir={store.folder} was stored for something else ({'; '.join(lines[:4])}"
+            f"{more}): type the settings it was stored with, or store anew in another targets.dir"
+        )
+
+
+def fingerprint(config: Config, train_set: Dataset) -> dict[str, Any]:
+    """Return everything that a stored answer depends on, by name, as JSON values.
+
+    The weights are a digest of their file; None where it is not on this machine.
+    """
+    cfg, data = config.teacher, config.data
+    members: Mapping[str, schema.Pretrained] = cfg.members or {"teacher": cfg}
+    own = {"name", "input_size", "mean", "std", "weight"}
+    classes = json.dumps(train_set.classes)
+    return {
+        "teacher": {
+            name: member.model_dump(mode="json", include=own) | {"weights": weights_digest(member)}
+            for name, member in members.items()
+        },
+        "teacher.average": cfg.average if len(members) > 1 else "",
+        "teacher.dtype": cfg.dtype,
+        "classes": f"{len(train_set.classes)}, {hashlib.sha256(classes.encode()).hexdigest()}",
+        "augment": config.augment.model_dump(mode="json"),
+        "data": data.model_dump(
+            mode="json",
+            include={"train_size", "interpolation", "in_chans", "mean", "std", "flip"},
+        ),
+        "images": train_set.manifest(),
+        "versions": {
+            "augmentation": augment.VERSION,
+            **{name: _minor(name) for name in ("pillow", "torch", "timm")},
+        },
+    }
+
+
+def _minor(package: str) -> str:
+    """Return the version of a package without its patch level."""
+    return ".".join(metadata.version(package).split(".")[:2])

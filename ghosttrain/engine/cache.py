@@ -1,0 +1,378 @@
+"""The verb `cache`: ask the teacher once, and store its answers for every run to come.
+
+Owns the choice of the codec by measurement, and the writing: draw by draw, file by file, each rank
+its own files, so that a command that was killed goes on where it was. The format of the files is
+distill/targets.py's, how an answer becomes bytes is distill/codecs.py's.
+
+Legend: B batch, C channels, H W map, K classes, n images of the sample.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Config
+from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.data.loader import Batch, Loader, train_loader
+from ghosttrain.data.order import epoch_order, eval_batches
+from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.codecs import (
+    Codec,
+    Loss,
+    Quality,
+    candidates,
+    make_codec,
+    measure,
+    parse,
+)
+from ghosttrain.distill.losses import LOSSES
+from ghosttrain.distill.targets import About, Shard, Store, create, is_store, open_store
+from ghosttrain.distill.teacher import Teacher
+from ghosttrain.engine import distributed
+from ghosttrain.engine.answers import fingerprint, ready_teacher, refuse_other
+from ghosttrain.engine.folder import clock
+from ghosttrain.engine.inspect import draw_picture
+
+SAMPLE = 512
+"""Images on which a codec is measured."""
+LEAST_COSINE = 0.995
+"""What `targets.codec=auto` keeps of the gradient's direction."""
+
+
+def cache(
+    config: Config | None, dry_run: bool = False, repair: bool = False, inspect: bool = False
+) -> None:
+    """Store the teacher's answers to `targets.epochs` draws of every training image.
+
+    Args:
+        config: all settings on rank 0; None on the other ranks, which receive rank 0's.
+        dry_run: measure and print, write nothing.
+        repair: read every file that exists, and make those again whose checksum is wrong.
+        inspect: draw a picture of a few stored answers instead.
+
+    Raises:
+        UserError: the teacher cannot be had or knows nothing; the folder holds other answers; the
+            codec does not fit.
+    """
+    distributed.start()
+    config = distributed.broadcast(config)
+    assert config is not None and config.targets.dir is not None
+    device = distributed.pick_device(config.launch.device)
+    train_set, _ = build_datasets(config.data)
+    folder = Path(config.targets.dir)
+    if inspect:
+        store = open_store(folder)
+        refuse_other(store, fingerprint(config, train_set))
+        _say(f"picture: {draw_picture(store, config, train_set)}")
+        return distributed.stop()
+
+    teacher, about_teacher = ready_teacher(config, train_set, device)
+    asking = Asking(config, train_set, teacher, device)
+    _say(f"data: {train_set.describe()}")
+    _say(f"teacher: {about_teacher}")
+    opened: Store | None = None
+    if distributed.rank() == 0:
+        opened = _opened(config, asking, about_teacher, dry_run)
+    opened = distributed.broadcast(opened)
+    if opened is not None and not dry_run:
+        with opened.locked() if distributed.rank() == 0 else nullcontext():
+            write_missing(opened, asking, repair)
+    distributed.stop()
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The teacher, and how it is shown the training images."""
+
+    config: Config
+    train_set: Dataset
+    teacher: Teacher
+    device: torch.device
+
+    @property
+    def batch(self) -> int:
+        """Images decoded and shown at once."""
+        return self.config.train.eval_batch or 64
+
+    def loader(self) -> Loader:
+        """Return the augmented images, with the views that the teacher takes."""
+        config = self.config
+        channels_last = config.train.channels_last
+        return train_loader(
+            self.train_set, config.data, config.augment, self.device, channels_last,
+            self.teacher.views,
+        )  # fmt: skip
+
+    def answers(
+        self, loader: Loader, indices: Sequence[int], draw: int
+    ) -> Iterator[tuple[Batch, Answer]]:
+        """Yield batch after batch of these images under one draw, with the answers."""
+        for batch in loader.batches(eval_batches(indices, self.batch), draw):
+            yield batch, self.teacher(batch.images, batch.views)
+
+
+# --- Which codec ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The teacher's answers to two draws of a few images, and how long they took."""
+
+    labels: Tensor
+    """(n,)"""
+    answer: Answer
+    other: Answer
+    """To another draw of the same images."""
+    images_per_second: float
+
+
+def _opened(config: Config, asking: Asking, about_teacher: str, dry_run: bool) -> Store | None:
+    """Return the store in `targets.dir`, made where there is none; None with `dry_run`."""
+    folder, epochs = Path(str(config.targets.dir)), config.targets.epochs or config.train.epochs
+    now = fingerprint(config, asking.train_set)
+    if is_store(folder):
+        store = open_store(folder)
+        refuse_other(store, now)
+        for name, old in (("codec", store.about.codec), ("shard_size", store.about.shard_size)):
+            new = getattr(config.targets, name)
+            if new not in ("auto", old):
+                raise UserError(
+                    f"{folder} was begun with targets.{name}={old}: type that, or another "
+                    "targets.dir"
+                )
+        store = store if dry_run else store.extended(epochs)
+        left = len(store.missing())
+        _say(f"{folder}: {store.about.codec}, {left} of {len(store.shards())} files to write")
+        return store
+    sample = _ask_sample(asking)
+    codec, quality = _choose(config, asking.teacher, sample)
+    n = len(asking.train_set)
+    size, images = codec.record_bytes * n * epochs, n * epochs
+    ranks = distributed.world_size()
+    seconds = images / sample.images_per_second / ranks
+    _say(
+        f"{epochs} draws of {n:,} images x {codec.record_bytes} bytes = {_bytes(size)}; at "
+        f"{sample.images_per_second:.0f} images/s x {ranks} this will take about {clock(seconds)}"
+    )
+    if dry_run:
+        return None
+    notes = {
+        "teacher": about_teacher,
+        "loss": config.distill.name,
+        "loss_error": quality.loss_error,
+        "cosine": quality.cosine,
+    }
+    about = About(
+        fingerprint=now,
+        codec=codec.name,
+        num_classes=codec.num_classes,
+        widths=codec.widths,
+        record_bytes=codec.record_bytes,
+        samples=n,
+        epochs=epochs,
+        shard_size=config.targets.shard_size,
+        notes=notes,
+    )
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return create(folder, about, codec.tables, settings)
+
+
+def _ask_sample(asking: Asking) -> Sample:
+    """Ask the teacher about two draws of a few random images."""
+    indices = epoch_order(len(asking.train_set), 0, 0)[:SAMPLE].tolist()
+    answers, labels, seen, since = [], [], 0, 0.0
+    with asking.loader() as loader:
+        for draw in (0, 1):
+            parts = []
+            for batch, answer in asking.answers(loader, indices, draw):
+                parts.append(answer)
+                labels.append(batch.labels)
+                seen += len(batch.labels)
+                if not since:  # the first batch waits for the workers to start
+                    since, seen = time.perf_counter(), 0
+            answers.append(_joined(parts))
+    rate = max(seen, 1) / max(time.perf_counter() - since, 1e-9)
+    first, other = answers
+    return Sample(torch.cat(labels)[: len(indices)].cpu(), first, other, rate)
+
+
+def _joined(parts: Sequence[Answer]) -> Answer:
+    features = [part.features for part in parts if part.features is not None]
+    logits = torch.cat([part.logits for part in parts]).cpu()
+    return Answer(logits, torch.cat(features).cpu() if features else None)
+
+
+def _choose(config: Config, teacher: Teacher, sample: Sample) -> tuple[Codec, Quality]:
+    """Return the codec that was asked for, or the smallest that is good enough, and how good."""
+    told, num_classes = config.targets.codec, sample.answer.logits.shape[1]
+    names = candidates(num_classes, teacher.widths) if told == "auto" else [told]
+    if config.distill.features_weight:
+        names = [name for name in names if parse(name)[0] == "features"]
+        if not names:
+            raise UserError(
+                f"distill.features_weight needs the teacher's features, which targets.codec={told} "
+                "does not store (or this teacher does not have): type targets.codec=features:8 or "
+                "distill.features_weight=0"
+            )
+    students = {
+        "uniform": torch.zeros_like(sample.answer.logits),
+        "another draw": sample.other.logits,
+    }
+    _say(
+        f"codecs, measured on {len(sample.labels)} images with distill={config.distill.name} "
+        f"(gradient of a uniform student and of the teacher on another draw; the worse counts):"
+    )
+    _say(f"  {'codec':<12}{'bytes':>7}{'loss error':>12}{'cosine':>9}")
+    codec, quality = None, Quality(0.0, 0.0)
+    for name in names:
+        codec = make_codec(name, num_classes, teacher.widths, _tables(name, teacher, sample))
+        quality = measure(codec, sample.answer, students, _losses(config, sample.labels))
+        good = quality.cosine >= LEAST_COSINE
+        mark = "   <- chosen" if good or told != "auto" else ""
+        _say(
+            f"  {name:<12}{codec.record_bytes:>7}{100 * quality.loss_error:>10.2f} %"
+            f"{quality.cosine:>9.4f}{mark}"
+        )
+        if good:
+            break
+    assert codec is not None
+    if quality.cosine < LEAST_COSINE:
+        _say(f"  note: below {LEAST_COSINE}; targets.codec=auto picks one that is not")
+    return codec, quality
+
+
+def _tables(name: str, teacher: Teacher, sample: Sample) -> dict[str, Tensor]:
+    """Return what a codec needs besides each answer, and what is stored once."""
+    kind, _ = parse(name)
+    if kind == "topk":
+        return {"mean": sample.answer.logits.softmax(dim=1).mean(dim=0)}
+    if kind == "features" and teacher.widths:
+        weight, bias = teacher.classifier()
+        return {"weight": weight.cpu(), "bias": bias.cpu()}
+    return {}
+
+
+def _losses(config: Config, labels: Tensor) -> list[Loss]:
+    """Return the run's distillation loss, at every temperature that its schedule names."""
+    distill = config.distill
+    points = distill.temperature
+    temperatures = [value for _, value in points] if isinstance(points, tuple) else [points]
+
+    def at_temperature(temperature: float) -> Loss:
+        def loss(student_BK: Tensor, teacher_BK: Tensor, part: slice) -> Tensor:
+            return LOSSES[distill.name](student_BK, teacher_BK, labels[part], temperature, distill)
+
+        return loss
+
+    return [at_temperature(temperature) for temperature in dict.fromkeys(temperatures)]
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def write_missing(store: Store, asking: Asking, repair: bool = False) -> None:
+    """Write this rank's part of the files that are missing or, with `repair`, damaged."""
+    todo: list[Shard] | None = None
+    if distributed.rank() == 0:
+        for shard, why in store.damaged() if repair else []:
+            _say(f"damaged: {store.path(shard)} ({why})")
+            store.path(shard).unlink()
+        todo = store.missing()
+    todo = distributed.broadcast(todo)
+    assert todo is not None
+    rank, ranks = distributed.rank(), distributed.world_size()
+    mine = todo[rank::ranks]
+    started, storing = time.perf_counter(), 0.0
+    progress = _Progress(sum(len(store.samples(shard)) for shard in mine))
+    with asking.loader() as loader, progress:
+        for draw in sorted({shard.draw for shard in mine}):
+            shards = [shard for shard in mine if shard.draw == draw]
+            batches = _batches_of(store, asking, loader, shards)
+            for shard in shards:
+                records: list[Tensor] = []
+                for _ in eval_batches(store.samples(shard), asking.batch):
+                    answer = next(batches)
+                    since = time.perf_counter()
+                    records.append(store.codec.encode(answer))
+                    storing += time.perf_counter() - since
+                    progress.add(len(answer.logits))
+                since = time.perf_counter()
+                store.write(shard, torch.cat(records))
+                storing += time.perf_counter() - since
+    distributed.barrier()
+    seconds = time.perf_counter() - started
+    share = f", {100 * storing / seconds:.1f} % of the time for storing" if mine else ""
+    done = sum(len(store.samples(shard)) for shard in todo)
+    _say(
+        f"{store.folder}: {store.about.epochs} draws of {store.about.samples:,} images, "
+        f"{store.about.codec}, {_bytes(store.total_bytes())} in {len(store.shards())} files\n"
+        f"wrote {len(todo)} files in {clock(seconds)} ({done / seconds:.0f} images/s{share})\n"
+        f"train with them: the same settings without `cache`, targets.dir={store.folder}"
+    )
+
+
+def _batches_of(
+    store: Store, asking: Asking, loader: Loader, shards: Sequence[Shard]
+) -> Iterator[Answer]:
+    """Yield the answers to the images of files of one draw; no batch reaches into the next file."""
+    plan = (
+        list(batch)
+        for shard in shards
+        for batch in eval_batches(store.samples(shard), asking.batch)
+    )
+    for batch in loader.batches(plan, shards[0].draw):
+        yield asking.teacher(batch.images, batch.views)
+
+
+class _Progress:
+    """A bar on a terminal, a line every half minute elsewhere; on rank 0."""
+
+    EVERY = 30.0
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.started = self.said = time.perf_counter()
+        terminal = sys.stderr.isatty() and distributed.rank() == 0
+        self.bar = tqdm(total=total, unit=" images", dynamic_ncols=True) if terminal else None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def add(self, images: int) -> None:
+        """Count images."""
+        self.done += images
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(images)
+        elif now - self.said > self.EVERY:
+            self.said, speed = now, self.done / (now - self.started)
+            left = clock((self.total - self.done) / speed)
+            _say(f"{self.done:,} of {self.total:,} images, {speed:.0f} images/s, ETA {left}")
+
+
+def _bytes(count: float) -> str:
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    power = min(int(math.log10(count)) // 3, 4)
+    return f"{count / 1000**power:.1f} {' kMGT'[power]}B"
+
+
+def _say(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text, flush=True)

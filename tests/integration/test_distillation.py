@@ -1,0 +1,418 @@
+"""Distillation through the command line: real teachers and photos, ensembles, stored answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import only_run
+
+from ghosttrain.config.compose import compose
+from ghosttrain.data.datasets import build_datasets
+from ghosttrain.data.loader import train_loader
+from ghosttrain.distill.targets import open_store
+from ghosttrain.distill.teacher import build_teacher
+from ghosttrain.engine.checkpoint import load_run, load_state
+from ghosttrain.engine.track import read_metrics
+
+
+@pytest.fixture
+def photos(photo_folder: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a run of seconds: 60 photo crops of 64 pixels, EfficientNet-Lite0 teaches."""
+    return [
+        "+recipe=compact_kd",
+        "model=mobilenetv2_050",
+        "teacher=efficientnet_lite0",
+        "teacher.input_size=96",
+        "teacher.check_samples=20",
+        "data=folder",
+        f"data.root={photo_folder}",
+        "data.train_size=64",
+        "data.eval_size=64",
+        "data.workers=0",
+        "train.global_batch=20",
+        "train.epochs=2",
+        "tracker.log_every=1",
+        f"run.root={tmp_path / 'runs'}",
+    ]
+
+
+def weights(root: Path) -> torch.Tensor:
+    """Return all raw weights of the one run below `root`, flattened."""
+    state = load_run(only_run(root), "raw").state_dict().values()
+    return torch.cat([tensor.double().flatten() for tensor in state])
+
+
+def train_rows(root: Path) -> list[dict]:
+    return [row for row in read_metrics(only_run(root)) if row["kind"] == "train"]
+
+
+# --- Live teachers --------------------------------------------------------------------------------
+
+
+def test_an_imagenet_teacher_teaches_a_student_on_a_folder_of_photos(
+    ghosttrain, photos, tmp_path
+) -> None:
+    outcome = ghosttrain(*photos)
+    assert outcome.code == 0, outcome.err
+    (line,) = (x for x in outcome.out.splitlines() if x.startswith("teacher:"))
+    assert "tf_efficientnet_lite0 (efficientnet-lite), 96 px" in line
+    assert "5 of its 1000 classes, by synset" in line
+    top1 = float(re.search(r"top-1 ([\d.]+) % on 20 unaugmented", line)[1])
+    assert top1 >= 90, line
+    rows = train_rows(tmp_path / "runs")
+    assert len(rows) == 6
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["label"] + row["soft_ce"], rel=1e-5)
+        assert 0 <= row["agreement"] <= 1
+    assert "agreement" in outcome.out
+
+
+def test_an_ensemble_of_two_sizes_teaches(ghosttrain, photos, tmp_path) -> None:
+    photos = [x for x in photos if not x.startswith("teacher")]
+    members = [
+        "teacher=ensemble",
+        "teacher.check_samples=20",
+        "teacher.chunk=7",
+        "teacher.members.small.name=tf_efficientnet_lite0",
+        "teacher.members.small.weights=efficientnet-lite",
+        "teacher.members.small.input_size=64",
+        "teacher.members.large.name=tf_efficientnet_lite1",
+        "teacher.members.large.weights=efficientnet-lite",
+        "teacher.members.large.input_size=128",
+        "teacher.members.large.weight=2",
+    ]
+    outcome = ghosttrain(*photos, *members, "train.epochs=1")
+    assert outcome.code == 0, outcome.err
+    (line,) = (x for x in outcome.out.splitlines() if x.startswith("teacher:"))
+    assert (
+        "lite0 (efficientnet-lite), 64 px" in line and "lite1 (efficientnet-lite), 128 px" in line
+    )
+    assert line.count("top-1") == 3 and "averaged as probability" in line
+
+
+def test_the_features_term_trains_a_projection_and_resumes_exactly(
+    ghosttrain, photos, tmp_path
+) -> None:
+    features = ["distill.features_weight=[[0,0.5],[1,1]]", "distill.temperature=[[0,1],[1,4]]"]
+    whole = ghosttrain(*photos, *features, f"run.root={tmp_path / 'whole'}")
+    assert whole.code == 0, whole.err
+    rows = train_rows(tmp_path / "whole")
+    for row in rows:
+        assert row["loss"] == pytest.approx(
+            row["label"] + row["soft_ce"] + row["features"], rel=1e-5
+        )
+    assert rows[0]["features"] == pytest.approx(0.5, abs=0.1), "1 - cosine of unrelated features"
+    saved = load_state(only_run(tmp_path / "whole") / "checkpoints" / "last.pt")
+    assert saved["projection"]["weight"].shape == (1280, 1280)
+    assert not any("project.weight" in key for key in load_run(only_run(tmp_path / "whole"))
+                   .state_dict()), "the projection is not deployed"  # fmt: skip
+
+    run = tmp_path / "resumed"
+    arguments = [*photos, *features, f"run.root={run}"]
+    killed = f"""
+import ghosttrain.engine.train as t
+real = t.save_state
+def save(path, state):
+    real(path, state)
+    raise SystemExit(9)
+t.save_state = save
+from ghosttrain.cli import main
+main({arguments!r})
+"""
+    done = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert ghosttrain(*arguments).code == 0
+    assert torch.equal(weights(run), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("loss", ["kl", "dkd", "dist", "hard", "logit_std"])
+def test_every_loss_trains(ghosttrain, photos, tmp_path, loss) -> None:
+    outcome = ghosttrain(*photos, f"distill={loss}", "train.max_steps=2")
+    assert outcome.code == 0, outcome.err
+    for row in train_rows(tmp_path / "runs"):
+        assert row["loss"] == pytest.approx(row["label"] + row[loss], rel=1e-5)
+
+
+def test_mixup_mixes_the_views_of_a_larger_teacher(ghosttrain, photos) -> None:
+    outcome = ghosttrain(*photos, "augment=with_mixup", "train.max_steps=2")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_teacher_that_guesses_is_refused_unless_trusted(ghosttrain, photos, tmp_path) -> None:
+    """The digits' teacher on images of ten classes that are no digits."""
+    from conftest import make_images
+
+    make_images(tmp_path / "noise", classes=10, train=3, val=1)
+    for split in ("train", "val"):
+        for label in range(10):
+            (tmp_path / "noise" / split / f"class{label}").rename(
+                tmp_path / "noise" / split / str(label)
+            )
+    changed = [f"data.root={tmp_path / 'noise'}", "teacher=digits", "teacher.input_size=64"]
+    arguments = [*photos, *changed, "train.global_batch=10", "train.max_steps=1"]
+    outcome = ghosttrain(*arguments)
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert "no better than guessing one of 10 classes" in line and "teacher.trust=true" in line
+    assert ghosttrain(*arguments, "teacher.trust=true").code == 0
+
+
+# --- Stored answers -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(photos, tmp_path) -> list[str]:
+    """The arguments with stored answers: 2 draws, files of 16 images."""
+    return [*photos, f"targets.dir={tmp_path / 'store'}"]
+
+
+WRITE = ["targets.epochs=2", "targets.shard_size=16"]
+
+
+def test_stored_answers_train_what_a_live_teacher_trains(ghosttrain, photos, stored, tmp_path):
+    outcome = ghosttrain("cache", *stored, *WRITE, "targets.codec=logits:16")
+    assert outcome.code == 0, outcome.err
+    assert "8 files" in outcome.out
+    still = ["optim=sgd", "optim.lr=1e-12"]  # else training amplifies the rounding
+    outcome = ghosttrain(*stored, *still, f"run.root={tmp_path / 'stored'}")
+    assert outcome.code == 0, outcome.err
+    assert "stored answers of tf_efficientnet_lite0" in outcome.out
+    assert ghosttrain(*photos, *still, f"run.root={tmp_path / 'live'}").code == 0
+    for one, other in zip(train_rows(tmp_path / "stored"), train_rows(tmp_path / "live"),
+                          strict=True):  # fmt: skip
+        assert one["soft_ce"] == pytest.approx(other["soft_ce"], rel=5e-4)
+        assert one["label"] == pytest.approx(other["label"], rel=1e-5)
+
+
+def test_stored_answers_are_the_teachers_on_the_same_pixels(ghosttrain, stored, tmp_path):
+    """Pixel for pixel what training sees; logits:16 is the live answer rounded to float16."""
+    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=logits:16").code == 0
+    config = compose(stored).config
+    train_set = build_datasets(config.data)[0]
+    teacher = build_teacher(config.teacher, train_set.classes, config.data, "cpu")
+    store = open_store(tmp_path / "store")
+    cpu = torch.device("cpu")
+    plan = [[3, 40, 17], [59, 0]]
+    with train_loader(train_set, config.data, config.augment, cpu, views=teacher.views,
+                      records=store.records) as loader:  # fmt: skip
+        for draw in (0, 1):
+            for batch in loader.batches(plan, draw):
+                exact = teacher(batch.images, batch.views).logits
+                answer = store.decode(batch.records).logits
+                torch.testing.assert_close(answer, exact.half().float(), rtol=1e-3, atol=2e-3)
+        (first,), (again,) = loader.batches([[5]], 0), loader.batches([[5]], 1)
+    assert not torch.equal(first.images, again.images)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """What reaches the loss: images and the teacher's logits of every forward pass."""
+    import ghosttrain.engine.train as train_module
+
+    passes: list[dict[str, torch.Tensor]] = []
+    real = train_module.objective
+
+    def spy(config, progress, forward, answer, images, targets):
+        passes.append({"images": images.clone(), "logits": answer.logits.clone()})
+        return real(config, progress, forward, answer, images, targets)
+
+    monkeypatch.setattr(train_module, "objective", spy)
+    return passes
+
+
+def samples(passes: list[dict[str, torch.Tensor]]) -> set[tuple[bytes, ...]]:
+    """Return every image with its answer, whatever the batches were."""
+    return {
+        tuple(one[key][i].contiguous().numpy().tobytes() for key in ("images", "logits"))
+        for one in passes
+        for i in range(len(one["images"]))
+    }
+
+
+def test_epochs_beyond_the_stored_draws_replay_them(ghosttrain, stored, seen):
+    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=topk:2").code == 0
+    assert ghosttrain(*stored, "train.epochs=5", "train.global_batch=60").code == 0
+    epochs = [samples([one]) for one in seen]
+    assert len(epochs) == 5 and [len(epoch) for epoch in epochs] == [60] * 5
+    assert epochs[0] == epochs[2] == epochs[4] and epochs[1] == epochs[3]
+    assert not epochs[0] & epochs[1]
+
+
+def test_batches_of_any_size_and_workers_get_the_same_answers(ghosttrain, stored, seen, tmp_path):
+    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=features:8").code == 0
+    runs = []
+    for number, more in enumerate(([], ["train.micro_batch=5"], ["train.global_batch=12"],
+                                   ["data.workers=2"])):  # fmt: skip
+        seen.clear()
+        outcome = ghosttrain(*stored, *more, f"run.root={tmp_path / str(number)}")
+        assert outcome.code == 0, outcome.err
+        runs.append(samples(seen))
+    assert len(runs[0]) == 120 and runs[0] == runs[1] == runs[2] == runs[3]
+
+
+def test_ranks_get_the_same_answers(ghosttrain, stored, tmp_path):
+    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=features:8").code == 0
+    still = ["launch.device=cpu", "optim=sgd", "optim.lr=1e-12", "model.dropout=0",
+             "train.sync_bn=true"]  # fmt: skip
+    command = [sys.executable, "-m", "ghosttrain", *stored, *still, "launch.nproc=2",
+               f"run.root={tmp_path / 'two'}"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert ghosttrain(*stored, *still, f"run.root={tmp_path / 'one'}").code == 0
+    one, two = train_rows(tmp_path / "one"), train_rows(tmp_path / "two")
+    assert [r["soft_ce"] for r in one] == pytest.approx([r["soft_ce"] for r in two], rel=1e-3)
+
+
+def test_a_killed_cache_goes_on_and_writes_no_file_twice(stored, tmp_path):
+    command = [sys.executable, "-m", "ghosttrain", "cache", *stored, *WRITE,
+               "targets.codec=logits:8", "targets.shard_size=4"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    draws = tmp_path / "store" / "draws"
+    until = time.monotonic() + 120
+    while len(list(draws.rglob("*.targets"))) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in draws.rglob("*.targets")}
+    assert 3 <= len(before) < 30
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {30 - len(before)} files" in done.stdout
+    assert len(list(draws.rglob("*.targets"))) == 30
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    assert not open_store(tmp_path / "store").damaged()
+
+
+def test_two_ranks_write_each_file_once(ghosttrain, stored, tmp_path):
+    alone = [x.replace(str(tmp_path / "store"), str(tmp_path / "alone")) for x in stored]
+    write = [*WRITE, "targets.codec=logits:16"]
+    assert ghosttrain("cache", *alone, *write).code == 0
+    command = [sys.executable, "-m", "ghosttrain", "cache", *stored, *write, "launch.nproc=2",
+               "launch.device=cpu"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "wrote 8 files" in done.stdout
+    one, two = open_store(tmp_path / "alone"), open_store(tmp_path / "store")
+    assert not two.missing() and not two.damaged()
+    for draw in (0, 1):
+        answers = (store.decode(store.records(draw, range(60))).logits for store in (one, two))
+        torch.testing.assert_close(*answers, rtol=2e-3, atol=2e-3)
+
+
+def test_a_damaged_file_is_named_and_only_that_one_is_made_again(ghosttrain, stored, tmp_path):
+    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=logits:8").code == 0
+    store = open_store(tmp_path / "store")
+    path = store.path(store.shards()[1])
+    good = path.read_bytes()
+    path.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
+    outcome = ghosttrain(*stored)
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert str(path) in line and "--repair" in line
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*.targets")}
+    outcome = ghosttrain("cache", str(tmp_path / "store"), "--repair")
+    assert outcome.code == 0, outcome.err
+    assert f"damaged: {path}" in outcome.out and "wrote 1 files" in outcome.out
+    changed = [p for p, at in before.items() if p.stat().st_mtime_ns != at]
+    assert changed == [path]
+    assert path.read_bytes() == good
+    assert ghosttrain(*stored, "train.max_steps=2").code == 0
+
+
+def test_dry_run_measures_and_writes_nothing(ghosttrain, stored, tmp_path):
+    outcome = ghosttrain("cache", *stored, *WRITE, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "<- chosen" in outcome.out and "will take about" in outcome.out
+    assert not (tmp_path / "store").exists()
+
+
+def test_inspect_draws_a_picture(ghosttrain, stored, tmp_path):
+    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=features:4").code == 0
+    outcome = ghosttrain("cache", str(tmp_path / "store"), "--inspect")
+    assert outcome.code == 0, outcome.err
+    picture = tmp_path / "store" / "inspect.png"
+    assert str(picture) in outcome.out and picture.stat().st_size > 50_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["augment.seed=1"], "augment.seed: stored 0, now 1"),
+        (["augment.erasing_prob=0"], "augment.erasing_prob"),
+        (["data.train_size=96"], "data.train_size: stored 64, now 96"),
+        (["teacher.input_size=128"], "teacher.teacher.input_size: stored 96, now 128"),
+        (["teacher=efficientnet_lite1", "teacher.input_size=96"], "tf_efficientnet_lite1"),
+        (["targets.epochs=3"], "holds 2 draws"),
+        (["augment=with_mixup"], "targets.dir"),
+        (["distill.features_weight=1"], "features:8"),
+    ],
+)
+def test_other_settings_than_the_stores_are_refused(ghosttrain, store, stored, changes, said):
+    outcome = ghosttrain(*stored, *changes)
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert said in line, line
+
+
+@pytest.fixture
+def store(ghosttrain, stored, tmp_path) -> Path:
+    outcome = ghosttrain("cache", *stored, *WRITE, "targets.codec=topk:2")
+    assert outcome.code == 0, outcome.err
+    return tmp_path / "store"
+
+
+def test_a_store_for_other_images_or_incomplete_is_refused(ghosttrain, store, stored, tmp_path):
+    from photos import make_photos
+
+    make_photos(tmp_path / "more", train=13, val=4)
+    outcome = ghosttrain(*stored, f"data.root={tmp_path / 'more'}")
+    assert outcome.code == 2 and "images" in outcome.err
+    next(store.rglob("*.targets")).unlink()
+    outcome = ghosttrain(*stored)
+    assert outcome.code == 2
+    assert "1 of 8 files are missing" in outcome.err and "--repair" in outcome.err
+    outcome = ghosttrain(*stored, f"targets.dir={tmp_path / 'nowhere'}")
+    assert outcome.code == 2 and "nowhere" in outcome.err
+
+
+def test_more_draws_are_added_to_a_store(ghosttrain, store, stored):
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*.targets")}
+    outcome = ghosttrain("cache", *stored, "targets.epochs=3", "targets.shard_size=16")
+    assert outcome.code == 0, outcome.err
+    assert "wrote 4 files" in outcome.out
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    assert json.loads((store / "about.json").read_text())["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["targets.dir="], "targets.dir"),
+        (["teacher=none", "distill=none"], "distill=soft_ce"),
+        (["targets.codec=topk"], "topk:K"),
+        (["targets.codec=topk:5"], "topk"),
+        (["targets.codec=logits:9"], "logits:BITS"),
+        (["--dry-run", "--repair"], "one of --dry-run"),
+        (["--dryrun"], "Did you mean '--dry-run'"),
+        (["/nowhere", "--repair"], "no store of answers"),
+    ],
+)
+def test_mistakes_in_cache(ghosttrain, stored, tmp_path, arguments, said):
+    stored = [] if arguments[0] == "/nowhere" else [*stored, "targets.epochs=1"]
+    outcome = ghosttrain("cache", *stored, *arguments)
+    assert outcome.code == 2, outcome.out
+    (line,) = outcome.err.splitlines()
+    assert said in line, line
+    assert not (tmp_path / "store").exists()

@@ -1,0 +1,544 @@
+"""Codecs against independent references: bits by numpy, bounds in float64, quality row by row."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torch.nn import functional as F
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.distill import codecs
+from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.codecs import Codec, candidates, make_codec, measure, parse
+from ghosttrain.distill.lite import lite_weights
+
+N, K, WIDTHS = 7, 101, (37, 90)
+SMALL_BITS = [2, 3, 4, 5, 6, 7, 8]
+EVERY = ["topk:1", "topk:10", *(f"{k}:{b}" for k in ("logits", "features") for b in codecs.BITS)]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pooled(rows: int, seed: int = 0) -> Tensor:
+    """Features as a network with ReLU pools them: never negative, most small, a few large."""
+    maps = draw(rows, sum(WIDTHS), 1, seed=seed) * 1.5 - 1.5 + draw(rows, sum(WIDTHS), 9, seed=seed)
+    return maps.relu().mean(dim=2)
+
+
+def classifier(classes: int = K, seed: int = 1) -> tuple[Tensor, Tensor]:
+    return draw(classes, sum(WIDTHS), seed=seed) * 0.3, draw(classes, seed=seed + 1)
+
+
+def answer(rows: int = N, seed: int = 0, features: Tensor | None = None) -> Answer:
+    weight, bias = classifier()
+    features = pooled(rows, seed) if features is None else features
+    return Answer(features @ weight.T + bias, features)
+
+
+def codec(name: str, classes: int = K, mean: Tensor | None = None) -> Codec:
+    weight, bias = classifier(classes)
+    mean = draw(classes, seed=3).softmax(dim=0) if mean is None else mean
+    return make_codec(name, classes, WIDTHS, {"mean": mean, "weight": weight, "bias": bias})
+
+
+def stored(name: str, given: Answer, mean: Tensor | None = None) -> Answer:
+    one = codec(name, given.logits.shape[1], mean)
+    records = one.encode(given)
+    assert records.dtype == torch.uint8 and records.device.type == "cpu"
+    assert records.shape == (len(given.logits), one.record_bytes)
+    return one.decode(records)
+
+
+def extreme(scale: float) -> Tensor:
+    """Rows of one large logit, one small, all equal, a tie, far from zero, spread."""
+    rows = torch.zeros(6, K)
+    rows[0, 5], rows[1, 7], rows[2], rows[3, 2:4] = scale, -scale, scale, scale
+    rows[4] = draw(K, seed=4) + scale
+    rows[5] = torch.linspace(-scale, scale, K)[draw(K, seed=5).argsort()]
+    return rows
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_names_are_read(name: str) -> None:
+    kind, number = parse(name)
+    assert f"{kind}:{number}" == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "topk", "topk:", "topk:0", "topk:-1", "topk:1.5", "topk:²", "Topk:5", "logits:1"]
+    + ["logits:9", "logits:32", "features:0", "features:x", "pca:8", "auto", "topk:5 "],
+)
+def test_other_names_are_refused_with_what_is_valid(name: str) -> None:
+    with pytest.raises(UserError, match=r"topk:K .* features:BITS or logits:BITS .*2, 3, 4") as e:
+        parse(name)
+    assert "\n" not in str(e.value) and f"targets.codec={name} " in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "widths", "says"),
+    [
+        ("topk:10", 10, (), "10 classes: type topk:K with K below"),
+        ("topk:11", 10, (), "10 classes: type topk:K with K below"),
+        ("topk:10", 65537, (), "at most 65,536: type targets.codec=logits"),
+        ("features:4", 10, (), "one linear layer .*teacher.average=logit"),
+        ("features:4", 10, (5,), "table 'weight' of .10, 5., got nothing"),
+        ("topk:4", 10, (), "table 'mean' of .10,., got nothing"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, classes, widths, says) -> None:
+    with pytest.raises(UserError, match=says):
+        make_codec(name, classes, widths, {})
+
+
+def test_tables_of_another_shape_are_refused() -> None:
+    tables = {"weight": torch.zeros(10, 6), "bias": torch.zeros(10)}
+    with pytest.raises(UserError, match=r"table 'weight' of \(10, 5\), got \(10, 6\)"):
+        make_codec("features:4", 10, (2, 3), tables)
+
+
+def test_a_codec_keeps_only_what_it_needs() -> None:
+    assert codec("logits:4").tables == {} and codec("logits:4").widths == ()
+    assert set(codec("topk:3").tables) == {"mean"} and codec("topk:3").widths == ()
+    features = codec("features:4")
+    assert set(features.tables) == {"weight", "bias"} and features.widths == WIDTHS
+
+
+def test_records_have_the_promised_size() -> None:
+    sizes = {"topk:10": 40, "logits:16": 202, "logits:3": 4 + 38, "logits:8": 4 + 101}
+    sizes |= {"features:16": 254, "features:3": 8 + 48, "features:8": 8 + 127}
+    assert {name: codec(name).record_bytes for name in sizes} == sizes
+
+
+def test_candidates_come_smallest_first_and_can_be_made() -> None:
+    assert candidates(1000, ()) == [
+        *("topk:10", "topk:20", "topk:50", "topk:100"),
+        *("logits:4", "logits:6", "logits:8", "logits:16"),
+    ]
+    assert candidates(1000, (1280,))[3:8] == [
+        *("topk:100", "features:3", "logits:4", "features:4", "logits:6")
+    ]
+    assert candidates(10, ())[0] == "topk:2"
+    for classes in (2, 3, 5, 10, 20, 50, 100, 1000, 65536, 65537):
+        names = candidates(classes, ())
+        mean = torch.full((classes,), 1 / classes)
+        sizes = [make_codec(n, classes, (), {"mean": mean}).record_bytes for n in names]
+        assert sizes == sorted(sizes) and "logits:16" in names
+
+
+# --- Bits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 100, 1000])
+@pytest.mark.parametrize("bits", SMALL_BITS)
+def test_packing_is_that_of_numpy(bits: int, count: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (5, count))
+    codes[0], codes[1] = 0, 2**bits - 1
+    bit_by_bit = (codes[:, :, None] >> np.arange(bits) & 1).reshape(5, -1).astype(np.uint8)
+    expected = np.packbits(bit_by_bit, axis=1, bitorder="little")
+    packed = codecs._pack(torch.from_numpy(codes), bits)
+    np.testing.assert_array_equal(packed.numpy(), expected)
+    np.testing.assert_array_equal(codecs._unpack(packed, count, bits).numpy(), codes)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_any_split_of_a_batch_decodes_alike(name: str) -> None:
+    given, one = answer(), codec(name)
+    records = one.encode(given)
+    whole = one.decode(records)
+    wide = torch.zeros(N, one.record_bytes + 3, dtype=torch.uint8)
+    wide[:, 1 : 1 + one.record_bytes] = records  # part of something larger, at an odd place
+    for cut in (0, 1, 4):
+        for source in (records, wide[:, 1 : 1 + one.record_bytes]):
+            parts = [one.decode(source[:cut]), one.decode(source[cut:])]
+            logits = torch.cat([part.logits for part in parts])
+            torch.testing.assert_close(logits, whole.logits, rtol=1e-5, atol=1e-5)
+            if whole.features is not None:
+                assert torch.equal(torch.cat([p.features for p in parts]), whole.features)
+    alone = torch.cat([one.encode(Answer(x[None], f[None])) for x, f in zip(*given, strict=True)])
+    if not name.startswith("topk"):
+        assert torch.equal(alone, records)
+
+
+# --- Every logit ----------------------------------------------------------------------------------
+
+
+def test_logits_in_16_bits_are_float16() -> None:
+    logits = torch.cat([draw(4, K) * 10, extreme(1e3), torch.full((1, K), 1e-7)])
+    assert torch.equal(stored("logits:16", Answer(logits)).logits, logits.half().float())
+    huge = stored("logits:16", Answer(extreme(1e6))).logits
+    assert torch.equal(huge, extreme(1e6).clamp(-65504, 65504).half().float())
+
+
+def up_to_a_constant(x: Tensor, y: Tensor) -> Tensor:
+    """Return the largest |x - y| of each row, but for the constant that makes it least."""
+    d = (x - y).double()
+    return (d.amax(dim=1) - d.amin(dim=1)) / 2
+
+
+@pytest.mark.parametrize("bits", SMALL_BITS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0, 1e3, 1e4])
+def test_a_logit_is_off_by_half_a_step_at_most(bits: int, scale: float) -> None:
+    for logits in (draw(N, K) * scale, extreme(scale), draw(N, K) * scale - 777):
+        back = stored(f"logits:{bits}", Answer(logits)).logits
+        step = (logits.amax(dim=1) - logits.amin(dim=1)) / (2**bits - 1)
+        bound = step.double() * 0.5 * 1.002 + 1e-7 + logits.abs().amax() * 1e-6
+        assert (up_to_a_constant(back, logits) <= bound).all()
+        shift = (back - logits).abs().amax(dim=1)  # and the constant is float16's rounding
+        assert (shift <= bound + logits.abs().amax(dim=1) * 2**-11 + 1e-7).all()
+
+
+@pytest.mark.parametrize("bits", codecs.BITS)
+def test_logits_beyond_float16_keep_what_a_softmax_sees(bits: int) -> None:
+    logits = extreme(1e6)
+    back = stored(f"logits:{bits}", Answer(logits)).logits
+    assert back.isfinite().all()
+    if bits < 16:
+        clear = [0, 2, 3]  # the rows whose largest logits are far above the others, or all equal
+        probable = (logits / 20).softmax(dim=1)[clear]
+        torch.testing.assert_close((back / 20).softmax(dim=1)[clear], probable)
+
+
+@pytest.mark.parametrize("bits", SMALL_BITS)
+def test_a_constant_changes_nothing_that_a_loss_sees(bits: int) -> None:
+    logits = (draw(N, K) * 64).round() / 64
+    base = stored(f"logits:{bits}", Answer(logits)).logits
+    for constant in (-3000.0, 0.125, 1e4):
+        moved = stored(f"logits:{bits}", Answer(logits + constant)).logits
+        assert (up_to_a_constant(moved, base) <= 1e-3).all()
+
+
+# --- The largest ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 10, K - 1])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_topk_keeps_the_largest_and_the_mass_of_the_rest(k: int, scale: float) -> None:
+    logits = draw(N, K) * scale
+    mean = draw(K, seed=3).softmax(dim=0)
+    back = stored(f"topk:{k}", Answer(logits), mean).logits.double()
+    p, q = logits.double().softmax(dim=1), back.softmax(dim=1)
+    torch.testing.assert_close(back.exp().sum(dim=1), torch.ones(N).double(), rtol=1e-5, atol=0)
+    top, classes = p.topk(k, dim=1)
+    bound = 2 * 2**-11 * (logits.amax() - logits.amin() + math.log(K)).item()
+    torch.testing.assert_close(q.gather(1, classes), top, rtol=bound, atol=0)
+    rest = q.scatter(1, classes, 0.0)
+    torch.testing.assert_close(rest.sum(dim=1), 1 - top.sum(dim=1), rtol=bound, atol=1e-12)
+    spread = mean.double().expand(N, -1).scatter(1, classes, 0.0)
+    spread = spread / spread.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(rest / rest.sum(dim=1, keepdim=True), spread, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("zeros", [0, 50, K - 1, K])
+def test_topk_stays_finite(scale: float, zeros: int) -> None:
+    mean = torch.ones(K)
+    mean[:zeros] = 0
+    mean = mean / mean.sum().clamp_min(1)
+    logits = extreme(scale)
+    back = stored("topk:3", Answer(logits), mean).logits
+    assert back.isfinite().all()
+    torch.testing.assert_close(back.exp().sum(dim=1), torch.ones(6), rtol=1e-4, atol=0)
+    clear = [0, 5]  # the other rows have ties between classes that are stored and not
+    assert torch.equal(back.argmax(dim=1)[clear], logits.argmax(dim=1)[clear])
+
+
+def test_topk_spreads_evenly_over_classes_the_mean_answer_never_names() -> None:
+    logits, mean = torch.zeros(1, 6), torch.tensor([0.5, 0.5, 0, 0, 0, 0])
+    logits[0, :2] = torch.tensor([2.0, 1.0])
+    back = make_codec("topk:2", 6, (), {"mean": mean})
+    p = back.decode(back.encode(Answer(logits))).logits.exp()
+    torch.testing.assert_close(p, logits.softmax(dim=1), rtol=1e-3, atol=0)
+
+
+def test_topk_numbers_65536_classes() -> None:
+    logits = torch.zeros(3, 65536)
+    logits[[0, 1, 2], [32767, 32768, 65535]] = 20.0
+    one = make_codec("topk:2", 65536, (), {"mean": torch.full((65536,), 1 / 65536)})
+    assert one.decode(one.encode(Answer(logits))).logits.argmax(1).tolist() == [32767, 32768, 65535]
+
+
+# --- Features -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", SMALL_BITS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_root_of_a_feature_is_off_by_half_a_step(bits: int, scale: float, signed: bool) -> None:
+    features = (draw(N, sum(WIDTHS)) if signed else pooled(N)) * scale
+    features[:, WIDTHS[0] :] *= 100  # a member of an ensemble with larger features
+    back = stored(f"features:{bits}", answer(features=features)).features
+    assert back is not None
+
+    def root(x: Tensor) -> Tensor:
+        return x.double().sign() * x.double().abs().sqrt()
+
+    for was, now in zip(root(features).split(WIDTHS, 1), root(back).split(WIDTHS, 1), strict=True):
+        step = (was.amax(dim=1) - was.amin(dim=1)) / (2**bits - 1)
+        bound = 0.5 * 1.002 * step + was.amin(dim=1).abs() * 2**-11 + 1e-6
+        assert ((was - now).abs().amax(dim=1) <= bound).all()
+
+
+@pytest.mark.parametrize("bits", codecs.BITS)
+def test_extreme_features_stay_finite(bits: int) -> None:
+    features = torch.zeros(5, sum(WIDTHS))
+    features[1], features[2] = 7.0, -3.0
+    features[3, 0], features[4, 40] = 6e4, -6e4
+    back = stored(f"features:{bits}", answer(features=features))
+    assert back.features is not None and back.logits.isfinite().all()
+    assert torch.equal(back.features[0], features[0])
+    torch.testing.assert_close(back.features[1:3], features[1:3], rtol=2e-3, atol=0)
+    torch.testing.assert_close(back.features[3], features[3], rtol=4e-3, atol=0)
+    torch.testing.assert_close(back.features[4], features[4], rtol=4e-3, atol=0.5)
+
+
+def test_features_in_16_bits_are_float16_and_make_the_logits() -> None:
+    given = answer()
+    back = stored("features:16", given)
+    assert given.features is not None and back.features is not None
+    assert torch.equal(back.features, given.features.half().float())
+    weight, bias = classifier()
+    expected = back.features.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(back.logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_does_not_reach_the_classifier() -> None:
+    one = codec("features:8")
+    records = one.encode(answer())
+    expected = one.decode(records).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(one.decode(records).logits, expected)
+
+
+def test_equal_steps_of_the_root_beat_equal_steps() -> None:
+    features = pooled(64)
+    for bits in (3, 4):
+        back = stored(f"features:{bits}", answer(features=features)).features
+        plain = torch.cat(
+            [
+                codecs._dequantise(codecs._quantise(x, (x.shape[1],), bits), (x.shape[1],), bits)
+                for x in features.split(WIDTHS, 1)
+            ],
+            dim=1,
+        )
+        assert back is not None
+        error, plain_error = ((x - features).square().mean() for x in (back, plain))
+        assert error < 0.75 * plain_error
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["topk:3", "logits:4", "logits:16", "features:4", "features:16"])
+def test_an_answer_that_is_not_finite_is_not_stored(name: str, bad: float) -> None:
+    given = answer()
+    given.logits[2, 3] = bad
+    given.features[2, 3] = bad  # type: ignore[index]
+    with pytest.raises(UserError, match="not finite: type teacher.dtype=fp32"):
+        codec(name).encode(given)
+
+
+@pytest.mark.parametrize("name", ["topk:3", "logits:4", "features:4"])
+def test_an_answer_of_another_shape_is_not_stored(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} stores \(B, "):
+        codec(name).encode(Answer(torch.zeros(N, K + 1), torch.zeros(N, sum(WIDTHS) + 1)))
+    with pytest.raises(ValueError, match="stores"):
+        codec("features:4").encode(Answer(torch.zeros(N, K)))
+
+
+# --- Losses of stored answers ---------------------------------------------------------------------
+
+
+def soft_ce(temperature: float):
+    def loss(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
+        target = (teacher / temperature).softmax(dim=1)
+        return -(target * (student / temperature).log_softmax(dim=1)).sum(dim=1).mean()
+
+    return loss
+
+
+PROMISED = {  # largest relative error of soft cross-entropy, T = 1 / 2 / 5 / 20
+    "logits:16": (1e-3, 1e-3, 1e-3, 1e-3),
+    "features:16": (1e-3, 1e-3, 1e-3, 1e-3),
+    "features:8": (5e-3, 3e-3, 2e-3, 1e-3),
+    "logits:8": (5e-3, 5e-3, 2e-3, 1e-3),
+    "features:4": (0.06, 0.04, 0.02, 0.01),
+    "logits:4": (0.08, 0.08, 0.04, 0.01),
+    f"topk:{K - 1}": (3e-3, 3e-3, 3e-3, 3e-3),
+}
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_losses_keep_their_value_at_every_temperature(name: str) -> None:
+    given = answer(64)
+    students = {"uniform": torch.zeros(64, K), "random": draw(64, K, seed=9)}
+    for temperature, promised in zip((1.0, 2.0, 5.0, 20.0), PROMISED[name], strict=True):
+        quality = measure(codec(name), given, students, [soft_ce(temperature)])
+        assert 0 < quality.loss_error <= promised
+
+
+def naive(
+    one: Codec, given: Answer, students: Mapping[str, Tensor], temperatures: list[float]
+) -> tuple[float, float]:
+    """Return the quality for soft cross-entropy, each sample alone and by hand, in float64."""
+    back = one.decode(one.encode(given)).logits.double()
+    errors, cosines = [], []
+    for student in students.values():
+        for temperature in temperatures:
+            differences, exact, along, norms = [], [], 0.0, 0.0
+            for s, t, b in zip(student.double(), given.logits.double(), back, strict=True):
+                log_q = (s / temperature).log_softmax(0)
+                p, p_stored = (t / temperature).softmax(0), (b / temperature).softmax(0)
+                exact.append(float(-(p * log_q).sum()))
+                differences.append(abs(float(-(p_stored * log_q).sum()) - exact[-1]))
+                g, h = log_q.exp() - p, log_q.exp() - p_stored
+                cosine = float(g @ h / (g.norm() * h.norm()))
+                along, norms = along + cosine * float(g.norm()), norms + float(g.norm())
+            errors.append(sum(differences) / sum(exact))
+            cosines.append(along / norms)
+    return max(errors), min(cosines)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64, 65, 150])
+@pytest.mark.parametrize("name", ["topk:5", "features:3", "logits:4"])
+def test_measure_agrees_with_samples_one_by_one(name: str, rows: int) -> None:
+    given, one = answer(rows), codec(name)
+    students = {"uniform": torch.zeros(rows, K), "random": draw(rows, K, seed=9) * 3}
+    quality = measure(one, given, students, [soft_ce(1.0), soft_ce(4.0)])
+    error, cosine = naive(one, given, students, [1.0, 4.0])
+    assert quality.loss_error == pytest.approx(error, rel=1e-3)
+    assert quality.cosine == pytest.approx(cosine, rel=1e-5)
+
+
+def test_losses_are_told_which_samples_they_get() -> None:
+    labels, seen = torch.arange(130) % K, []
+
+    def loss(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
+        seen.append(rows)
+        assert len(labels[rows]) == len(student) == len(teacher)
+        return F.cross_entropy(student + teacher, labels[rows])
+
+    quality = measure(codec("logits:8"), answer(130), {"uniform": torch.zeros(130, K)}, [loss])
+    assert quality.cosine > 0.99
+    chunks = [rows for rows in seen if rows.stop - rows.start > 1]
+    assert {rows.stop - rows.start for rows in chunks} == {65}
+    assert {rows.start for rows in seen if rows not in chunks} == set(range(130))
+
+
+def test_a_loss_that_compares_samples_is_measured_by_the_batch() -> None:
+    given, student = answer(128), draw(128, K, seed=9)
+    one = codec("logits:4")
+
+    def across(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
+        p, q = teacher.softmax(dim=1), student.softmax(dim=1)  # as in DIST's intra-class relation
+        return 1 - F.cosine_similarity(p - p.mean(0), q - q.mean(0), dim=0).mean()
+
+    quality = measure(one, given, {"random": student}, [across])
+    back = one.decode(one.encode(given)).logits
+    exact, kept = (
+        torch.stack([across(student[i : i + 64], t[i : i + 64], slice(0)) for i in (0, 64)])
+        for t in (given.logits, back)
+    )
+    assert quality.loss_error == pytest.approx(float((exact - kept).abs().mean() / exact.mean()))
+    assert 0.5 < quality.cosine < 1
+
+
+def test_the_worst_student_and_loss_count() -> None:
+    given, one = answer(40), codec("topk:5")
+    students = {"uniform": torch.zeros(40, K), "random": draw(40, K, seed=9) * 3}
+    losses = [soft_ce(1.0), soft_ce(4.0)]
+    alone = [measure(one, given, {k: s}, [x]) for k, s in students.items() for x in losses]
+    together = measure(one, given, students, losses)
+    assert together.loss_error == max(q.loss_error for q in alone)
+    assert together.cosine == min(q.cosine for q in alone)
+
+
+def test_a_student_with_nothing_to_learn_does_not_count() -> None:
+    given, one = answer(40), codec("logits:4")
+
+    def kl(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
+        return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+
+    alone = measure(one, given, {"uniform": torch.zeros(40, K)}, [kl])
+    both = measure(one, given, {"uniform": torch.zeros(40, K), "same": given.logits.clone()}, [kl])
+    assert both == alone and alone.cosine > 0.9
+
+
+def test_a_loss_that_is_not_finite_is_not_called_good() -> None:
+    def broken(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
+        return (student * math.nan).sum()
+
+    students = {"uniform": torch.zeros(N, K)}
+    quality = measure(codec("logits:8"), answer(), students, [soft_ce(1.0), broken])
+    assert math.isnan(quality.loss_error) and not quality.cosine >= 0.995
+
+
+def test_measuring_512_samples_of_1000_classes_is_a_matter_of_moments() -> None:
+    logits = draw(512, 1000) * 2
+    one = make_codec("logits:4", 1000, (), {})
+    started = time.process_time()
+    measure(one, Answer(logits), {"uniform": torch.zeros(512, 1000)}, [soft_ce(1.0)] * 2)
+    assert time.process_time() - started < 2
+
+
+# --- Photos ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos() -> tuple[Answer, Tensor, Tensor, Tensor]:
+    """What EfficientNet-Lite0 says of 32 crops of two photos; other crops' logits; classifier."""
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(lite_weights("tf_efficientnet_lite0"))
+    rng, crops = np.random.default_rng(0), []
+    for number in range(64):
+        photo = load_sample_images().images[number % 2]
+        side = int(rng.integers(128, 400))
+        y, x = (int(rng.integers(0, size - side + 1)) for size in photo.shape[:2])
+        pixels = torch.from_numpy(photo[y : y + side, x : x + side].copy()).permute(2, 0, 1)
+        crop = F.interpolate(pixels[None].float() / 127.5 - 1, (160, 160), mode="bilinear")
+        crops.append(crop)
+    layer = model.get_classifier()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(torch.cat(crops)), pre_logits=True)
+        logits = layer(features)
+    mine = Answer(logits[:32], features[:32])
+    return mine, logits[32:], layer.weight, layer.bias
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("features:3", 0.985), ("features:4", 0.996), ("features:6", 0.9995), ("logits:6", 0.998)],
+)
+def test_codecs_keep_the_gradient_for_photos(photos, name: str, least: float) -> None:
+    given, other, weight, bias = photos
+    one = make_codec(name, 1000, (1280,), {"weight": weight, "bias": bias})
+    students = {"uniform": torch.zeros_like(other), "another crop": other}
+    for temperature in (1.0, 2.0, 4.0):
+        quality = measure(one, given, students, [soft_ce(temperature)])
+        assert quality.cosine >= least
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", EVERY)
+def test_a_gpu_encodes_and_decodes_alike(name: str) -> None:
+    one, given = codec(name), answer(64)
+    on_gpu = Answer(given.logits.cuda(), given.features.cuda())  # type: ignore[union-attr]
+    expected = one.decode(one.encode(given))
+    records = one.encode(on_gpu)
+    back = one.to("cuda").decode(records.cuda())
+    assert records.device.type == "cpu" and back.logits.is_cuda
+    torch.testing.assert_close(back.logits.cpu(), expected.logits, rtol=1e-3, atol=0.02)
