@@ -234,16 +234,15 @@ def _quantise(values_BN: Tensor, widths: Sequence[int], bits: int) -> Tensor:
     """Return records of values in equal steps from the least to the largest of each segment.
 
     A value is off by at most half a step, and by the float16 rounding of the least one where it is
-    below that; a step is at most .2 % above (largest - least) / (2^bits - 1).
+    below that. A step is (largest - least) / (2^bits - 1), rounded to float16.
     """
     last = 2**bits - 1
     heads, codes = [], []
     for x_BN in values_BN.split(list(widths), dim=1):
         least_B1 = _half(x_BN.amin(dim=1, keepdim=True))
         step_B1 = (x_BN.amax(dim=1, keepdim=True) - least_B1) / last
-        # Codes count in the rounded step: it must not be too small for the largest value.
-        step_B1 = _half((step_B1 * (1 + 2**-10)).clamp_min(_HALF_TINY))
-        codes.append(((x_BN - least_B1) / step_B1).round().clamp(0, last))
+        step_B1 = _half(step_B1.clamp_min(_HALF_TINY))
+        codes.append(((x_BN - least_B1) / step_B1).round().clamp(0, last))  # as rounded
         heads += [least_B1, step_B1]
     head = torch.cat(heads, dim=1).view(torch.uint8)
     return torch.cat([head, _pack(torch.cat(codes, dim=1), bits)], dim=1)
@@ -338,8 +337,7 @@ def measure(
     the samples of a batch, it is of batches of `CHUNK`. The cosine is of each sample's gradient to
     the logits, averaged with the norm of the exact gradient as weight: that is what the sample
     contributes to a step, and where it is nearly 0 its direction is noise. For the same reason a
-    student that agrees with the teacher (another draw of an image, where nothing is drawn) is left
-    out: one whose gradients are below 1e-4 of another's.
+    student that says what the teacher says (another draw, where nothing is drawn) is left out.
 
     Args:
         codec: what stores.
@@ -350,19 +348,18 @@ def measure(
     exact_nK = answer.logits.float()
     codec = codec.to(exact_nK.device)
     stored_nK = codec.decode(codec.encode(answer).to(exact_nK.device)).logits
-    found = []
-    for loss in losses:
-        each = [_compare(loss, x.float(), exact_nK, stored_nK) for x in students.values()]
-        most = max(size for _, size in each)
-        found += [quality for quality, size in each if not size < 1e-4 * most]
+    agreeing = [torch.allclose(x.float(), exact_nK, 1e-3, 1e-3) for x in students.values()]
+    found = [
+        _compare(loss, student_nK.float(), exact_nK, stored_nK)
+        for student_nK, agrees in zip(students.values(), agreeing, strict=True)
+        for loss in losses
+        if not agrees or all(agreeing)
+    ]
     errors, cosines = torch.tensor(found).unbind(dim=1)  # unlike max(), keeps a NaN
     return Quality(errors.max().item(), cosines.min().item())
 
 
-def _compare(
-    loss: Loss, student_nK: Tensor, exact_nK: Tensor, stored_nK: Tensor
-) -> tuple[Quality, float]:
-    """Return what is left for one student and loss, and the mean norm of the exact gradients."""
+def _compare(loss: Loss, student_nK: Tensor, exact_nK: Tensor, stored_nK: Tensor) -> Quality:
     n = len(student_nK)
     count = max(1, round(n / CHUNK))
     chunks = [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
@@ -372,10 +369,9 @@ def _compare(
         samples = [slice(i, i + 1) for i in range(n)]
         exact, stored = (_values(loss, student_nK, t, samples) for t in (exact_nK, stored_nK))
     error = (stored - exact).abs().mean() / exact.mean().clamp_min(_NO_ZERO)
-    norm = gradient_nK.norm(dim=1).mean()
     along_n = F.normalize(stored_gradient_nK, dim=1, eps=_NO_ZERO).mul(gradient_nK).sum(dim=1)
-    cosine = along_n.mean() / norm.clamp_min(_NO_ZERO)  # weighted by the exact gradients' norms
-    return Quality(error.item(), cosine.item()), norm.item()
+    cosine = along_n.sum() / gradient_nK.norm(dim=1).sum().clamp_min(_NO_ZERO)
+    return Quality(error.item(), cosine.item())
 
 
 def _with_gradients(

@@ -313,14 +313,17 @@ def write_missing(store: Store, asking: Asking, repair: bool = False) -> None:
                 storing += time.perf_counter() - since
     distributed.barrier()
     seconds = time.perf_counter() - started
-    share = f", {100 * storing / seconds:.1f} % of the time for storing" if mine else ""
-    done = sum(len(store.samples(shard)) for shard in todo)
     _say(
         f"{store.folder}: {store.about.epochs} draws of {store.about.samples:,} images, "
-        f"{store.about.codec}, {_bytes(store.total_bytes())} in {len(store.shards())} files\n"
-        f"wrote {len(todo)} files in {clock(seconds)} ({done / seconds:.0f} images/s{share})\n"
-        f"train with them: the same settings without `cache`, targets.dir={store.folder}"
+        f"{store.about.codec}, {_bytes(store.total_bytes())} in {len(store.shards())} files"
     )
+    if todo:
+        done = sum(len(store.samples(shard)) for shard in todo)
+        share = f", {100 * storing / seconds:.1f} % of the time for storing" if mine else ""
+        _say(f"wrote {len(todo)} files in {clock(seconds)} ({done / seconds:.0f} images/s{share})")
+    else:
+        _say(f"nothing to write: all files are {'intact' if repair else 'there'}")
+    _say(f"train with them: the same settings without `cache`, targets.dir={store.folder}")
 
 
 def _batches_of(

@@ -195,7 +195,7 @@ def test_a_logit_is_off_by_half_a_step_at_most(bits: int, scale: float) -> None:
     for logits in (draw(N, K) * scale, extreme(scale), draw(N, K) * scale - 777):
         back = stored(f"logits:{bits}", Answer(logits)).logits
         step = (logits.amax(dim=1) - logits.amin(dim=1)) / (2**bits - 1)
-        bound = step.double() * 0.5 * 1.002 + 1e-7 + logits.abs().amax() * 1e-6
+        bound = step.double() * 0.5 * 1.001 + 1e-7 + logits.abs().amax() * 1e-6
         assert (up_to_a_constant(back, logits) <= bound).all()
         shift = (back - logits).abs().amax(dim=1)  # and the constant is float16's rounding
         assert (shift <= bound + logits.abs().amax(dim=1) * 2**-11 + 1e-7).all()
@@ -210,6 +210,10 @@ def test_logits_beyond_float16_keep_what_a_softmax_sees(bits: int) -> None:
         clear = [0, 2, 3]  # the rows whose largest logits are far above the others, or all equal
         probable = (logits / 20).softmax(dim=1)[clear]
         torch.testing.assert_close((back / 20).softmax(dim=1)[clear], probable)
+    logits = torch.zeros(1, K)
+    logits[0, 5], logits[0, 6] = 1e7 - 3e4, 1e7
+    back = stored(f"logits:{bits}", Answer(logits)).logits
+    assert back.isfinite().all() and (bits == 16 or back.argmax(dim=1) == 6)
 
 
 @pytest.mark.parametrize("bits", SMALL_BITS)
@@ -276,9 +280,10 @@ def test_topk_numbers_65536_classes() -> None:
 
 @pytest.mark.parametrize("bits", SMALL_BITS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-@pytest.mark.parametrize("signed", [False, True])
-def test_a_root_of_a_feature_is_off_by_half_a_step(bits: int, scale: float, signed: bool) -> None:
-    features = (draw(N, sum(WIDTHS)) if signed else pooled(N)) * scale
+@pytest.mark.parametrize("kind", ["pooled", "signed", "far from zero"])
+def test_a_root_of_a_feature_is_off_by_half_a_step(bits: int, scale: float, kind: str) -> None:
+    features = draw(N, sum(WIDTHS)) if kind == "signed" else pooled(N)
+    features = (features + 30 * (kind == "far from zero")) * scale
     features[:, WIDTHS[0] :] *= 100  # a member of an ensemble with larger features
     back = stored(f"features:{bits}", answer(features=features)).features
     assert back is not None
@@ -288,7 +293,7 @@ def test_a_root_of_a_feature_is_off_by_half_a_step(bits: int, scale: float, sign
 
     for was, now in zip(root(features).split(WIDTHS, 1), root(back).split(WIDTHS, 1), strict=True):
         step = (was.amax(dim=1) - was.amin(dim=1)) / (2**bits - 1)
-        bound = 0.5 * 1.002 * step + was.amin(dim=1).abs() * 2**-11 + 1e-6
+        bound = 0.5 * 1.001 * step + was.amin(dim=1).abs() * 2**-11 + 1e-6
         assert ((was - now).abs().amax(dim=1) <= bound).all()
 
 
@@ -413,7 +418,7 @@ def naive(
     return max(errors), min(cosines)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64, 65, 150])
+@pytest.mark.parametrize("rows", [1, 5, 64, 97, 150])
 @pytest.mark.parametrize("name", ["topk:5", "features:3", "logits:4"])
 def test_measure_agrees_with_samples_one_by_one(name: str, rows: int) -> None:
     given, one = answer(rows), codec(name)
@@ -421,7 +426,7 @@ def test_measure_agrees_with_samples_one_by_one(name: str, rows: int) -> None:
     quality = measure(one, given, students, [soft_ce(1.0), soft_ce(4.0)])
     error, cosine = naive(one, given, students, [1.0, 4.0])
     assert quality.loss_error == pytest.approx(error, rel=1e-3)
-    assert quality.cosine == pytest.approx(cosine, rel=1e-5)
+    assert quality.cosine == pytest.approx(cosine, rel=2e-6)
 
 
 def test_losses_are_told_which_samples_they_get() -> None:
@@ -476,6 +481,8 @@ def test_a_student_with_nothing_to_learn_does_not_count() -> None:
     alone = measure(one, given, {"uniform": torch.zeros(40, K)}, [kl])
     both = measure(one, given, {"uniform": torch.zeros(40, K), "same": given.logits.clone()}, [kl])
     assert both == alone and alone.cosine > 0.9
+    only = measure(one, given, {"same": given.logits.clone()}, [kl])
+    assert only.cosine < 0.9  # there is nothing else to go by
 
 
 def test_a_loss_that_is_not_finite_is_not_called_good() -> None:
