@@ -86,7 +86,9 @@ def bench_distill(
             about |= {"codec": stored.codec, "bytes": stored.record_bytes}
             times: dict[str, list[float]] = {side: [] for side in calls}
             for round_ in range(1 + rounds):  # the first one warms up
-                for number, (side, call) in enumerate(calls.items()):
+                order = [*enumerate(calls.items())]
+                # There and back: what a side leaves behind must not always meet the same one.
+                for number, (side, call) in order if round_ % 2 else reversed(order):
                     with contextlib.redirect_stdout(io.StringIO()):
                         seconds = call(f"{number}-{round_}")
                     if round_:
