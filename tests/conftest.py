@@ -33,6 +33,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["kernel", "no kernel"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the C++ kernels do what they can do."""
+    from ghosttrain import native
+
+    if request.param == "no kernel":
+        monkeypatch.setattr(native, "load", lambda: None)
+    elif native.load() is None:
+        pytest.skip("no C++ kernels here")
+    return request.param == "kernel"
+
+
 @pytest.fixture
 def ghosttrain(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run `python -m ghosttrain ARGS` in this process; return exit code and output."""

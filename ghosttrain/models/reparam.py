@@ -1,8 +1,9 @@
 """Structural re-parameterization: convolutions that train as several branches and infer as one.
 
-Owns `RepConv2d`, `fuse(model)`, and the only batch-norm folding algebra of the project: with
-running statistics a conv-BN branch is linear, so a sum of branches is one convolution with a bias
-(RepVGG, https://arxiv.org/abs/2101.03697; GhostNetV3, https://arxiv.org/abs/2404.11202).
+Owns `RepConv2d`, and `fuse(model)` with its batch-norm folding: with running statistics a conv-BN
+branch is linear, so a sum of branches is one convolution with a bias (RepVGG,
+https://arxiv.org/abs/2101.03697; GhostNetV3, https://arxiv.org/abs/2404.11202). What folds batch
+statistics in training is collapse.py.
 
 Shapes: B batch, C channels, H W map, k kernel side.
 """

@@ -14,22 +14,13 @@ import torch
 from timm.optim import Lamb as TimmLamb
 from torch import Tensor, nn
 
-from ghosttrain import native
 from ghosttrain.optim import lamb
 from ghosttrain.optim.lamb import Lamb
 
+pytestmark = pytest.mark.usefixtures("kernel")
+
 DECAYED = [(8, 3, 3, 3), (16, 8), (5, 1, 3, 3), (1, 1), (3,)]
 PLAIN = [(16,), (1,), (), (7,)]
-
-
-@pytest.fixture(autouse=True, params=["kernel", "no kernel"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the C++ kernel takes the steps that it can take."""
-    if request.param == "no kernel":
-        monkeypatch.setattr(native, "load", lambda: None)
-    elif native.load() is None:
-        pytest.skip("no C++ kernels here")
-    return request.param == "kernel"
 
 
 def make_groups(dtype: torch.dtype = torch.float64) -> list[dict]:

@@ -8,19 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ghosttrain import native
 from ghosttrain.optim import ema as ema_module
 from ghosttrain.optim.ema import Ema, decay_at
 
-
-@pytest.fixture(autouse=True, params=["kernel", "no kernel"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the C++ kernel does the updates that it can do."""
-    if request.param == "no kernel":
-        monkeypatch.setattr(native, "load", lambda: None)
-    elif native.load() is None:
-        pytest.skip("no C++ kernels here")
-    return request.param == "kernel"
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 def small_model(dtype: torch.dtype = torch.float64) -> nn.Module:
