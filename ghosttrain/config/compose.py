@@ -63,13 +63,16 @@ class Composed:
     """The overrides Hydra saw: what `--info` needs to show the same composition."""
 
 
-def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed:
+def compose(
+    overrides: Sequence[str], config_dir: str | None = None, trains: bool = True
+) -> Composed:
     """Compose and check one run.
 
     Args:
         overrides: Hydra overrides without sweeps, such as `+recipe=compact_kd`, `optim.lr=1e-3`.
         config_dir: a folder of the user's own groups (`D/optim/x.yaml`) and recipes
             (`D/recipe/x.yaml`).
+        trains: whether the batch must fit the processes and the student.
 
     Raises:
         UserError: unknown name, wrong type, missing or contradictory value; the message is one
@@ -121,7 +124,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         )
     config = _replace(config, "data", root=_data_root(config))
     config = _replace(config, "targets", dir=_absolute(config.targets.dir))
-    _check(config, names, chosen)
+    _check(config, names, chosen, trains)
     if config.model.source == "timm":  # it has no branches: no setting of them tells runs apart
         config = config.model_copy(update={"reparam": PLAIN})
     replaced = _replaced(bases, budget, ablations, user, config, names.default_groups())
@@ -287,7 +290,7 @@ def _absolute(path: str | None) -> str | None:
 # --- checks across sections -----------------------------------------------------------------------
 
 
-def _check(config: Config, names: Names, chosen: dict[str, str]) -> None:
+def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -> None:
     """Refuse contradictions between settings, each in one line that says what to type."""
     model, data, augment = config.model, config.data, config.augment
     students = [n for n in names.groups["model"] if family(n) in SIDES]
@@ -344,6 +347,15 @@ def _check(config: Config, names: Names, chosen: dict[str, str]) -> None:
             raise UserError(f"data={data.name} needs a folder: type data.root=/path{also}")
         if not Path(data.root).is_dir():
             raise UserError(f"data.root={data.root}: no such folder")
+    if config.targets.dir and data.root:
+        images = (Path(data.root) / split for split in (data.train_split, data.val_split))
+        if any(Path(config.targets.dir).is_relative_to(folder) for folder in images):
+            raise UserError(
+                f"targets.dir={config.targets.dir} lies among the images of data.root={data.root}; "
+                "type another folder"
+            )
+    if not trains:
+        return
     ranks = int(os.environ.get("WORLD_SIZE", config.launch.nproc))
     micro_batch, _ = batch_split(config, ranks)
     if model.source == "ghosttrain":

@@ -25,7 +25,7 @@ from ghosttrain.config.schema import Data
 from ghosttrain.data.decode import SUFFIXES, open_image, read_file, to_pixels
 
 IMAGENET_CLASSES = 1000
-MANIFEST_FILES = 64  # whose content a manifest covers
+MANIFEST_FILES = 1024  # whose content a manifest covers
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,14 +40,19 @@ def pooled_width(network: Any, in_chans: int, size: int) -> int:
     parameter = next(network.parameters())
     image = torch.rand(1, in_chans, size, size, generator=torch.Generator().manual_seed(0))
     image = image.to(parameter.device, parameter.dtype)
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     mode = network.training
     network.eval()
     expected, features = network(image), pool(network, image)
+    hook.remove()
     network.train(mode)
-    if features.shape != (1, layer.in_features):
+    if len(seen) != 1 or features.shape != seen[0].shape or features.dim() != 2:
         return 0
+    # Both: nothing between the features and the layer, and nothing after it.
+    same = torch.equal(features, seen[0])
     close = torch.allclose(layer(features), expected, rtol=1e-4, atol=1e-5)
-    return layer.in_features if close else 0
+    return layer.in_features if same and close else 0
 
 
 class WithFeatures(nn.Module):

@@ -125,6 +125,13 @@ def load_pretrained(
     )
 
 
+def networks(cfg: schema.Teacher) -> dict[str, schema.Pretrained]:
+    """Return the networks of a teacher by name: its members in the order of their names (in any
+    other, the same ensemble would be another one to a store), or "teacher" alone.
+    """
+    return {name: cfg.members[name] for name in sorted(cfg.members)} or {"teacher": cfg}
+
+
 # --- Where weights come from ---------------------------------------------------------------------
 
 
@@ -153,8 +160,10 @@ def weights_file(cfg: schema.Pretrained, key: str = "teacher", download: bool = 
 def weights_digest(cfg: schema.Pretrained) -> str | None:
     """Return the SHA-256 of the file of weights; None where it is not on this machine."""
     try:
-        path = weights_file(cfg, download=False)
+        path = weights_file(cfg, download=False) if cfg.weights and cfg.name else None
     except UserError:
+        path = None
+    if path is None:
         return None
     digest = hashlib.sha256()
     with open(path, "rb") as file:

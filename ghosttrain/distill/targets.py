@@ -43,6 +43,8 @@ from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.codecs import Codec, make_codec
 
 FORMAT = 1
+OPEN_FILES = 512
+"""Shards that a process keeps mapped: each holds a file descriptor, of which 1024 are usual."""
 _MAGIC = f"ghosttrain targets {FORMAT}\n".encode().ljust(64, b"\0")
 _HEADER = len(_MAGIC) + 2 * 32  # identity and checksum; the body starts at a multiple of 64
 _OWN = {"about.json", "tables.safetensors", "config.yaml", "draws"}
@@ -187,6 +189,13 @@ class Store:
         """Return the file of `shard`."""
         return self.folder / "draws" / f"{shard.draw:05d}" / f"{shard.number:06d}.targets"
 
+    def digest(self) -> str:
+        """Return the codec and 16 hexadecimal digits that tell this store from others."""
+        digest = hashlib.sha256(self._identity(Shard(0, 0)))
+        for name in sorted(self.codec.tables):
+            digest.update(self.codec.tables[name].cpu().numpy().tobytes())
+        return f"{self.about.codec} {digest.hexdigest()[:16]}"
+
     def total_bytes(self) -> int:
         """Return the size on disk of all shards of the complete store."""
         per_draw = self.about.samples * self.about.record_bytes
@@ -264,8 +273,8 @@ class Store:
     def records(self, draw: int, indices: Sequence[int]) -> Tensor:
         """Return the records (B, R), uint8, of one draw of these samples, in their order.
 
-        A process verifies the checksum of a shard when it first reads it, and keeps the shards of
-        one draw open: the last one that was asked for.
+        A process verifies the checksum of a shard when it first reads it, and keeps shards of one
+        draw open, the last one that was asked for: at most `OPEN_FILES`.
 
         Raises:
             UserError: a shard is missing or damaged, naming it and how to mend it.
@@ -280,6 +289,8 @@ class Store:
                 raise IndexError(f"sample {index} of {count}")
             number, place = divmod(index, size)
             if number not in self._open:
+                if len(self._open) >= OPEN_FILES:
+                    del self._open[next(iter(self._open))]  # the one opened first
                 self._open[number] = self._verify(Shard(draw, number))
             records[row] = self._open[number][place]
         return torch.from_numpy(records)

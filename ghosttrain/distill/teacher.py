@@ -21,7 +21,7 @@ from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
 from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.features import classify, pool, pooled_width
-from ghosttrain.distill.pretrained import Loaded, load_pretrained
+from ghosttrain.distill.pretrained import Loaded, load_pretrained, networks
 
 Views = Mapping[tuple[int, str], Tensor]
 """(side S, interpolation) -> pixels (B, C, S, S) of the student's view at that size: uint8, or
@@ -211,22 +211,21 @@ def build_teacher(
     """
     if not cfg.members and cfg.name is None and cfg.weights is None:
         return None
-    settings: Mapping[str, schema.Pretrained] = cfg.members or {"": cfg}
     cuda = torch.device(device).type == "cuda"
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and cuda)
     members = {}
-    for name, member in settings.items():
-        key = f"teacher.members.{name}" if name else "teacher"
-        loaded = load_pretrained(member, key, classes, data.in_chans)
-        members[name or "teacher"] = Member(
+    for name, network in networks(cfg).items():
+        key = f"teacher.members.{name}" if cfg.members else "teacher"
+        loaded = load_pretrained(network, key, classes, data.in_chans)
+        members[name] = Member(
             loaded,
             student_mean=data.mean,
             student_std=data.std,
             dtype=torch.bfloat16 if bf16 else torch.float32,
         )
         if cfg.compile:
-            members[name or "teacher"].compile()
-    weights = [member.weight for member in cfg.members.values()] or [1.0]
+            members[name].compile()
+    weights = [getattr(network, "weight", 1.0) for network in networks(cfg).values()]
     teacher = Teacher(members, weights, cfg.average, data.train_size, cfg.chunk)
     return teacher.to(device)
 

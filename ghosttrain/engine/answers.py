@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import eval_loader
 from ghosttrain.data.order import epoch_order, eval_batches
 from ghosttrain.distill.answer import Answer
-from ghosttrain.distill.pretrained import weights_digest
+from ghosttrain.distill.pretrained import networks, weights_digest
 from ghosttrain.distill.targets import Store, open_store
 from ghosttrain.distill.teacher import Teacher, build_teacher, check_teacher, refuse_chance
 
@@ -69,6 +70,27 @@ class Answers:
             return sum(self.store.about.widths)
         return sum(self.teacher.widths) if self.teacher is not None else 0
 
+    def resumed(self, before: Mapping[str, Any]) -> Answers:
+        """Return the answers that a run began with: a store may have been given more draws since.
+
+        Raises:
+            UserError: other answers than those `state()` was taken of.
+        """
+        now = self.state()
+        if not before or before == now:  # a run of an earlier version kept nothing
+            return self
+        if before["store"] != now["store"]:
+            raise UserError(
+                f"this run began with the stored answers {before['store']}, targets.dir now holds"
+                f" {now['store']}: put the old ones back, or type run.fresh=true"
+            )
+        about = f"{self.about}, of which this run goes on with {before['draws']}"
+        return replace(self, draws=before["draws"], about=about)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, so that a resumed run has the same answers."""
+        return {"draws": self.draws, "store": self.store.digest() if self.store else None}
+
     def draw_number(self, epoch: int) -> int:
         """Return which draw of each image an epoch (from 0) takes."""
         return epoch if self.draws is None else epoch % self.draws
@@ -83,6 +105,11 @@ def ready_answers(config: Config, train_set: Dataset, device: torch.device) -> A
     """
     if config.distill.name == "none":
         return Answers()
+    if len(train_set.classes) < 2:
+        raise UserError(
+            f"{train_set.source} has one class: there is nothing to learn from a teacher; type"
+            " distill=none teacher=none"
+        )
     if config.targets.dir is not None:
         answers = _stored(config, train_set, device)
     else:
@@ -112,7 +139,7 @@ def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> t
         with eval_loader(train_set, config.data, device, views=teacher.views) as images:
             batches = images.batches(eval_batches(sample, 64))
             top1, n = check_teacher(teacher, ((b.images, b.labels, b.views) for b in batches))
-        who = ["the teacher", *(f"the teacher's member {name!r}" for name in cfg.members)]
+        who = ["the teacher", *(f"the teacher's member {name!r}" for name in teacher.members)]
         for share, name in zip(top1, who, strict=False):
             if not cfg.trust:
                 refuse_chance(share, n, len(train_set.classes), name)
@@ -121,18 +148,23 @@ def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> t
 
 def _describe(cfg: schema.Teacher, teacher: Teacher, top1: list[float], n: int) -> str:
     shares = [f", top-1 {100 * share:.1f} %" for share in top1]
-    settings: Mapping[str, schema.Pretrained] = cfg.members or {"": cfg}
     parts = [
         f"{one.name} ({one.weights}), {member.view[0]} px, {member.classes_note}"
-        for one, member in zip(settings.values(), teacher.members.values(), strict=True)
+        for one, member in zip(networks(cfg).values(), teacher.members.values(), strict=True)
     ]
     if len(parts) > 1:
-        parts = [part + share for part, share in zip(parts, shares[1:] or [""] * 9, strict=False)]
+        if n:
+            parts = [part + share for part, share in zip(parts, shares[1:], strict=True)]
         line = f"{' + '.join(parts)}; averaged as {cfg.average}"
     else:
         line = parts[0]
     checked = f"{shares[0]} on {n} unaugmented training images" if n else ", not checked"
     return line + checked
+
+
+def loss_note(config: Config) -> str:
+    """Return the loss whose gradient decides what a codec is worth."""
+    return f"distill={config.distill.name} at T = {config.distill.temperature}"
 
 
 # --- Stored answers -------------------------------------------------------------------------------
@@ -141,22 +173,11 @@ def _describe(cfg: schema.Teacher, teacher: Teacher, top1: list[float], n: int) 
 def _stored(config: Config, train_set: Dataset, device: torch.device) -> Answers:
     """Open the store of `targets.dir` and make sure that it was made for this run."""
     store = open_store(Path(str(config.targets.dir)))
-    now = fingerprint(config, train_set)
-    for name, member in now["teacher"].items():
-        if member["weights"] is None:  # the teacher need not be on this machine
-            member["weights"] = store.about.fingerprint["teacher"].get(name, {}).get("weights")
-    refuse_other(store, now)
+    refuse_other(store, fingerprint(config, train_set))
     if config.targets.codec not in ("auto", store.about.codec):
         raise UserError(
             f"targets.dir={store.folder} holds {store.about.codec}: leave"
             f" targets.codec={config.targets.codec} out, or store anew in another targets.dir"
-        )
-    missing = store.missing()
-    if missing:
-        raise UserError(
-            f"targets.dir={store.folder} is not complete: {len(missing)} of {len(store.shards())}"
-            f" files are missing or cut short (first: {store.path(missing[0])}); type python -m"
-            f" ghosttrain cache {store.folder} --repair"
         )
     draws = config.targets.epochs or store.about.epochs
     if draws > store.about.epochs:
@@ -165,15 +186,34 @@ def _stored(config: Config, train_set: Dataset, device: torch.device) -> Answers
             f" image: type targets.epochs={store.about.epochs}, or store more with python -m"
             " ghosttrain cache"
         )
+    missing = [shard for shard in store.missing() if shard.draw < draws]
+    if missing:
+        raise UserError(
+            f"targets.dir={store.folder} is not complete: {len(missing)} files are missing or cut"
+            f" short (first: {store.path(missing[0])}); type python -m ghosttrain cache"
+            f" {shlex.quote(str(store.folder))} --repair"
+        )
+    notes = store.about.notes
     about = (
-        f"stored answers of {store.about.notes['teacher']}; {store.about.codec},"
+        f"stored answers of {notes['teacher']}; {store.about.codec},"
         f" {store.about.record_bytes} bytes each, {draws} draws of each image"
     )
+    if notes["loss"] != loss_note(config):
+        about += f" (the codec was measured with {notes['loss']})"
     return Answers(about, store=store.to(device), draws=draws)
 
 
 def refuse_other(store: Store, now: Mapping[str, Any]) -> None:
-    """Raise UserError, naming what differs, unless the store was made for fingerprint `now`."""
+    """Raise UserError, naming what differs, unless the store was made for fingerprint `now`.
+
+    Weights that are not on this machine are those of the store if they have the same name.
+    """
+    networks_now = {}
+    for name, network in now["teacher"].items():
+        old = store.about.fingerprint["teacher"].get(name, {})
+        here = network["weights"] != store.about.notes["absent"].get(name)
+        networks_now[name] = network if here else network | {"weights": old.get("weights")}
+    now = {**now, "teacher": networks_now}
     lines = store.difference(now)
     if lines:
         more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
@@ -186,21 +226,23 @@ def refuse_other(store: Store, now: Mapping[str, Any]) -> None:
 def fingerprint(config: Config, train_set: Dataset) -> dict[str, Any]:
     """Return everything that a stored answer depends on, by name, as JSON values.
 
-    The weights are a digest of their file; None where it is not on this machine.
+    The weights are a digest of their file, or `absent`.
     """
     cfg, data = config.teacher, config.data
-    members: Mapping[str, schema.Pretrained] = cfg.members or {"teacher": cfg}
     own = {"name", "input_size", "mean", "std", "weight"}
     classes = json.dumps(train_set.classes)
     return {
         "teacher": {
-            name: member.model_dump(mode="json", include=own) | {"weights": weights_digest(member)}
-            for name, member in members.items()
+            name: member.model_dump(mode="json", include=own)
+            | {"weights": weights_digest(member) or absent(member)}
+            for name, member in networks(cfg).items()
         },
-        "teacher.average": cfg.average if len(members) > 1 else "",
+        "teacher.average": cfg.average if len(cfg.members) > 1 else "",
         "teacher.dtype": cfg.dtype,
         "classes": f"{len(train_set.classes)}, {hashlib.sha256(classes.encode()).hexdigest()}",
-        "augment": config.augment.model_dump(mode="json"),
+        "augment": config.augment.model_dump(
+            mode="json", include={"policy"} if config.augment.policy == "none" else None
+        ),
         "data": data.model_dump(
             mode="json",
             include={"train_size", "interpolation", "in_chans", "mean", "std", "flip"},
@@ -211,6 +253,11 @@ def fingerprint(config: Config, train_set: Dataset) -> dict[str, Any]:
             **{name: _minor(name) for name in ("pillow", "torch", "timm")},
         },
     }
+
+
+def absent(network: schema.Pretrained) -> str:
+    """Return what stands for the digest of weights that are not on this machine."""
+    return f"not on this machine: {network.weights}"
 
 
 def _minor(package: str) -> str:

@@ -10,11 +10,13 @@ Legend: B batch, C channels, H W map, K classes, n images of the sample.
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -38,10 +40,17 @@ from ghosttrain.distill.codecs import (
     parse,
 )
 from ghosttrain.distill.losses import LOSSES
+from ghosttrain.distill.pretrained import networks
 from ghosttrain.distill.targets import About, Shard, Store, create, is_store, open_store
 from ghosttrain.distill.teacher import Teacher
 from ghosttrain.engine import distributed
-from ghosttrain.engine.answers import fingerprint, ready_teacher, refuse_other
+from ghosttrain.engine.answers import (
+    absent,
+    fingerprint,
+    loss_note,
+    ready_teacher,
+    refuse_other,
+)
 from ghosttrain.engine.folder import clock
 from ghosttrain.engine.inspect import draw_picture
 
@@ -66,7 +75,7 @@ def cache(
         UserError: the teacher cannot be had or knows nothing; the folder holds other answers; the
             codec does not fit.
     """
-    distributed.start()
+    distributed.start(patience=timedelta(days=30))  # ranks end at other times, a slow one last
     config = distributed.broadcast(config)
     assert config is not None and config.targets.dir is not None
     device = distributed.pick_device(config.launch.device)
@@ -82,13 +91,14 @@ def cache(
     asking = Asking(config, train_set, teacher, device)
     _say(f"data: {train_set.describe()}")
     _say(f"teacher: {about_teacher}")
-    opened: Store | None = None
-    if distributed.rank() == 0:
-        opened = _opened(config, asking, about_teacher, dry_run)
-    opened = distributed.broadcast(opened)
-    if opened is not None and not dry_run:
-        with opened.locked() if distributed.rank() == 0 else nullcontext():
-            write_missing(opened, asking, repair)
+    with ExitStack() as locks:
+        opened: Store | None = None
+        if distributed.rank() == 0:
+            opened = _opened(config, asking, about_teacher, dry_run, repair, locks)
+        opened = distributed.broadcast(opened)
+        if opened is not None:
+            epochs = opened.about.epochs if repair else _epochs(config)
+            write_missing(opened, asking, epochs, repair)
     distributed.stop()
 
 
@@ -138,9 +148,22 @@ class Sample:
     images_per_second: float
 
 
-def _opened(config: Config, asking: Asking, about_teacher: str, dry_run: bool) -> Store | None:
-    """Return the store in `targets.dir`, made where there is none; None with `dry_run`."""
-    folder, epochs = Path(str(config.targets.dir)), config.targets.epochs or config.train.epochs
+def _epochs(config: Config) -> int:
+    """Return how many draws to store: without augmentation there is only one."""
+    draws = 1 if config.augment.policy == "none" else config.train.epochs
+    return config.targets.epochs or draws
+
+
+def _opened(
+    config: Config,
+    asking: Asking,
+    about_teacher: str,
+    dry_run: bool,
+    repair: bool,
+    locks: ExitStack,
+) -> Store | None:
+    """Return the store in `targets.dir`, locked, made where there is none; None with `dry_run`."""
+    folder, epochs = Path(str(config.targets.dir)), _epochs(config)
     now = fingerprint(config, asking.train_set)
     if is_store(folder):
         store = open_store(folder)
@@ -152,10 +175,18 @@ def _opened(config: Config, asking: Asking, about_teacher: str, dry_run: bool) -
                     f"{folder} was begun with targets.{name}={old}: type that, or another "
                     "targets.dir"
                 )
-        store = store if dry_run else store.extended(epochs)
-        left = len(store.missing())
-        _say(f"{folder}: {store.about.codec}, {left} of {len(store.shards())} files to write")
-        return store
+        if dry_run:
+            more = max(epochs - store.about.epochs, 0) * store.total_bytes() / store.about.epochs
+            left = [shard for shard in store.missing() if shard.draw < epochs]
+            _say(
+                f"{folder}: {store.about.codec}, {store.about.epochs} draws, of which {len(left)} "
+                f"files are missing; {epochs} draws add {_bytes(more)}"
+            )
+            return None
+        locks.enter_context(store.locked())
+        return store if repair else store.extended(epochs)
+    if repair:
+        raise UserError(f"there is nothing to repair: {folder} holds no stored answers")
     sample = _ask_sample(asking)
     codec, quality = _choose(config, asking.teacher, sample)
     n = len(asking.train_set)
@@ -170,7 +201,8 @@ def _opened(config: Config, asking: Asking, about_teacher: str, dry_run: bool) -
         return None
     notes = {
         "teacher": about_teacher,
-        "loss": config.distill.name,
+        "absent": {name: absent(network) for name, network in networks(config.teacher).items()},
+        "loss": loss_note(config),
         "loss_error": quality.loss_error,
         "cosine": quality.cosine,
     }
@@ -186,7 +218,9 @@ def _opened(config: Config, asking: Asking, about_teacher: str, dry_run: bool) -
         notes=notes,
     )
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    return create(folder, about, codec.tables, settings)
+    store = create(folder, about, codec.tables, settings)
+    locks.enter_context(store.locked())
+    return store
 
 
 def _ask_sample(asking: Asking) -> Sample:
@@ -282,14 +316,16 @@ def _losses(config: Config, labels: Tensor) -> list[Loss]:
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def write_missing(store: Store, asking: Asking, repair: bool = False) -> None:
-    """Write this rank's part of the files that are missing or, with `repair`, damaged."""
+def write_missing(store: Store, asking: Asking, epochs: int, repair: bool = False) -> None:
+    """Write this rank's part of the files of the first `epochs` draws that are missing or, with
+    `repair`, damaged.
+    """
     todo: list[Shard] | None = None
     if distributed.rank() == 0:
         for shard, why in store.damaged() if repair else []:
             _say(f"damaged: {store.path(shard)} ({why})")
             store.path(shard).unlink()
-        todo = store.missing()
+        todo = [shard for shard in store.missing() if shard.draw < epochs]
     todo = distributed.broadcast(todo)
     assert todo is not None
     rank, ranks = distributed.rank(), distributed.world_size()
@@ -314,8 +350,9 @@ def write_missing(store: Store, asking: Asking, repair: bool = False) -> None:
     distributed.barrier()
     seconds = time.perf_counter() - started
     _say(
-        f"{store.folder}: {store.about.epochs} draws of {store.about.samples:,} images, "
-        f"{store.about.codec}, {_bytes(store.total_bytes())} in {len(store.shards())} files"
+        f"{store.folder}: {epochs} draws of {store.about.samples:,} images, "
+        f"{store.about.codec}, {_bytes(store.total_bytes() * epochs / store.about.epochs)} in "
+        f"{len(store.shards()) * epochs // store.about.epochs} files"
     )
     if todo:
         done = sum(len(store.samples(shard)) for shard in todo)
@@ -323,7 +360,8 @@ def write_missing(store: Store, asking: Asking, repair: bool = False) -> None:
         _say(f"wrote {len(todo)} files in {clock(seconds)} ({done / seconds:.0f} images/s{share})")
     else:
         _say(f"nothing to write: all files are {'intact' if repair else 'there'}")
-    _say(f"train with them: the same settings without `cache`, targets.dir={store.folder}")
+    folder = shlex.quote(str(store.folder))
+    _say(f"train with them: the same settings without `cache`, targets.dir={folder}")
 
 
 def _batches_of(

@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,14 +33,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start() -> None:
-    """Join the other ranks (torchrun's variables, or the file that `launch.spawn` names)."""
+def start(patience: timedelta | None = None) -> None:
+    """Join the other ranks (torchrun's variables, or the file that `launch.spawn` names).
+
+    `patience` is how long a rank waits for the others before it gives up; None: as torch does.
+    """
     if world_size() > 1 and not dist.is_initialized():
         if "GHOSTTRAIN_RENDEZVOUS" in os.environ:
             threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store = os.environ.get("GHOSTTRAIN_RENDEZVOUS", "env://")
-        dist.init_process_group(backend, init_method=store, rank=rank(), world_size=world_size())
+        dist.init_process_group(
+            backend, init_method=store, timeout=patience, rank=rank(), world_size=world_size()
+        )
 
 
 def _end_with(parent: int) -> None:

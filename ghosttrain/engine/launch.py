@@ -102,7 +102,7 @@ def store_answers(
         targets = config.targets.model_copy(update={"dir": str(folder.expanduser().resolve())})
         config = config.model_copy(update={"targets": targets})
     else:
-        config = compose(overrides, config_dir).config
+        config = compose(overrides, config_dir, trains=False).config
         if config.distill.name == "none":
             raise UserError("cache stores a teacher's answers: type distill=soft_ce teacher=NAME")
         if config.targets.dir is None:

@@ -117,6 +117,7 @@ def train(config: Config | None, notes: list[str]) -> None:
         ema.load_state_dict(saved["ema"])
         if step < plan.total_steps:
             optimizer.load_state_dict(saved["optimizer"])
+        answers = answers.resumed(saved.get("answers", {}))
         notes.append(f"resumed after epoch {step // plan.steps_per_epoch}, step {step}")
         del saved
 
@@ -204,6 +205,7 @@ def train(config: Config | None, notes: list[str]) -> None:
                     "seconds": seconds,
                     "best": best,
                     "classes": classes,
+                    "answers": answers.state(),
                 }
                 save_state(last, state)
 

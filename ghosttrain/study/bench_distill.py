@@ -172,7 +172,7 @@ def _sides(
     def ask_and_write(name: str) -> float:
         written = create(folder / name, store.about, store.codec.tables, "")
         since = time.perf_counter()
-        write_missing(written, asking)
+        write_missing(written, asking, store.about.epochs)
         return time.perf_counter() - since
 
     return {

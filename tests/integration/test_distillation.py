@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import only_run
+from safetensors.torch import save_file
 
 from ghosttrain.config.compose import compose
 from ghosttrain.data.datasets import build_datasets
@@ -385,9 +388,37 @@ def test_a_store_for_other_images_or_incomplete_is_refused(ghosttrain, store, st
     next(store.rglob("*.targets")).unlink()
     outcome = ghosttrain(*stored)
     assert outcome.code == 2
-    assert "1 of 8 files are missing" in outcome.err and "--repair" in outcome.err
+    assert "1 files are missing" in outcome.err and "--repair" in outcome.err
     outcome = ghosttrain(*stored, f"targets.dir={tmp_path / 'nowhere'}")
     assert outcome.code == 2 and "nowhere" in outcome.err
+
+
+def test_the_teacher_need_not_be_there_but_must_not_be_another(ghosttrain, photos, tmp_path):
+    """Stored answers serve a machine without the weights; replaced weights are noticed."""
+    weights_file = tmp_path / "teacher.safetensors"
+
+    def write_weights(seed: int) -> None:
+        torch.manual_seed(seed)
+        save_file(timm.create_model("test_resnet", num_classes=5).state_dict(), weights_file)
+
+    arguments = [x for x in photos if not x.startswith("teacher")]
+    arguments += ["teacher=timm", "teacher.name=test_resnet", f"teacher.weights={weights_file}",
+                  "teacher.trust=true", f"targets.dir={tmp_path / 'store'}",
+                  "train.max_steps=2"]  # fmt: skip
+    write_weights(0)
+    outcome = ghosttrain("cache", *arguments, "targets.epochs=1", "targets.codec=logits:4")
+    assert outcome.code == 0, outcome.err
+    write_weights(1)
+    outcome = ghosttrain(*arguments)
+    assert outcome.code == 2 and "teacher.teacher.weights: stored" in outcome.err
+    weights_file.unlink()
+    outcome = ghosttrain(*arguments, f"teacher.weights={tmp_path / 'another.safetensors'}")
+    assert outcome.code == 2 and "not on this machine" in outcome.err
+    outcome = ghosttrain("cache", str(tmp_path / "store"), "--inspect")
+    assert outcome.code == 0, outcome.err
+    outcome = ghosttrain(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert "stored answers of test_resnet" in outcome.out
 
 
 def test_more_draws_are_added_to_a_store(ghosttrain, store, stored):
@@ -397,6 +428,74 @@ def test_more_draws_are_added_to_a_store(ghosttrain, store, stored):
     assert "wrote 4 files" in outcome.out
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     assert json.loads((store / "about.json").read_text())["epochs"] == 3
+
+
+def test_repair_adds_no_draws_and_needs_a_store(ghosttrain, store, stored, tmp_path):
+    path = next(store.rglob("*.targets"))
+    path.write_bytes(b"cut")
+    outcome = ghosttrain("cache", *stored, "train.epochs=9", "targets.shard_size=16", "--repair")
+    assert outcome.code == 0, outcome.err
+    assert "wrote 1 files" in outcome.out and len(list(store.rglob("*.targets"))) == 8
+    nowhere = f"targets.dir={tmp_path / 'nowhere'}"
+    outcome = ghosttrain("cache", *stored, nowhere, "--repair")
+    assert outcome.code == 2 and "nothing to repair" in outcome.err
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_locked_store_is_left_as_it_is(ghosttrain, store, stored):
+    before = (store / "about.json").read_text()
+    with open_store(store).locked():
+        outcome = ghosttrain("cache", *stored, "targets.epochs=50", "targets.shard_size=16")
+    assert outcome.code == 2 and "another process is storing" in outcome.err
+    assert (store / "about.json").read_text() == before
+
+
+def test_a_part_of_the_draws_suffices_for_a_part(ghosttrain, store, stored):
+    for path in (store / "draws" / "00001").iterdir():
+        path.unlink()
+    assert ghosttrain(*stored, "train.max_steps=2").code == 2
+    outcome = ghosttrain(*stored, "targets.epochs=1", "train.max_steps=2")
+    assert outcome.code == 0, outcome.err
+    outcome = ghosttrain("cache", *stored, "targets.epochs=1", "targets.shard_size=16")
+    assert outcome.code == 0 and "nothing to write" in outcome.out
+
+
+def test_a_resumed_run_keeps_the_draws_it_began_with(ghosttrain, stored, tmp_path, monkeypatch):
+    """Also where the store was given more draws since; another store is refused."""
+    import ghosttrain.engine.train as train_module
+
+    write = ["targets.shard_size=16", "targets.codec=logits:8"]
+    assert ghosttrain("cache", *stored, *write, "targets.epochs=1").code == 0
+    whole = f"run.root={tmp_path / 'whole'}"
+    assert ghosttrain(*stored, whole, "train.epochs=3").code == 0
+
+    real = train_module.save_state
+
+    def save(path: Path, state: dict) -> None:
+        real(path, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "save_state", save)
+        assert ghosttrain(*stored, "train.epochs=3").code == 130
+    assert ghosttrain("cache", *stored, *write, "targets.epochs=3").code == 0
+    outcome = ghosttrain(*stored, "train.epochs=3")
+    assert outcome.code == 0, outcome.err
+    assert "goes on with 1" in outcome.out
+    assert torch.equal(weights(tmp_path / "runs"), weights(tmp_path / "whole"))
+
+    last = only_run(tmp_path / "runs") / "result.json"
+    last.unlink()
+    shutil.rmtree(tmp_path / "store")
+    assert ghosttrain("cache", *stored, "targets.epochs=1", "targets.codec=topk:2").code == 0
+    outcome = ghosttrain(*stored, "train.epochs=3")
+    assert outcome.code == 2
+    assert "logits:8" in outcome.err and "topk:2" in outcome.err
+
+
+def test_a_codec_measured_with_another_loss_is_said(ghosttrain, store, stored):
+    outcome = ghosttrain(*stored, "distill=kl", "train.max_steps=1")
+    assert "the codec was measured with distill=soft_ce at T = 1.0" in outcome.out
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,7 @@ def test_a_manifest_reads_evenly_spaced_files_the_first_and_the_last_among_them(
     train, _ = build_datasets(Data(name="folder", root=str(root)))
     read = []
     monkeypatch.setattr(datasets, "read_file", lambda path: read.append(Path(path).name) or b"")
+    monkeypatch.setattr(datasets, "MANIFEST_FILES", 64)
     n = 1000
     names = np.array([f"{i:04}.jpg".encode() for i in range(n)])
     FolderDataset("here", ["a"], np.zeros(n, np.int64), 3, names).manifest()

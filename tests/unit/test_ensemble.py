@@ -98,6 +98,17 @@ def test_certain_members_that_disagree_have_a_finite_mean(tmp_path: Path) -> Non
     )
 
 
+def test_the_order_in_which_members_are_typed_does_not_matter(tmp_path: Path) -> None:
+    """Stored features of one order must not meet the classifier of another."""
+    one, two = member(tmp_path, 1, weight=3.0), member(tmp_path, 2)
+    images = student_view(torch.rand(2, 3, 40, 40))
+    first = build({"a": one, "b": two}, average="logit")
+    second = build({"b": two, "a": one}, average="logit")
+    assert torch.equal(first(images).features, second(images).features)
+    assert torch.equal(first(images).logits, second(images).logits)
+    assert torch.equal(first.classifier()[0], second.classifier()[0])
+
+
 # --- Features ---
 
 
@@ -158,9 +169,9 @@ def test_a_student_gives_its_pooled_features_with_its_logits(name: str) -> None:
 
 def test_larger_inputs_ask_for_a_view_and_take_it(tmp_path: Path) -> None:
     members = {
-        "same": member(tmp_path, 1),
-        "large": member(tmp_path, 2, input_size=64),
-        "small": member(tmp_path, 3, input_size=36),
+        "a": member(tmp_path, 1),
+        "b": member(tmp_path, 2, input_size=64),
+        "c": member(tmp_path, 3, input_size=36),
     }
     teacher = build(members)
     assert teacher.views == ((64, "bilinear"),)
