@@ -25,7 +25,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "model": "mobilenetv2_050",
         "teacher": "efficientnet_lite2",
         "codec": "features:4",
-        "images": "256",
+        "images": "128",
         "batch": "32",
         "size": "224",
         "rounds": "5",

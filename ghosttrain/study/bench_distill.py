@@ -54,7 +54,7 @@ def bench_distill(
     model: str,
     teacher: str = "efficientnet_lite2",
     codec: str = "features:4",
-    images: int = 256,
+    images: int = 128,
     batch: int = 32,
     size: int = 224,
     rounds: int = 5,
