@@ -34,7 +34,8 @@ verbs
   bench step        time and memory of a training step by engine (model= batch= size= rounds=
                     threads= device= engines= input_stride=)
   bench optim       time of LAMB and EMA against timm's (model= rounds= threads= device=)
-  bench distill     cost of an epoch with stored targets against none and a live teacher
+  bench distill     cost of an epoch with stored targets against none and a live teacher (model=
+                    teacher= codec= images= batch= size= rounds= threads= device=)
   GHOSTTRAIN_NATIVE=0 in the environment switches the C++ kernels off
 
 options
@@ -43,7 +44,7 @@ options
   --info defaults   where they come from (also: defaults-tree, config, searchpath, plugins)
   --config-dir D    your own groups (D/optim/x.yaml) and recipes (D/recipe/x.yaml)
   --dry-run         cache: measure the codecs, the size on disk and the time, and store nothing
-  --repair          cache D: make damaged files of the store again, and only those
+  --repair          cache D: make damaged or missing files of the store again
   --inspect         cache D: draw a few stored crops with what the teacher says of them
   --version         print the version
 """

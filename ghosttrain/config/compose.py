@@ -144,7 +144,9 @@ def cells(overrides: Sequence[str], config_dir: str | None = None) -> list[list[
         return [[*cell] for cell in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
 
 
-def override_run(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
+def override_run(
+    config: Config, overrides: Sequence[str], allowed: Sequence[str], what: str = "run"
+) -> Config:
     """Return a saved run's settings with a few of them changed.
 
     `allowed` are dotted names; `*` in one stands for any name of an ensemble's member.
@@ -159,7 +161,7 @@ def override_run(config: Config, overrides: Sequence[str], allowed: Sequence[str
         key, _, _ = text.partition("=")
         if key not in free:
             raise UserError(
-                f"{key!r} cannot be changed for a run that exists.{did_you_mean(key, free)}"
+                f"{key!r} cannot be changed for a {what} that exists.{did_you_mean(key, free)}"
             )
         override = parse_override(parser, text)
         if override.is_sweep_override():

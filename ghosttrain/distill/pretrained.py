@@ -374,7 +374,8 @@ def class_columns(
         if count != len(classes):
             raise UserError(
                 f"teacher {name} knows {count} classes, the data has {_names(classes)}:"
-                " type teacher=none, or give a teacher of these classes (teacher.weights=PATH)"
+                " type teacher=none distill=none, or give a teacher of these classes"
+                " (teacher.weights=PATH)"
             )
         return None, "classes matched by their number alone"
     position = {label: column for column, label in enumerate(known)}
@@ -383,7 +384,8 @@ def class_columns(
         raise UserError(
             f"teacher {name} knows {_names(known)}, the data has {_names(classes)}, of which it"
             f" lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}:"
-            " type teacher=none, or give a teacher of these classes (teacher.weights=PATH)"
+            " type teacher=none distill=none, or give a teacher of these classes"
+            " (teacher.weights=PATH)"
         )
     columns = [position[label] for label in classes]
     if columns == list(range(count)):

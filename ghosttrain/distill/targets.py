@@ -83,6 +83,15 @@ def is_store(folder: str | Path) -> bool:
     return (Path(folder).expanduser() / "about.json").is_file()
 
 
+def refuse_foreign(folder: str | Path) -> None:
+    """Raise UserError where a folder that is no store yet holds something else."""
+    folder = Path(folder).expanduser()
+    if is_store(folder) or not folder.is_dir():
+        return
+    if any(path.name not in _OWN and not path.name.startswith(".") for path in folder.iterdir()):
+        raise _taken(folder)
+
+
 def create(folder: str | Path, about: About, tables: Mapping[str, Tensor], settings: str) -> Store:
     """Make a folder a store without answers yet, and return it.
 
@@ -102,12 +111,9 @@ def create(folder: str | Path, about: About, tables: Mapping[str, Tensor], setti
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            foreign = {path.name for path in folder.iterdir()} - _OWN
-            if is_store(folder) or any(not name.startswith(".") for name in foreign):
-                raise UserError(
-                    f"{folder} is not empty: stored answers need a folder of their own, type"
-                    " another targets.dir"
-                )
+            refuse_foreign(folder)
+            if is_store(folder):
+                raise _taken(folder)
             _write(folder / "tables.safetensors", packed)
             _write(folder / "config.yaml", settings.encode())
             _write_about(folder, about, hashlib.sha256(packed).hexdigest())
@@ -418,6 +424,13 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         fcntl.flock(handle, fcntl.LOCK_UN)  # closing leaves it to forked workers, if there are any
         os.close(handle)
+
+
+def _taken(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} is not empty: stored answers need a folder of their own, type another"
+        " targets.dir"
+    )
 
 
 def _how_to_store(folder: Path) -> str:

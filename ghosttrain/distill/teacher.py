@@ -265,8 +265,8 @@ def refuse_chance(top1: float, n: int, num_classes: int, who: str = "the teacher
         raise UserError(
             f"{who} is right on {hits} of {n} training images, no better than guessing one of"
             f" {num_classes} classes (p = {p:.2g}): its classes, their order or its normalisation"
-            " are not the data's; give another teacher, teacher=none, or teacher.trust=true to take"
-            " it all the same"
+            " are not the data's; give another teacher, type teacher=none distill=none, or"
+            " teacher.trust=true to take it all the same"
         )
 
 

@@ -189,8 +189,8 @@ def _stored(config: Config, train_set: Dataset, device: torch.device) -> Answers
     missing = [shard for shard in store.missing() if shard.draw < draws]
     if missing:
         raise UserError(
-            f"targets.dir={store.folder} is not complete: {len(missing)} files are missing or cut"
-            f" short (first: {store.path(missing[0])}); type python -m ghosttrain cache"
+            f"targets.dir={store.folder} is not complete: {len(missing)} of its files missing or"
+            f" cut short (first: {store.path(missing[0])}); type python -m ghosttrain cache"
             f" {shlex.quote(str(store.folder))} --repair"
         )
     notes = store.about.notes
@@ -199,7 +199,10 @@ def _stored(config: Config, train_set: Dataset, device: torch.device) -> Answers
         f" {store.about.record_bytes} bytes each, {draws} draws of each image"
     )
     if notes["loss"] != loss_note(config):
-        about += f" (the codec was measured with {notes['loss']})"
+        about += (
+            f"; note: the codec was measured with {notes['loss']}, what it keeps of this run's"
+            " gradient is not known (cache --dry-run with another targets.dir measures it)"
+        )
     return Answers(about, store=store.to(device), draws=draws)
 
 

@@ -4,7 +4,7 @@ Owns the choice of the codec by measurement, and the writing: draw by draw, file
 its own files, so that a command that was killed goes on where it was. The format of the files is
 distill/targets.py's, how an answer becomes bytes is distill/codecs.py's.
 
-Legend: B batch, C channels, H W map, K classes, n images of the sample.
+Legend: B batch, K classes, n images of the sample.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -41,7 +42,15 @@ from ghosttrain.distill.codecs import (
 )
 from ghosttrain.distill.losses import LOSSES
 from ghosttrain.distill.pretrained import networks
-from ghosttrain.distill.targets import About, Shard, Store, create, is_store, open_store
+from ghosttrain.distill.targets import (
+    About,
+    Shard,
+    Store,
+    create,
+    is_store,
+    open_store,
+    refuse_foreign,
+)
 from ghosttrain.distill.teacher import Teacher
 from ghosttrain.engine import distributed
 from ghosttrain.engine.answers import (
@@ -68,7 +77,7 @@ def cache(
     Args:
         config: all settings on rank 0; None on the other ranks, which receive rank 0's.
         dry_run: measure and print, write nothing.
-        repair: read every file that exists, and make those again whose checksum is wrong.
+        repair: read every file that exists, and make again those that are damaged or missing.
         inspect: draw a picture of a few stored answers instead.
 
     Raises:
@@ -81,6 +90,9 @@ def cache(
     device = distributed.pick_device(config.launch.device)
     train_set, _ = build_datasets(config.data)
     folder = Path(config.targets.dir)
+    if repair and not is_store(folder):
+        raise UserError(f"there is nothing to repair: {folder} holds no stored answers")
+    refuse_foreign(folder)
     if inspect:
         store = open_store(folder)
         refuse_other(store, fingerprint(config, train_set))
@@ -91,14 +103,22 @@ def cache(
     asking = Asking(config, train_set, teacher, device)
     _say(f"data: {train_set.describe()}")
     _say(f"teacher: {about_teacher}")
-    with ExitStack() as locks:
-        opened: Store | None = None
+    found: Store | None = None
+    with ExitStack() as lock:
         if distributed.rank() == 0:
-            opened = _opened(config, asking, about_teacher, dry_run, repair, locks)
-        opened = distributed.broadcast(opened)
-        if opened is not None:
-            epochs = opened.about.epochs if repair else _epochs(config)
-            write_missing(opened, asking, epochs, repair)
+            now = fingerprint(config, train_set)
+            if is_store(folder):
+                found = _existing(open_store(folder), config, now)
+            elif not repair:
+                found = _new(asking, now, about_teacher, dry_run)
+            if found is not None and not dry_run:
+                lock.enter_context(found.locked())
+                found = found if repair else found.extended(_epochs(config))
+        found = distributed.broadcast(found)
+        if found is not None and dry_run:
+            _say_missing(found, _epochs(config))
+        elif found is not None:
+            write_missing(found, asking, found.about.epochs if repair else _epochs(config), repair)
     distributed.stop()
 
 
@@ -126,10 +146,13 @@ class Asking:
         )  # fmt: skip
 
     def answers(
-        self, loader: Loader, indices: Sequence[int], draw: int
+        self, loader: Loader, parts: Iterable[Sequence[int]], draw: int
     ) -> Iterator[tuple[Batch, Answer]]:
-        """Yield batch after batch of these images under one draw, with the answers."""
-        for batch in loader.batches(eval_batches(indices, self.batch), draw):
+        """Yield the answers to parts of the images under one draw, batch by batch; no batch reaches
+        from one part into the next.
+        """
+        plan = (batch for part in parts for batch in eval_batches(part, self.batch))
+        for batch in loader.batches(plan, draw):
             yield batch, self.teacher(batch.images, batch.views)
 
 
@@ -149,63 +172,50 @@ class Sample:
 
 
 def _epochs(config: Config) -> int:
-    """Return how many draws to store: without augmentation there is only one."""
-    draws = 1 if config.augment.policy == "none" else config.train.epochs
-    return config.targets.epochs or draws
+    """Return how many draws to store: without augmentation they would all be the same."""
+    if config.augment.policy == "none":
+        return 1
+    return config.targets.epochs or config.train.epochs
 
 
-def _opened(
-    config: Config,
-    asking: Asking,
-    about_teacher: str,
-    dry_run: bool,
-    repair: bool,
-    locks: ExitStack,
-) -> Store | None:
-    """Return the store in `targets.dir`, locked, made where there is none; None with `dry_run`."""
-    folder, epochs = Path(str(config.targets.dir)), _epochs(config)
-    now = fingerprint(config, asking.train_set)
-    if is_store(folder):
-        store = open_store(folder)
-        refuse_other(store, now)
-        for name, old in (("codec", store.about.codec), ("shard_size", store.about.shard_size)):
-            new = getattr(config.targets, name)
-            if new not in ("auto", old):
-                raise UserError(
-                    f"{folder} was begun with targets.{name}={old}: type that, or another "
-                    "targets.dir"
-                )
-        if dry_run:
-            more = max(epochs - store.about.epochs, 0) * store.total_bytes() / store.about.epochs
-            left = [shard for shard in store.missing() if shard.draw < epochs]
-            _say(
-                f"{folder}: {store.about.codec}, {store.about.epochs} draws, of which {len(left)} "
-                f"files are missing; {epochs} draws add {_bytes(more)}"
+def _say_missing(store: Store, epochs: int) -> None:
+    """Say what is left to write of the first `epochs` draws of a store that exists."""
+    about = store.about
+    more = max(epochs - about.epochs, 0) * store.total_bytes() / about.epochs
+    left = sum(shard.draw < epochs for shard in store.missing())
+    _say(
+        f"{store.folder}: {about.codec}, {_count(about.epochs, 'draw')}, "
+        f"{_count(left, 'file')} missing; {_count(epochs, 'draw')} add {_bytes(more)}"
+    )
+
+
+def _existing(store: Store, config: Config, now: Mapping[str, Any]) -> Store:
+    """Return the store, made sure that it was begun with these settings (`now`: fingerprint)."""
+    refuse_other(store, now)
+    for name, old in (("codec", store.about.codec), ("shard_size", store.about.shard_size)):
+        new = getattr(config.targets, name)
+        if new not in ("auto", old):
+            raise UserError(
+                f"{store.folder} was begun with targets.{name}={old}: type that, or another "
+                "targets.dir"
             )
-            return None
-        locks.enter_context(store.locked())
-        return store if repair else store.extended(epochs)
-    if repair:
-        raise UserError(f"there is nothing to repair: {folder} holds no stored answers")
+    return store
+
+
+def _new(asking: Asking, now: dict[str, Any], about_teacher: str, dry_run: bool) -> Store | None:
+    """Measure, choose a codec, say what storing will take, and make a store; None if `dry_run`."""
+    config, n, epochs = asking.config, len(asking.train_set), _epochs(asking.config)
     sample = _ask_sample(asking)
     codec, quality = _choose(config, asking.teacher, sample)
-    n = len(asking.train_set)
-    size, images = codec.record_bytes * n * epochs, n * epochs
     ranks = distributed.world_size()
-    seconds = images / sample.images_per_second / ranks
+    seconds = n * epochs / sample.images_per_second / ranks
     _say(
-        f"{epochs} draws of {n:,} images x {codec.record_bytes} bytes = {_bytes(size)}; at "
-        f"{sample.images_per_second:.0f} images/s x {ranks} this will take about {clock(seconds)}"
+        f"{_count(epochs, 'draw')} of {n:,} images x {codec.record_bytes} bytes = "
+        f"{_bytes(codec.record_bytes * n * epochs)}; at {sample.images_per_second:.0f} images/s x "
+        f"{ranks} this will take about {clock(seconds)}"
     )
     if dry_run:
         return None
-    notes = {
-        "teacher": about_teacher,
-        "absent": {name: absent(network) for name, network in networks(config.teacher).items()},
-        "loss": loss_note(config),
-        "loss_error": quality.loss_error,
-        "cosine": quality.cosine,
-    }
     about = About(
         fingerprint=now,
         codec=codec.name,
@@ -215,12 +225,16 @@ def _opened(
         samples=n,
         epochs=epochs,
         shard_size=config.targets.shard_size,
-        notes=notes,
+        notes={
+            "teacher": about_teacher,
+            "absent": {name: absent(each) for name, each in networks(config.teacher).items()},
+            "loss": loss_note(config),
+            "loss_error": quality.loss_error,
+            "cosine": quality.cosine,
+        },
     )
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    store = create(folder, about, codec.tables, settings)
-    locks.enter_context(store.locked())
-    return store
+    return create(Path(str(config.targets.dir)), about, codec.tables, settings)
 
 
 def _ask_sample(asking: Asking) -> Sample:
@@ -230,7 +244,7 @@ def _ask_sample(asking: Asking) -> Sample:
     with asking.loader() as loader:
         for draw in (0, 1):
             parts = []
-            for batch, answer in asking.answers(loader, indices, draw):
+            for batch, answer in asking.answers(loader, [indices], draw):
                 parts.append(answer)
                 labels.append(batch.labels)
                 seen += len(batch.labels)
@@ -274,7 +288,7 @@ def _choose(config: Config, teacher: Teacher, sample: Sample) -> tuple[Codec, Qu
         codec = make_codec(name, num_classes, teacher.widths, _tables(name, teacher, sample))
         quality = measure(codec, sample.answer, students, _losses(config, sample.labels))
         good = quality.cosine >= LEAST_COSINE
-        mark = "   <- chosen" if good or told != "auto" else ""
+        mark = "   <- chosen" if good or name == names[-1] else ""
         _say(
             f"  {name:<12}{codec.record_bytes:>7}{100 * quality.loss_error:>10.2f} %"
             f"{quality.cosine:>9.4f}{mark}"
@@ -282,8 +296,8 @@ def _choose(config: Config, teacher: Teacher, sample: Sample) -> tuple[Codec, Qu
         if good:
             break
     assert codec is not None
-    if quality.cosine < LEAST_COSINE:
-        _say(f"  note: below {LEAST_COSINE}; targets.codec=auto picks one that is not")
+    if not quality.cosine >= LEAST_COSINE:
+        _say(f"  note: below {LEAST_COSINE}, what targets.codec=auto looks for")
     return codec, quality
 
 
@@ -335,11 +349,11 @@ def write_missing(store: Store, asking: Asking, epochs: int, repair: bool = Fals
     with asking.loader() as loader, progress:
         for draw in sorted({shard.draw for shard in mine}):
             shards = [shard for shard in mine if shard.draw == draw]
-            batches = _batches_of(store, asking, loader, shards)
+            answers = asking.answers(loader, map(store.samples, shards), draw)
             for shard in shards:
                 records: list[Tensor] = []
                 for _ in eval_batches(store.samples(shard), asking.batch):
-                    answer = next(batches)
+                    _, answer = next(answers)
                     since = time.perf_counter()
                     records.append(store.codec.encode(answer))
                     storing += time.perf_counter() - since
@@ -350,31 +364,19 @@ def write_missing(store: Store, asking: Asking, epochs: int, repair: bool = Fals
     distributed.barrier()
     seconds = time.perf_counter() - started
     _say(
-        f"{store.folder}: {epochs} draws of {store.about.samples:,} images, "
+        f"{store.folder}: {_count(epochs, 'draw')} of {store.about.samples:,} images, "
         f"{store.about.codec}, {_bytes(store.total_bytes() * epochs / store.about.epochs)} in "
-        f"{len(store.shards()) * epochs // store.about.epochs} files"
+        f"{_count(len(store.shards()) * epochs // store.about.epochs, 'file')}"
     )
     if todo:
         done = sum(len(store.samples(shard)) for shard in todo)
         share = f", {100 * storing / seconds:.1f} % of the time for storing" if mine else ""
-        _say(f"wrote {len(todo)} files in {clock(seconds)} ({done / seconds:.0f} images/s{share})")
+        speed = f"{done / seconds:.0f} images/s{share}"
+        _say(f"wrote {_count(len(todo), 'file')} in {clock(seconds)} ({speed})")
     else:
         _say(f"nothing to write: all files are {'intact' if repair else 'there'}")
     folder = shlex.quote(str(store.folder))
     _say(f"train with them: the same settings without `cache`, targets.dir={folder}")
-
-
-def _batches_of(
-    store: Store, asking: Asking, loader: Loader, shards: Sequence[Shard]
-) -> Iterator[Answer]:
-    """Yield the answers to the images of files of one draw; no batch reaches into the next file."""
-    plan = (
-        list(batch)
-        for shard in shards
-        for batch in eval_batches(store.samples(shard), asking.batch)
-    )
-    for batch in loader.batches(plan, shards[0].draw):
-        yield asking.teacher(batch.images, batch.views)
 
 
 class _Progress:
@@ -405,6 +407,10 @@ class _Progress:
             self.said, speed = now, self.done / (now - self.started)
             left = clock((self.total - self.done) / speed)
             _say(f"{self.done:,} of {self.total:,} images, {speed:.0f} images/s, ETA {left}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _bytes(count: float) -> str:

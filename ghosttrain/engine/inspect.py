@@ -1,4 +1,7 @@
-"""A picture of what is being taught: augmented crops with the teacher's stored answers."""
+"""A picture of what is being taught: augmented crops with the teacher's stored answers.
+
+Shapes: B samples, K classes.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,6 @@ SAMPLES, DRAWS, BEST = 6, 3, 3
 def draw_picture(store: Store, config: Config, train_set: Dataset) -> Path:
     """Draw a few samples under a few draws with the teacher's top-3; return the picture's path.
 
-    Shapes: B samples, C channels, S side in pixels, K classes.
-
     Raises:
         UserError: not even one draw of these samples is stored.
     """
@@ -35,7 +36,10 @@ def draw_picture(store: Store, config: Config, train_set: Dataset) -> Path:
     absent = {shard.draw for shard in store.missing()}
     draws = [draw for draw in range(store.about.epochs) if draw not in absent][:DRAWS]
     if not draws:
-        raise UserError(f"{store.folder} holds no whole draw yet: run the cache command first")
+        raise UserError(
+            f"{store.folder} holds no whole draw yet: type python -m ghosttrain cache"
+            f" {store.folder} --repair"
+        )
     names = [_spoken(name) for name in train_set.classes]
     rows, columns = len(draws), len(indices)
     figure = Figure(figsize=(2.4 * columns, 3.2 * rows), layout="constrained")

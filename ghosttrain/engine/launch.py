@@ -1,5 +1,5 @@
-"""From a composed configuration to running processes. Imports no torch: a finished run answers at
-once.
+"""From a command to running processes: `launch` of a run, `store_answers` of the verb `cache`.
+Imports no torch: a finished run answers at once.
 
 One process trains in place. `launch.nproc=N` starts N copies of the same command with torchrun's
 environment variables, rendezvous through a file, and ends all of them when one fails.
@@ -94,11 +94,17 @@ def store_answers(
 
         cache(None, **what)  # the settings come from rank 0
         return 0
+    if folder is None and not overrides and (what["repair"] or what["inspect"]):
+        flag = "--repair" if what["repair"] else "--inspect"
+        raise UserError(f"name the folder of stored answers: python -m ghosttrain cache D {flag}")
     if folder is not None:
         if not (folder / "about.json").is_file():
-            raise UserError(f"{folder} is no store of answers: it has no about.json")
+            raise UserError(
+                f"{folder} is no store of answers: it has no about.json; python -m ghosttrain cache"
+                f" +recipe=NAME targets.dir={folder} targets.epochs=N makes one"
+            )
         saved = read_config(folder).model_copy(update={"launch": Launch()})
-        config = override_run(saved, overrides, STORE_MAY_CHANGE)
+        config = override_run(saved, overrides, STORE_MAY_CHANGE, "store")
         targets = config.targets.model_copy(update={"dir": str(folder.expanduser().resolve())})
         config = config.model_copy(update={"targets": targets})
     else:

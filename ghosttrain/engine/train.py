@@ -3,7 +3,7 @@
 Legend: B images of one micro-batch, C channels, H W pixels, K classes. A *step* is one optimizer
 step; it sums the gradients of `plan.accumulation` micro-batches on each of the ranks.
 
-All randomness is a function of (seed, step, rank) or (augment.seed, epoch, sample), so that a run
+All randomness is a function of (seed, step, rank) or (augment.seed, draw, sample), so that a run
 that was stopped and resumed computes what an uninterrupted one computes.
 """
 
@@ -23,10 +23,9 @@ from ghosttrain.data.augment import View, mix_batch
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import Batch, eval_loader, train_loader
 from ghosttrain.data.order import mix, train_batches
-from ghosttrain.distill import losses as terms
 from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.features import WithFeatures, pooled_width
-from ghosttrain.distill.losses import LOSSES, at
+from ghosttrain.distill.losses import LOSSES, agreement, at, features
 from ghosttrain.engine import distributed, folder, summary, track
 from ghosttrain.engine.answers import ready_answers
 from ghosttrain.engine.checkpoint import (
@@ -272,10 +271,10 @@ def objective(
     )
     losses[distill.name] = at(distill.weight, progress) * term
     if projected is not None and answer.features is not None:
-        term = terms.features(projected, answer.features)
+        term = features(projected, answer.features)
         losses["features"] = at(distill.features_weight, progress) * term
     total = torch.stack(list(losses.values())).sum()
-    return losses | {"loss": total, "agreement": terms.agreement(logits, answer.logits)}
+    return losses | {"loss": total, "agreement": agreement(logits, answer.logits)}
 
 
 def mixed(

@@ -52,14 +52,14 @@ COMPARED = (
 
 def bench_distill(
     model: str,
-    teacher: str = "efficientnet_lite2",
-    codec: str = "features:4",
-    images: int = 128,
-    batch: int = 32,
-    size: int = 224,
-    rounds: int = 5,
-    threads: int = 1,
-    device: torch.device | None = None,
+    teacher: str,
+    codec: str,
+    images: int,
+    batch: int,
+    size: int,
+    rounds: int,
+    threads: int,
+    device: torch.device,
 ) -> list[Row]:
     """Return a row for each kind of epoch and for the two ways of asking the teacher.
 
@@ -67,7 +67,6 @@ def bench_distill(
     upper quartile), and `ratio`: its time over that of the side `against` in the same round, as
     (lower quartile, median, upper quartile). What all rows share stands in each.
     """
-    device = device or torch.device("cpu")
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     about = {
@@ -128,7 +127,9 @@ def describe(rows: list[Row]) -> str:
 def _sides(
     folder: Path, about: Row, codec: str, device: torch.device
 ) -> tuple[dict[str, Callable[[str], float]], About]:
-    """Return what is timed, each a function of a fresh name that returns seconds, and the store."""
+    """Return what is timed, each a function of a fresh name that returns seconds, and what the
+    store holds.
+    """
     make_photos(folder / "photos", about["images"])
     labels_only = [
         "+recipe=compact_kd",
@@ -165,7 +166,7 @@ def _sides(
     def ask(name: str) -> float:
         since = time.perf_counter()
         with asking.loader() as loader:
-            for _ in asking.answers(loader, range(len(train_set)), draw=0):
+            for _ in asking.answers(loader, [range(len(train_set))], draw=0):
                 pass
         return time.perf_counter() - since
 

@@ -330,7 +330,7 @@ def test_a_damaged_file_is_named_and_only_that_one_is_made_again(ghosttrain, sto
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*.targets")}
     outcome = ghosttrain("cache", str(tmp_path / "store"), "--repair")
     assert outcome.code == 0, outcome.err
-    assert f"damaged: {path}" in outcome.out and "wrote 1 files" in outcome.out
+    assert f"damaged: {path}" in outcome.out and "wrote 1 file " in outcome.out
     changed = [p for p, at in before.items() if p.stat().st_mtime_ns != at]
     assert changed == [path]
     assert path.read_bytes() == good
@@ -388,7 +388,7 @@ def test_a_store_for_other_images_or_incomplete_is_refused(ghosttrain, store, st
     next(store.rglob("*.targets")).unlink()
     outcome = ghosttrain(*stored)
     assert outcome.code == 2
-    assert "1 files are missing" in outcome.err and "--repair" in outcome.err
+    assert "1 of its files missing" in outcome.err and "--repair" in outcome.err
     outcome = ghosttrain(*stored, f"targets.dir={tmp_path / 'nowhere'}")
     assert outcome.code == 2 and "nowhere" in outcome.err
 
@@ -435,7 +435,7 @@ def test_repair_adds_no_draws_and_needs_a_store(ghosttrain, store, stored, tmp_p
     path.write_bytes(b"cut")
     outcome = ghosttrain("cache", *stored, "train.epochs=9", "targets.shard_size=16", "--repair")
     assert outcome.code == 0, outcome.err
-    assert "wrote 1 files" in outcome.out and len(list(store.rglob("*.targets"))) == 8
+    assert "wrote 1 file " in outcome.out and len(list(store.rglob("*.targets"))) == 8
     nowhere = f"targets.dir={tmp_path / 'nowhere'}"
     outcome = ghosttrain("cache", *stored, nowhere, "--repair")
     assert outcome.code == 2 and "nothing to repair" in outcome.err
