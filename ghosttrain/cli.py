@@ -241,6 +241,8 @@ def _one_folder(verb: str, options: Options) -> Path:
 
 def _ask_hydra(options: Options) -> int:
     """Let Hydra itself answer --info and --cfg hydra|all about this composition."""
+    import logging
+
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -251,10 +253,14 @@ def _ask_hydra(options: Options) -> int:
     GlobalHydra.instance().clear()
     flag = ["--info", options.info] if options.info else ["--cfg", options.cfg or "all"]
     program, sys.argv = sys.argv, ["ghosttrain", *composed.hydra_overrides, *[str(f) for f in flag]]
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     try:
         hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")(
             lambda _: None
         )()
     finally:
         sys.argv = program
+        root.handlers[:] = handlers  # Hydra's would go on writing to this call's stderr
+        root.setLevel(level)
     return 0

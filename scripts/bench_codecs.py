@@ -16,7 +16,7 @@ from timm.data.imagenet_info import ImageNetInfo
 
 from ghosttrain.config.schema import Augment, Data, Teacher
 from ghosttrain.data.augment import normalise, train_transform
-from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.answer import Answer, concatenated
 from ghosttrain.distill.codecs import candidates, make_codec, measure
 from ghosttrain.distill.losses import soft_ce
 from ghosttrain.distill.teacher import build_teacher
@@ -45,8 +45,7 @@ def ask(draw: int) -> Answer:
         photo = photos[index % len(photos)]
         image, larger = transform(photo.copy, draw, index)
         answers.append(teacher(normalise(image[None], mean, std), {view: larger[None]}))
-    features = torch.cat([a.features for a in answers if a.features is not None])
-    return Answer(torch.cat([a.logits for a in answers]), features)
+    return concatenated(answers)
 
 
 answer, other = ask(0), ask(1)

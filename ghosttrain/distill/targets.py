@@ -19,14 +19,13 @@ Shapes: B batch, R bytes of a record.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import mmap
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.lock import locked
 from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.codecs import Codec, make_codec
 
@@ -233,15 +233,13 @@ class Store:
 
     # --- writing ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Be the only job that writes here, until the block or the process ends.
 
         Raises:
             UserError: another one does.
         """
-        with _locked(self.folder):
-            yield
+        return _locked(self.folder)
 
     def extended(self, epochs: int) -> Store:
         """Return the store with room for `epochs` draws, noted on disk; never with fewer."""
@@ -409,21 +407,11 @@ def _write_about(folder: Path, about: About, tables: str) -> None:
     _write(folder / "about.json", (json.dumps(fields, indent=1) + "\n").encode())
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is storing answers in {folder}: wait for it, or type another"
-                " targets.dir"
-            ) from None
-        yield
-    finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # closing leaves it to forked workers, if there are any
-        os.close(handle)
+def _locked(folder: Path) -> AbstractContextManager[None]:
+    return locked(
+        folder,
+        f"another process is storing answers in {folder}: wait for it, or type another targets.dir",
+    )
 
 
 def _taken(folder: Path) -> UserError:

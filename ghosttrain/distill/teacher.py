@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
-from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.answer import Answer, concatenated
 from ghosttrain.distill.features import classify, pool, pooled_width
 from ghosttrain.distill.pretrained import Loaded, load_pretrained, networks
 
@@ -181,9 +181,7 @@ class Teacher(nn.Module):
                     chunk = slice(start, start + size)
                     cut = {key: x[chunk] for key, x in views.items()}
                     parts.append(member(images_BCHW[chunk], cut))
-                features = [part.features for part in parts if part.features is not None]
-                logits = torch.cat([part.logits for part in parts])
-                answers.append(Answer(logits, torch.cat(features) if features else None))
+                answers.append(concatenated(parts))
         return answers
 
     def classifier(self) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,9 @@ from tqdm import tqdm
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset, build_datasets
-from ghosttrain.data.loader import Batch, Loader, train_loader
+from ghosttrain.data.loader import Loader, train_loader
 from ghosttrain.data.order import epoch_order, eval_batches
-from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.answer import Answer, concatenated
 from ghosttrain.distill.codecs import (
     Codec,
     Loss,
@@ -147,13 +147,13 @@ class Asking:
 
     def answers(
         self, loader: Loader, parts: Iterable[Sequence[int]], draw: int
-    ) -> Iterator[tuple[Batch, Answer]]:
+    ) -> Iterator[Answer]:
         """Yield the answers to parts of the images under one draw, batch by batch; no batch reaches
         from one part into the next.
         """
         plan = (batch for part in parts for batch in eval_batches(part, self.batch))
         for batch in loader.batches(plan, draw):
-            yield batch, self.teacher(batch.images, batch.views)
+            yield self.teacher(batch.images, batch.views)
 
 
 # --- Which codec ----------------------------------------------------------------------------------
@@ -240,26 +240,20 @@ def _new(asking: Asking, now: dict[str, Any], about_teacher: str, dry_run: bool)
 def _ask_sample(asking: Asking) -> Sample:
     """Ask the teacher about two draws of a few random images."""
     indices = epoch_order(len(asking.train_set), 0, 0)[:SAMPLE].tolist()
-    answers, labels, seen, since = [], [], 0, 0.0
+    answers, seen, since = [], 0, 0.0
     with asking.loader() as loader:
         for draw in (0, 1):
             parts = []
-            for batch, answer in asking.answers(loader, [indices], draw):
+            for answer in asking.answers(loader, [indices], draw):
                 parts.append(answer)
-                labels.append(batch.labels)
-                seen += len(batch.labels)
+                seen += len(answer.logits)
                 if not since:  # the first batch waits for the workers to start
                     since, seen = time.perf_counter(), 0
-            answers.append(_joined(parts))
+            logits, features = concatenated(parts)
+            answers.append(Answer(logits.cpu(), features.cpu() if features is not None else None))
     rate = max(seen, 1) / max(time.perf_counter() - since, 1e-9)
     first, other = answers
-    return Sample(torch.cat(labels)[: len(indices)].cpu(), first, other, rate)
-
-
-def _joined(parts: Sequence[Answer]) -> Answer:
-    features = [part.features for part in parts if part.features is not None]
-    logits = torch.cat([part.logits for part in parts]).cpu()
-    return Answer(logits, torch.cat(features).cpu() if features else None)
+    return Sample(torch.from_numpy(asking.train_set.labels[indices]), first, other, rate)
 
 
 def _choose(config: Config, teacher: Teacher, sample: Sample) -> tuple[Codec, Quality]:
@@ -353,7 +347,7 @@ def write_missing(store: Store, asking: Asking, epochs: int, repair: bool = Fals
             for shard in shards:
                 records: list[Tensor] = []
                 for _ in eval_batches(store.samples(shard), asking.batch):
-                    _, answer = next(answers)
+                    answer = next(answers)
                     since = time.perf_counter()
                     records.append(store.codec.encode(answer))
                     storing += time.perf_counter() - since

@@ -9,7 +9,6 @@ the old one or the new one, never half.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import yaml
 from ghosttrain import __version__
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.identity import fingerprint, result_settings, run_name
+from ghosttrain.config.lock import locked
 from ghosttrain.config.schema import Config
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -122,19 +122,11 @@ def opened(config: Config, notes: list[str]) -> Iterator[Path]:
         yield folder
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {folder}; wait for it, or choose another run.name"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
+def _locked(folder: Path) -> AbstractContextManager[None]:
+    return locked(
+        folder,
+        f"another process is training in {folder}; wait for it, or choose another run.name",
+    )
 
 
 def provenance() -> dict[str, Any]:

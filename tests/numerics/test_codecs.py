@@ -18,7 +18,7 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.distill import codecs
 from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.codecs import Codec, candidates, make_codec, measure, parse
-from ghosttrain.distill.lite import lite_weights
+from ghosttrain.distill.lite import lite_file, to_timm
 
 N, K, WIDTHS = 7, 101, (37, 90)
 SMALL_BITS = [2, 3, 4, 5, 6, 7, 8]
@@ -509,7 +509,8 @@ def test_measuring_512_samples_of_1000_classes_is_a_matter_of_moments() -> None:
 def photos() -> tuple[Answer, Tensor, Tensor, Tensor]:
     """What EfficientNet-Lite0 says of 32 crops of two photos; other crops' logits; classifier."""
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    model.load_state_dict(lite_weights("tf_efficientnet_lite0"))
+    weights = torch.load(lite_file("tf_efficientnet_lite0"), weights_only=True)
+    model.load_state_dict(to_timm(weights, "tf_efficientnet_lite0"))
     rng, crops = np.random.default_rng(0), []
     for number in range(64):
         photo = load_sample_images().images[number % 2]
