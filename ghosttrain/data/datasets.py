@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -73,6 +74,18 @@ class Dataset:
         """What the manifest holds of the images themselves."""
         raise NotImplementedError
 
+    def listing(self) -> dict[str, Any]:
+        """Return class names, number of images, and a digest of what lies in memory: labels, file
+        names (of IDX files the pixels). JSON values. A cheaper `manifest`: it opens no image.
+        """
+        digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
+        digest.update(self._listed())
+        return {"classes": self.classes, "images": len(self), "digest": digest.hexdigest()}
+
+    def _listed(self) -> bytes:
+        """What the listing's digest covers besides the labels."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         """Return one line such as `digits, train: 1,437 images, 10 classes`."""
         return f"{self.source}: {len(self):,} images, {len(self.classes):,} classes"
@@ -91,6 +104,9 @@ class ArrayDataset(Dataset):
 
     def _contents(self) -> Iterable[bytes]:
         return repr(self.images.shape).encode(), self.images.tobytes()
+
+    def _listed(self) -> bytes:
+        return b"".join(self._contents())
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +134,9 @@ class FolderDataset(Dataset):
         last = len(self) - 1
         for index in np.unique(np.linspace(0, last, MANIFEST_FILES).round().astype(int)):
             yield read_file(self._path(index))
+
+    def _listed(self) -> bytes:
+        return self.names.tobytes()
 
 
 def build_datasets(data: Data) -> tuple[Dataset, Dataset]:
