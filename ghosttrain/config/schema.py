@@ -214,7 +214,7 @@ class Data(Settings):
     eval_size: int = Field(224, ge=8)
     """Side of an evaluation image in pixels."""
     crop_pct: float = Field(0.875, gt=0, le=1)
-    """Evaluation: the shorter side is resized to eval_size / crop_pct, then the centre is
+    """Evaluation: the shorter side is resized to floor(eval_size / crop_pct), then the centre is
     cropped."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling of training and evaluation images."""

@@ -344,8 +344,8 @@ def eval_transform(data: Data, views: Sequence[View] = ()) -> Transform:
     """Return the centre crop of one image: for the student with S = `data.eval_size`, then for each
     of `views`; nothing random.
 
-    It can be pickled. The shorter side is resized to round(S / crop_pct) pixels, then the centre is
-    cropped.
+    It can be pickled. The shorter side is resized to floor(S / crop_pct) pixels, then the centre is
+    cropped: the same size and box, in whole pixels, as timm's evaluation transform.
     """
     student = data.eval_size, data.interpolation
     return partial(_eval_sample, data, (student, *views))
@@ -385,11 +385,23 @@ def _eval_sample(
 
 
 def _centre(image: Image.Image, size: int, crop_pct: float, interpolation: str) -> Tensor:
-    short = round(size / crop_pct)
-    width, height = (side * short // min(image.size) for side in image.size)
+    (width, height), (left, top) = centre_crop(image.size, size, crop_pct)
     x = _resized(image, (width, height), interpolation).reshape(height, width, -1)
-    left, top = round((width - size) / 2), round((height - size) / 2)
     return x[top : top + size, left : left + size].permute(2, 0, 1)
+
+
+def centre_crop(
+    image_size: tuple[int, int], size: int, crop_pct: float
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (width, height) to resize to and (left, top) of the square to crop, in whole pixels.
+
+    timm takes the floor of the quotient as floats have it, torchvision cuts the longer side's
+    fraction off and rounds half a pixel to the even offset. With crop_pct of at most 1 the resized
+    image is never smaller than the square: nothing is padded.
+    """
+    short = math.floor(size / crop_pct)
+    width, height = (side * short // min(image_size) for side in image_size)
+    return (width, height), (round((width - size) / 2), round((height - size) / 2))
 
 
 # --- Mixup and CutMix -----------------------------------------------------------------------------

@@ -365,7 +365,7 @@ def test_large_jpegs_give_the_same_crop_from_fewer_pixels(tmp_path):
 def test_evaluation_agrees_with_torchvision(crop_pct, width, height, interpolation):
     data = Data(eval_size=56, crop_pct=crop_pct, interpolation=interpolation)
     theirs = tv.Compose(
-        [tv.Resize(round(56 / crop_pct), tv.InterpolationMode(interpolation)), tv.CenterCrop(56)]
+        [tv.Resize(int(56 / crop_pct), tv.InterpolationMode(interpolation)), tv.CenterCrop(56)]
     )
     image = picture(width, height)
     (ours,) = pickle.loads(pickle.dumps(eval_transform(data)))(lambda: image, 0, 0)
@@ -471,7 +471,7 @@ def test_views_of_evaluation_are_its_centre_crops_at_their_size(files, name):
         own = data.model_copy(update={"eval_size": side, "interpolation": interpolation})
         assert torch.equal(view, eval_transform(own)(opened, 0, 0)[0])
         resample = tv.InterpolationMode(interpolation)
-        theirs = tv.Compose([tv.Resize(round(side / 0.8), resample), tv.CenterCrop(side)])
+        theirs = tv.Compose([tv.Resize(int(side / 0.8), resample), tv.CenterCrop(side)])
         assert (view.int() - chw(theirs(opened().convert("RGB"))).int()).abs().max() <= 2
 
 
