@@ -220,6 +220,12 @@ class Data(Settings):
     """Resampling of training and evaluation images."""
     in_chans: Literal[1, 3] = 3
     """Channels: 3 (RGB) or 1 (grey)."""
+    bit_depth: int = Field(16, ge=8, le=31)
+    """Bits that the values of 16-bit grey images use: 16, or fewer where a 12-bit camera (or 8-bit
+    values) fill only the lower ones. A file that states its own (12-bit TIFF, PGM) keeps it."""
+    max_pixels: int = Field(178_956_970, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    """Pixels (width x height) of the largest image that is decoded: a file of a few kilobytes can
+    claim gigabytes. The default is Pillow's own limit."""
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), strict=False)
     """Channel means, on pixels in [0, 1]."""
     std: tuple[float, ...] = Field((0.229, 0.224, 0.225), strict=False)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ghosttrain.config.policy import check_policy
 from ghosttrain.config.schema import Augment, Data
-from ghosttrain.data.decode import reduction, to_pixels
+from ghosttrain.data.decode import reduction, to_pixels, without_pillows_limit
 from ghosttrain.data.order import mix
 
 VERSION = 1
@@ -277,7 +277,9 @@ def apply(image: Image.Image, drawn: Draw, size: int, interpolation: str, fill: 
         goes pixel by pixel: the noise in the erased box has other values, sharpness sharpens
         smaller details.
     """
-    x = _resized(image.crop(_pixels(drawn.box, *image.size)), (size, size), interpolation)
+    with without_pillows_limit():
+        cropped = image.crop(_pixels(drawn.box, *image.size))
+    x = _resized(cropped, (size, size), interpolation)
     if drawn.flip:
         x = x.flip(1)
     if drawn.ops:
@@ -365,7 +367,9 @@ def _train_sample(
     decoded: dict[int, Image.Image] = {}
     for reduced in reductions:
         if reduced not in decoded:
-            decoded[reduced] = to_pixels(opened() if decoded else image, data.in_chans, reduced)
+            decoded[reduced] = to_pixels(
+                opened() if decoded else image, data.in_chans, reduced, data.bit_depth
+            )
     fill = tuple(round(255 * mean) for mean in data.mean)
     return [
         apply(decoded[reduced], drawn, size, interpolation, fill)
@@ -380,7 +384,7 @@ def _eval_sample(
     draw_number: int,
     index: int,
 ) -> list[Tensor]:
-    image = to_pixels(opened(), data.in_chans)
+    image = to_pixels(opened(), data.in_chans, bit_depth=data.bit_depth)
     return [_centre(image, size, data.crop_pct, interpolation) for size, interpolation in views]
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import shlex
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,21 @@ from PIL import Image
 
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.schema import Data
-from ghosttrain.data.decode import SUFFIXES, open_image, read_file, to_pixels
+from ghosttrain.data.decode import (
+    BIT_DEPTH,
+    MAX_PIXELS,
+    is_deep_colour,
+    open_image,
+    read_file,
+    reduction,
+    stated_depth,
+    suffixes,
+    to_pixels,
+)
 
 IMAGENET_CLASSES = 1000
 MANIFEST_FILES = 1024  # whose content a manifest covers
+LOOKED_AT = 64  # images decoded before training starts, of each split
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +54,11 @@ class Dataset:
     """Label of every image: (N,) int64."""
     in_chans: int
     """3 (RGB) or 1 (grey)."""
+    _: KW_ONLY
+    notes: tuple[str, ...] = ()
+    """What the user should hear about these data, a line each: what was left out and why."""
+    bit_depth: int = BIT_DEPTH
+    """Bits that the values of 16-bit images use."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,7 +69,7 @@ class Dataset:
 
     def load(self, index: int) -> Image.Image:
         """Return image `index`, decoded, in mode RGB or L."""
-        return to_pixels(self.open(index), self.in_chans)
+        return to_pixels(self.open(index), self.in_chans, bit_depth=self.bit_depth)
 
     def manifest(self) -> str:
         """Return 64 hexadecimal digits that tell these images and labels from others.
@@ -114,15 +132,19 @@ class FolderDataset(Dataset):
     """Image files in one folder per class: `source/<class>/<name>`."""
 
     names: np.ndarray
-    """File names: (N,) bytes of fixed width. One array instead of a million Python strings: worker
-    processes share its memory, where counting references to strings would copy them into every
-    worker."""
+    """File names, relative to the class folder: (N,) bytes of fixed width. One array instead of a
+    million Python strings: worker processes share its memory, where counting references to strings
+    would copy them into every worker."""
+    _: KW_ONLY
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest image that is decoded."""
 
     def open(self, index: int) -> Image.Image:
         """Return image `index`, not decoded yet."""
-        return open_image(self._path(index))
+        return open_image(self.path(index), self.max_pixels)
 
-    def _path(self, index: int) -> str:
+    def path(self, index: int) -> str:
+        """Return where image `index` lies."""
         folder, name = self.classes[self.labels[index]], os.fsdecode(self.names[index])
         return os.path.join(self.source, folder, name)
 
@@ -133,7 +155,7 @@ class FolderDataset(Dataset):
         yield self.names.tobytes()
         last = len(self) - 1
         for index in np.unique(np.linspace(0, last, MANIFEST_FILES).round().astype(int)):
-            yield read_file(self._path(index))
+            yield read_file(self.path(index))
 
     def _listed(self) -> bytes:
         return self.names.tobytes()
@@ -148,7 +170,15 @@ def build_datasets(data: Data) -> tuple[Dataset, Dataset]:
     if data.name == "digits":
         return _digits(data.in_chans)
     root = _root(data)
-    return _idx(data, root) if data.name == "idx" else _folder(data, root)
+    train, held_out = _idx(data, root) if data.name == "idx" else _folder(data, root)
+    if len(train.classes) < 2:
+        raise UserError(
+            f"{train.source} has one class, {train.classes[0]!r}: there is nothing to tell apart, "
+            "and the loss is 0 from the start; add images of another class (of what it is not, for "
+            "example)"
+        )
+    train, held_out = (replace(d, notes=d.notes + look(d)) for d in (train, held_out))
+    return train, held_out
 
 
 def _root(data: Data) -> Path:
@@ -202,7 +232,8 @@ def _digits(in_chans: int) -> tuple[Dataset, Dataset]:
 
 def _folder(data: Data, root: Path) -> tuple[Dataset, Dataset]:
     train_dir, val_dir = (_split(root, split, key) for split, key in _splits(data))
-    classes, val_classes = _classes(train_dir), _classes(val_dir)
+    left_out = _LeftOut(), _LeftOut()
+    classes, val_classes = _classes(train_dir, left_out[0]), _classes(val_dir, left_out[1])
     if data.name == "imagenet" and len(classes) != IMAGENET_CLASSES:
         raise UserError(
             f"{train_dir} has {len(classes):,} class folders, ImageNet has {IMAGENET_CLASSES:,}: "
@@ -215,7 +246,8 @@ def _folder(data: Data, root: Path) -> tuple[Dataset, Dataset]:
         raise UserError(
             f"{val_dir} must have the class folders of {train_dir}, but it {' and '.join(differ)}"
         )
-    return _scan(train_dir, classes, data.in_chans), _scan(val_dir, classes, data.in_chans)
+    train = _scan(train_dir, classes, data, left_out[0])
+    return train, _scan(val_dir, classes, data, left_out[1])
 
 
 def _splits(data: Data) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -230,31 +262,142 @@ def _split(root: Path, split: str, key: str) -> Path:
     return folder
 
 
-def _classes(folder: Path) -> list[str]:
-    classes = sorted(name for name, is_dir in _entries(folder) if is_dir)
+NO_SUFFIX = "without an image's suffix"
+
+
+class _LeftOut:
+    """Counts what lies in a tree of images and is not used, by reason, and remembers the first."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.suffixes: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, path: bytes) -> None:
+        self.counts[reason] += 1
+        name = os.fsdecode(path)
+        self.first[reason] = min(self.first.get(reason, name), name)
+
+    def add_file(self, path: bytes) -> None:
+        self.add(NO_SUFFIX, path)
+        _, dot, suffix = os.path.basename(path).rpartition(b".")
+        self.suffixes[os.fsdecode(dot + suffix) if dot else "none"] += 1
+
+    def notes(self, folder: Path) -> tuple[str, ...]:
+        """Return one line that says what was left out of `folder` and why, or none."""
+        if not self.counts:
+            return ()
+        said = []
+        ranked = sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))
+        for reason, count in sorted(self.counts.items()):
+            # A few of the suffixes say more than one of the paths.
+            common = [f"{suffix} {n:,}" for suffix, n in ranked[:4]]
+            more = ", ..." if len(self.suffixes) > 4 else ""
+            detail = f"first: {self.first[reason]}"
+            if reason == NO_SUFFIX:
+                detail = f"{', '.join(common)}{more}; {detail}"
+            said.append(f"{count:,} {reason} ({detail})")
+        return (f"left out of {folder}: {', '.join(said)}",)
+
+
+def _classes(folder: Path, left_out: _LeftOut) -> list[str]:
+    classes = []
+    for path, is_folder in _listed(os.fsencode(folder), left_out):
+        if is_folder:
+            classes.append(os.fsdecode(os.path.basename(path)))
+        else:
+            left_out.add("outside the class folders", path)
     if not classes:
         raise UserError(f"no class folders in {folder}: images must lie in {folder}/<class>/")
-    return classes
+    return sorted(classes, key=os.fsencode)
 
 
-def _scan(folder: Path, classes: list[str], in_chans: int) -> Dataset:
+def _scan(folder: Path, classes: list[str], data: Data, left_out: _LeftOut) -> Dataset:
+    """List the images of all classes, at any depth, as torchvision's ImageFolder does."""
     names: list[bytes] = []
     counts = []
+    known = suffixes()
     for label in classes:
-        found = sorted(
-            os.fsencode(name)
-            for name, is_dir in _entries(folder / label)
-            if not is_dir and name.lower().endswith(SUFFIXES)
-        )
+        top = os.fsencode(folder / label)
+        found = sorted(path[len(top) + 1 :] for path in _images(top, known, left_out))
         if not found:
+            there = _some(sorted(os.listdir(folder / label)))
             raise UserError(
-                f"no images in the class folder {folder / label}: add some "
-                f"({', '.join(SUFFIXES)}) or remove this class from both splits"
+                f"no images in the class folder {folder / label} ({there or 'it is empty'}): add "
+                "some (.jpg, .png, ...) or remove this class from both splits"
             )
         names += found
         counts.append(len(found))
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    return FolderDataset(str(folder), classes, labels, in_chans, np.array(names))
+    return FolderDataset(
+        str(folder),
+        classes,
+        labels,
+        data.in_chans,
+        np.array(names),
+        notes=left_out.notes(folder),
+        bit_depth=data.bit_depth,
+        max_pixels=data.max_pixels,
+    )
+
+
+def _images(
+    folder: bytes, known: frozenset[bytes], left_out: _LeftOut, above: tuple[bytes, ...] = ()
+) -> Iterator[bytes]:
+    """Yield the paths of the images below `folder`; `above` are the real paths of the folders that
+    it lies in.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return left_out.add("linked in a circle", folder)
+    for path, is_folder in _listed(folder, left_out):
+        if is_folder:
+            yield from _images(path, known, left_out, (*above, here))
+        elif path.rpartition(b".")[2].lower() in known:
+            yield path
+        else:
+            left_out.add_file(path)
+
+
+def _listed(folder: bytes, left_out: _LeftOut) -> Iterator[tuple[bytes, bool]]:
+    """Yield (path, whether it is a folder) of what is not hidden; of all files, only links are
+    looked up.
+
+    Raises:
+        UserError: a link points nowhere. What it pointed to may be an image or a whole class:
+            going on without it would train on other data than the user has in mind.
+    """
+    nowhere = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    left_out.add("hidden", entry.path)
+                elif entry.is_symlink() and not _leads_somewhere(entry):
+                    nowhere.append(entry.path)
+                elif entry.is_dir() or entry.is_file():
+                    yield entry.path, entry.is_dir()
+                else:
+                    left_out.add("neither file nor folder", entry.path)
+    except OSError as error:
+        raise UserError(
+            f"cannot list {os.fsdecode(folder)} ({error.strerror}): its images would be missing; "
+            "make it readable"
+        ) from error
+    if nowhere:
+        first, shown = min(nowhere), os.fsdecode(folder)
+        raise UserError(
+            f"{len(nowhere):,} of the links in {shown} lead nowhere, so images are missing (first: "
+            f"{os.fsdecode(first)} -> {os.fsdecode(os.readlink(first))}): bring back what they "
+            f"point to, or remove them: find {shlex.quote(shown)} -xtype l -delete"
+        )
+
+
+def _leads_somewhere(link: os.DirEntry[bytes]) -> bool:
+    try:
+        return link.is_dir() or link.is_file() or os.path.exists(link.path)
+    except OSError:  # a circle of links
+        return False
 
 
 def _entries(folder: Path) -> list[tuple[str, bool]]:
@@ -269,6 +412,62 @@ def _entries(folder: Path) -> list[tuple[str, bool]]:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more
+
+
+# --- a look at a few images -----------------------------------------------------------------------
+
+
+def look(dataset: Dataset) -> tuple[str, ...]:
+    """Return notes about images that decode to nearly nothing: one colour, or 16-bit values that
+    fill only the lower bits.
+
+    Looks at up to `LOOKED_AT` evenly spaced images; those that cannot be decoded are left to
+    whoever needs them.
+    """
+    indices = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).round().astype(int))
+    one_colour, deep, highest, deep_colour, brightest, overall = [], 0, 0, 0, 0, 0
+    for index in indices.tolist():
+        try:
+            image = dataset.open(index)
+            colour, stated = is_deep_colour(image), stated_depth(image)
+            pixels = to_pixels(image, 3, reduction(image, (64, 64)), dataset.bit_depth)
+        except UserError:
+            continue
+        values = np.asarray(pixels)
+        high = int(values.max())
+        if (values == values[0, 0]).all():
+            one_colour.append(index)
+        overall = max(overall, high)
+        if colour:
+            deep_colour, brightest = deep_colour + 1, max(brightest, high)
+        elif image.mode.startswith("I") and stated is None:
+            deep, highest = deep + 1, max(highest, int(np.asarray(image).max()))
+    notes, among = [], f"of {len(indices):,} images looked at in {dataset.source}"
+    full = 2**dataset.bit_depth - 1
+    if deep and highest <= full // 4:
+        notes.append(
+            f"note: {deep:,} {among} are 16-bit images whose values reach {highest:,} of "
+            f"{full:,}: they are nearly black to the network; if these are all the bits they use, "
+            f"type data.bit_depth={max(8, highest.bit_length())}"
+        )
+    if deep_colour and brightest <= 255 // 4:
+        notes.append(
+            f"note: {deep_colour:,} {among} are colour images of 16 bits, of which the upper 8 are "
+            f"read, and these reach {brightest} of 255: they are nearly black to the network; save "
+            "them with 8 bits"
+        )
+    if 0 < overall < 32 and not notes:
+        notes.append(
+            f"note: the brightest pixel {among} is {overall} of 255: they are nearly black to the "
+            "network; save them with values of 0 to 255"
+        )
+    if one_colour:
+        where = dataset.path(one_colour[0]) if isinstance(dataset, FolderDataset) else one_colour[0]
+        notes.append(
+            f"note: {len(one_colour):,} {among} {'are' if len(one_colour) > 1 else 'is'} of one "
+            f"colour (first: {where})"
+        )
+    return tuple(notes)
 
 
 # --- IDX files ------------------------------------------------------------------------------------

@@ -8,31 +8,60 @@ as ImageNet loaders commonly do.
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Data
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "PCX",
+    "SGI", "QOI",
+)  # fmt: skip
+"""What may be opened, by Pillow's names. Pillow knows more: it starts Ghostscript for EPS, and has
+formats of fonts, icons, videos and stars."""
+BIT_DEPTH: int = Data.model_fields["bit_depth"].default
+MAX_PIXELS: int = Data.model_fields["max_pixels"].default
+_AGAIN = "then run the same command again"
 
 
-def open_image(path: str) -> Image.Image:
+def suffixes() -> frozenset[bytes]:
+    """Return the endings of names, such as `jfif`, that Pillow's readers of `FORMATS` claim."""
+    Image.init()
+    endings = Image.registered_extensions().items()
+    found = {end[1:].encode() for end, name in endings if name in FORMATS}
+    return frozenset(found | {b"mpo"})  # several JPEGs in one file: the first one is read
+
+
+def open_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a file and its header: size and mode are known, pixels are decoded by `to_pixels`.
 
     The whole file is read at once: Pillow then decodes a JPEG in about three quarters of the time
     (measured here: 500x375, quality 92, 1.13 against 1.48 ms).
 
     Raises:
-        UserError: the file cannot be read or is no image.
+        UserError: the file cannot be read, is no image, or has more than `max_pixels` pixels.
     """
     content = read_file(path)
-    with _named(path):
-        image = Image.open(io.BytesIO(content))
+    with _decoding(path):
+        try:
+            image = Image.open(io.BytesIO(content), formats=_readable())
+        except Image.UnidentifiedImageError:
+            raise UserError(_no_image(path, content)) from None
         image.filename = path
+        if (pixels := image.width * image.height) > max_pixels:
+            raise UserError(
+                f"{path} has {image.width:,} x {image.height:,} pixels, more than "
+                f"data.max_pixels={max_pixels}: type data.max_pixels={pixels} if it is what it "
+                f"should be (decoded, it takes {3 * pixels / 1e6:,.0f} MB of memory for each "
+                "worker), or make it smaller"
+            )
     return image
 
 
@@ -42,8 +71,13 @@ def read_file(path: str) -> bytes:
     Raises:
         UserError: it cannot be read.
     """
-    with _named(path), open(path, "rb") as file:
-        return file.read()
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}): {_remedy(error, path)}"
+        ) from error
 
 
 def reduction(image: Image.Image, least: tuple[int, int]) -> int:
@@ -58,50 +92,153 @@ def reduction(image: Image.Image, least: tuple[int, int]) -> int:
     return next((by for by in (8, 4, 2) if by <= most), 1)
 
 
-def to_pixels(image: Image.Image, in_chans: int, reduced: int = 1) -> Image.Image:
+def to_pixels(
+    image: Image.Image, in_chans: int, reduced: int = 1, bit_depth: int = BIT_DEPTH
+) -> Image.Image:
     """Decode into mode RGB (3 channels) or L (1 channel).
 
     Args:
         image: from `open_image`, or any image in memory.
         in_chans: 3 or 1.
         reduced: from `reduction`; both sides come out 1 / reduced as long, rounded up.
+        bit_depth: bits that the values of 16-bit images use; the upper 8 of them are kept.
 
     Raises:
-        UserError: the file is broken.
+        UserError: the file is broken, or its values do not fit into `bit_depth` bits.
     """
-    with _named(getattr(image, "filename", "") or "an image in memory"):
+    path = getattr(image, "filename", "") or "an image in memory"
+    with _decoding(path):
         if reduced > 1:
             # Pillow takes the largest reduction that leaves this size: the one asked for.
             image.draft(None, (image.width // reduced, image.height // reduced))
+        kept_upper_8 = is_deep_colour(image)  # known before the pixels are decoded only
+        bits = stated_depth(image) or bit_depth
         image.load()
         if image.mode == "F":
-            raise OSError("floating-point pixels have no agreed range")
+            raise UserError(
+                f"{path} has floating-point pixels, which have no agreed range: save it with "
+                f"integers of 8 or 16 bits, {_AGAIN}"
+            )
+        if kept_upper_8 and bit_depth != BIT_DEPTH:
+            raise UserError(
+                f"{path} is a colour image of 16 bits, of which the upper 8 are read, whatever "
+                f"data.bit_depth={bit_depth} says (it is for grey images): save it with 8 bits"
+            )
         if image.mode.startswith("I"):
-            # The upper 8 of 16 bits; convert("L") would clip at 255 instead.
-            image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+            image = Image.fromarray(_upper_8(np.asarray(image), bits, path))
         if "transparency" in image.info:
             image = image.convert("RGBA")
         mode = "RGB" if in_chans == 3 else "L"
         return image if image.mode == mode else image.convert(mode)
 
 
+def _upper_8(values: np.ndarray, bits: int, path: str) -> np.ndarray:
+    """Return the upper 8 of `bits` bits; Pillow's convert("L") would clip at 255 instead."""
+    low, high = int(values.min()), int(values.max())
+    if low < 0:
+        raise UserError(
+            f"{path} has negative pixels (down to {low:,}), which have no agreed range: save it "
+            f"with values of 0 or more, {_AGAIN}"
+        )
+    if high >> bits:
+        raise UserError(
+            f"{path} has values up to {high:,}, more than the {bits} bits of data.bit_depth="
+            f"{bits}: type data.bit_depth={high.bit_length()}"
+        )
+    return (values >> (bits - 8)).astype(np.uint8)
+
+
+def stated_depth(image: Image.Image) -> int | None:
+    """Return the bits of a grey image whose file states them: a TIFF of 12 bits has 12, a PGM is
+    scaled to 16 by Pillow; None where the file does not say. Not decoded yet.
+    """
+    if image.format == "PPM":
+        return 16
+    stated = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+    return stated if 8 <= stated < 16 else None
+
+
+_BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
+
+
+def is_deep_colour(image: Image.Image) -> bool:
+    """Return whether an image not decoded yet has 16 bits in each of several channels: Pillow reads
+    the upper 8 of them.
+    """
+    layouts = (str(tile[3]) for tile in getattr(image, "tile", ()))
+    return not image.mode.startswith("I") and any(";16" in layout for layout in layouts)
+
+
 @contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Turn whatever reading this file raises into one line that names it.
+def without_pillows_limit() -> Iterator[None]:
+    """Let `data.max_pixels` decide how large an image may be, in place of Pillow's global limit,
+    which also warns from half of it on.
+    """
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+# --- what to say --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _decoding(path: str) -> Iterator[None]:
+    """Turn whatever decoding this file raises into one line that names it.
 
     Pillow's readers raise almost anything on broken bytes (SyntaxError, struct.error, EOFError,
     ...); every cause but exhausted memory lies in the file.
     """
     try:
-        yield
-    except MemoryError:
+        with without_pillows_limit():
+            yield
+    except UserError:
         raise
-    except Exception as error:
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "no image format that Pillow knows"
-        else:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    except MemoryError as error:
         raise UserError(
-            f"cannot decode {path} ({' '.join(reason.split())}): "
-            "put an intact copy in its place and run the same command again"
+            f"no memory is left to decode {path}: type a smaller data.workers, or make the image "
+            "smaller"
         ) from error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(
+            f"cannot decode {path} ({' '.join(reason.split())}): the file is damaged or cut short; "
+            f"put an intact copy in its place, {_AGAIN}"
+        ) from error
+
+
+def _remedy(error: OSError, path: str) -> str:
+    """Return what helps when a file cannot be read."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return TOO_MANY_FILES
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"make it readable (chmod +r), {_AGAIN}"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        return f"it was there when the folder was listed; put it back, {_AGAIN}"
+    if error.errno == errno.EISDIR:
+        return "an image file is expected there"
+    return f"see to the disk or the network it lies on, {_AGAIN}"
+
+
+TOO_MANY_FILES = "type `ulimit -n 65536` in this shell, or a smaller data.workers"
+"""What helps against EMFILE."""
+
+
+def _no_image(path: str, content: bytes) -> str:
+    if not content:
+        return f"{path} is empty: put an intact copy in its place or remove it, {_AGAIN}"
+    start = content[:16].decode("latin-1")
+    shown = repr(start) if start.isascii() and start.isprintable() else content[:16].hex(" ")
+    return (
+        f"{path} is no image of a kind that is read here ({', '.join(_readable())}): it begins "
+        f"with {shown}; put an image in its place or remove it, {_AGAIN}"
+    )
+
+
+@cache
+def _readable() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)

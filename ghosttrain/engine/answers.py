@@ -105,11 +105,6 @@ def ready_answers(config: Config, train_set: Dataset, device: torch.device) -> A
     """
     if config.distill.name == "none":
         return Answers()
-    if len(train_set.classes) < 2:
-        raise UserError(
-            f"{train_set.source} has one class: there is nothing to learn from a teacher; type"
-            " distill=none teacher=none"
-        )
     if config.targets.dir is not None:
         answers = _stored(config, train_set, device)
     else:
@@ -248,7 +243,15 @@ def fingerprint(config: Config, train_set: Dataset) -> dict[str, Any]:
         ),
         "data": data.model_dump(
             mode="json",
-            include={"train_size", "interpolation", "in_chans", "mean", "std", "flip"},
+            include={
+                "train_size",
+                "interpolation",
+                "in_chans",
+                "bit_depth",
+                "mean",
+                "std",
+                "flip",
+            },
         ),
         "images": train_set.manifest(),
         "versions": {

@@ -101,7 +101,7 @@ def cache(
 
     teacher, about_teacher = ready_teacher(config, train_set, device)
     asking = Asking(config, train_set, teacher, device)
-    _say(f"data: {train_set.describe()}")
+    _say("\n".join([f"data: {train_set.describe()}", *(f"  {n}" for n in train_set.notes)]))
     _say(f"teacher: {about_teacher}")
     found: Store | None = None
     with ExitStack() as lock:

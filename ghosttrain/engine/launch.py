@@ -31,6 +31,7 @@ from ghosttrain.engine.folder import (
 
 STORE_MAY_CHANGE = (
     "data.root",
+    "data.max_pixels",
     "data.workers",
     "launch.nproc",
     "launch.device",

@@ -16,6 +16,7 @@ from ghosttrain.engine.folder import read_config, read_result
 MAY_CHANGE = (
     "data.root",
     "data.workers",
+    "data.max_pixels",
     "data.eval_size",
     "data.crop_pct",
     "data.val_split",
@@ -63,7 +64,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
         batches = held_out_batches(loader, len(held_out), batch)
         table, difference = evaluate(models, batches, device)
     if distributed.rank() == 0:
-        print("\n".join(_lines(table, difference, read_result(folder))))
+        print("\n".join([*held_out.notes, *_lines(table, difference, read_result(folder))]))
     distributed.stop()
     return 0
 

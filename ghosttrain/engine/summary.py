@@ -42,6 +42,7 @@ def head(
             "  no other data was named, so this is the embedded set; ImageNet: type data=imagenet "
             "data.root=/path"
         )
+    lines += [f"  {note}" for note in (*train_set.notes, *held_out.notes)]
     lines += notes
     lines.append(
         f"student: {config.model.name}, {count_params(student) / 1e6:.3f} M parameters in training "

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import errno
+import os
 import random
+import struct
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.data.decode import open_image, read_file, reduction, to_pixels
+from ghosttrain.data.decode import open_image, read_file, reduction, suffixes, to_pixels
 
 
 def picture(height=48, width=64):
@@ -70,6 +74,48 @@ def test_16_bits_keep_their_upper_8(tmp_path, name, in_chans):
     Image.fromarray(deep).save(tmp_path / name)
     image = np.asarray(load(tmp_path / name, in_chans)).reshape(6, -1)
     assert (image == np.array([0, 0, 1, 1, 128, 255])[:, None]).all()
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+@pytest.mark.parametrize("name", ["deep.png", "little.tif", "big.tif", "wide.tif"])
+def test_values_of_fewer_bits_fill_the_range_when_told(tmp_path, name, bits):
+    values = np.array([[0, 1, 2 ** (bits - 1), 2**bits - 1]])
+    if name == "deep.png":
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / name)
+    else:  # "I;16", "I;16B" and "I"
+        kind = {"little.tif": "<u2", "big.tif": ">u2", "wide.tif": "<u4"}[name]
+        order = ">" if name == "big.tif" else "<"
+        tifffile.imwrite(tmp_path / name, values.astype(kind), byteorder=order)
+    image = np.asarray(to_pixels(open_image(str(tmp_path / name)), 1, bit_depth=bits))
+    assert image.tolist() == [[0, 1 if bits == 8 else 0, 128, 255]]
+    if bits > 8:
+        with pytest.raises(UserError, match=f"data.bit_depth={bits - 1}: .* data.bit_depth={bits}"):
+            to_pixels(open_image(str(tmp_path / name)), 1, bit_depth=bits - 1)
+
+
+def test_a_file_that_states_its_bits_keeps_them(tmp_path):
+    packed = 0xFFF800001 << 4  # 4095, 2048, 0 and a filler, 12 bits each, as cameras write them
+    raw = packed.to_bytes(5, "big") + b"\0"
+    tags = [(256, 3), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1)]
+    tags += [(279, len(raw))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(raw))
+    (tmp_path / "a.tif").write_bytes(head + raw + struct.pack("<H", len(tags)) + entries + bytes(4))
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 4095\n" + np.array([4095, 2048, 0], ">u2").tobytes())
+    for name in ("a.tif", "a.pgm"):
+        for bits in (16, 12):
+            image = to_pixels(open_image(str(tmp_path / name)), 1, bit_depth=bits)
+            assert np.asarray(image).tolist() == [[255, 128, 0]], (name, bits)
+
+
+def test_values_that_have_no_range_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.array([[-5, 100]], np.int16))
+    refused(tmp_path / "a.tif", "negative pixels (down to -5)")
+    deep = np.full((4, 4, 3), 300, np.uint16)
+    tifffile.imwrite(tmp_path / "b.tif", deep, photometric="rgb")
+    image = open_image(str(tmp_path / "b.tif"))
+    with pytest.raises(UserError, match=r"colour image of 16 bits.*save it with 8 bits"):
+        to_pixels(image, 3, bit_depth=12)
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "PA-bytes", "L-key", "RGB-key"])
@@ -154,47 +200,101 @@ def test_a_truncated_jpeg_is_named_in_one_line(tmp_path):
     Image.fromarray(picture()).save(path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(
-        UserError, match=r"cannot decode .*n02\.JPEG \(.*truncated.*\): put an intact copy"
+        UserError, match=r"cannot decode .*n02\.JPEG \(.*truncated.*\): .*put an intact copy"
     ) as raised:
         load(path)
     assert "\n" not in str(raised.value)
     assert raised.value.__cause__ is not None
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "no image format"), (b"<html>404</html>", "no image format")]
-)
-def test_what_is_no_image_is_named(tmp_path, content, reason):
-    (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(UserError, match=rf"a\.jpg \({reason}"):
-        load(tmp_path / "a.jpg")
+def refused(path, *parts, **settings):
+    with pytest.raises(UserError) as raised:
+        to_pixels(open_image(str(path), **settings), 3)
+    message = str(raised.value)
+    assert "\n" not in message and message.startswith(("cannot", "no memory", str(path)))
+    for part in parts:
+        assert part in message, message
+    return message
 
 
-def test_missing_and_unreadable_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"gone\.jpg \(No such file or directory\)"):
-        load(tmp_path / "gone.jpg")
-    with pytest.raises(UserError, match="Is a directory"):
-        load(tmp_path)
-    with pytest.raises(UserError, match=r"^cannot decode .*gone\.jpg \(No such file"):
+def test_what_is_no_image_is_named_with_its_first_bytes(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"<html>404</html>")
+    refused(tmp_path / "a.jpg", "no image of a kind that is read here (JPEG, PNG", "'<html>404")
+    (tmp_path / "a.jpg").write_bytes(b"\x00\x01\xff")
+    refused(tmp_path / "a.jpg", "begins with 00 01 ff", "or remove it")
+    (tmp_path / "a.jpg").write_bytes(b"")
+    refused(tmp_path / "a.jpg", "is empty")
+
+
+def test_postscript_is_not_run_whatever_its_name(tmp_path, monkeypatch):
+    """Pillow decodes EPS by Ghostscript, on what may have come from anywhere."""
+    Image.fromarray(picture()).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("started a program"))
+    refused(tmp_path / "a.jpg", "no image of a kind that is read here", "'%!PS-Adobe-3.0")
+    assert not {b"eps", b"ps", b"pdf", b"mpg", b"wmf", b"ico"} & suffixes()
+    assert {
+        b"jfif",
+        b"jpe",
+        b"jpg",
+        b"jp2",
+        b"pgm",
+        b"tiff",
+        b"webp",
+        b"avif",
+        b"mpo",
+    } <= suffixes()
+
+
+def test_a_file_that_cannot_be_read_gets_the_remedy_of_its_cause(tmp_path, monkeypatch):
+    refused(tmp_path / "gone.jpg", "cannot read", "(No such file or directory)", "put it back")
+    refused(tmp_path, "(Is a directory)", "an image file is expected")
+    with pytest.raises(UserError, match=r"^cannot read .*gone\.jpg \(No such file"):
         read_file(str(tmp_path / "gone.jpg"))
+    for number, remedy in {
+        errno.EMFILE: "ulimit -n",
+        errno.ENFILE: "ulimit -n",
+        errno.EACCES: "chmod +r",
+        errno.EIO: "the disk or the network",
+        errno.ESTALE: "the disk or the network",
+    }.items():
+
+        def fails(*args, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("builtins.open", fails)
+        message = refused(tmp_path / "a.jpg", f"({os.strerror(number)})", remedy)
+        monkeypatch.undo()
+        assert "intact" not in message
 
 
 def test_floating_point_pixels_are_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(UserError, match=r"a\.tif .*floating-point"):
-        load(tmp_path / "a.tif")
+    message = refused(tmp_path / "a.tif", "floating-point", "integers of 8 or 16 bits")
+    assert "intact" not in message
 
 
 def test_exhausted_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch):
     Image.fromarray(picture()).save(tmp_path / "a.png")
     image = open_image(str(tmp_path / "a.png"))
     monkeypatch.setattr(image, "load", lambda: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(MemoryError):
+    with pytest.raises(UserError, match="no memory is left .* smaller data.workers"):
         to_pixels(image, 3)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "a.jpg"])
+def test_the_pixel_limit_is_a_setting(tmp_path, monkeypatch, name):
+    """Pillow's own, which it warns of from half of it on, has no part in it."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with Image.fromarray(picture()) as image:
+        image.save(tmp_path / name)
+    assert to_pixels(open_image(str(tmp_path / name), 3072), 3).size == (64, 48)
+    message = refused(tmp_path / name, "64 x 48 pixels", "type data.max_pixels=3072", max_pixels=99)
+    assert "intact" not in message
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow remarks on some of the damage
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif", "a.bmp", "a.webp", "a.tif", "a.pgm"])
 def test_damage_anywhere_ends_in_pixels_or_one_line(tmp_path, name):
     path = tmp_path / name
