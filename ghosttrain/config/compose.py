@@ -43,6 +43,7 @@ from ghosttrain.config.names import (
     parse_override,
     settings_near,
 )
+from ghosttrain.config.normalization import check_normalization
 from ghosttrain.config.policy import check_policy
 from ghosttrain.config.schema import FULL, PLAIN, Config
 from ghosttrain.config.sizes import SIDES, check_sides, family
@@ -318,6 +319,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
     check_loss(config.distill)
     check_targets(config.targets, config.distill, augment)
     check_policy(augment)
+    check_normalization(data, config.teacher)
     for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max")):
         if getattr(augment, low) > getattr(augment, high):
             raise UserError(
@@ -336,8 +338,6 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
                 f"data.{name} has {len(getattr(data, name))} values for "
                 f"data.in_chans={data.in_chans}; type {how}"
             )
-    if min(data.std) <= 0:
-        raise UserError(f"data.std={list(data.std)} must be positive")
     if data.name == "digits" and data.root:
         raise UserError(
             f"data.root={data.root} is not used by the embedded data=digits; "
