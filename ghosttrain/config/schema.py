@@ -234,6 +234,9 @@ class Data(Settings):
     """Whether a mirrored image keeps its label (false for digits and letters)."""
     workers: int = Field(8, ge=0, json_schema_extra=RESULT_NEUTRAL)
     """Processes per rank that decode and augment; 0 does it in the training process."""
+    changed: Literal["refuse", "accept"] = Field("refuse", json_schema_extra=RESULT_NEUTRAL)
+    """A run that is resumed with other data (classes, file names, number of images): `refuse`, or
+    `accept`: go on with these, and record it."""
 
 
 class Augment(Settings):

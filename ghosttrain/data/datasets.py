@@ -93,15 +93,17 @@ class Dataset:
         raise NotImplementedError
 
     def listing(self) -> dict[str, Any]:
-        """Return class names, number of images, and a digest of what lies in memory: labels, file
-        names (of IDX files the pixels). JSON values. A cheaper `manifest`: it opens no image.
+        """Return class names, number of images, and a digest of what lies in memory: classes,
+        labels, file names (of IDX files the pixels). JSON values. A cheaper `manifest`: it opens no
+        image.
         """
-        digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
+        digest = hashlib.sha256(os.fsencode("\0".join(self.classes)))
+        digest.update(self.labels.astype("<i8").tobytes())
         digest.update(self._listed())
         return {"classes": self.classes, "images": len(self), "digest": digest.hexdigest()}
 
     def _listed(self) -> bytes:
-        """What the listing's digest covers besides the labels."""
+        """What the listing's digest covers besides classes and labels."""
         raise NotImplementedError
 
     def describe(self) -> str:

@@ -46,18 +46,35 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mix(_ORDER, seed, epoch)))
 
 
-def steps_per_epoch(n: int, global_batch: int) -> int:
+def steps_per_epoch(
+    n: int, global_batch: int, world: int = 1, micro_batch: int | None = None
+) -> int:
     """Return how many whole global batches `n` images hold; an incomplete last one is dropped.
 
     Raises:
-        UserError: not even one.
+        UserError: not even one; names a batch that fits `world` processes and `micro_batch`.
     """
     if n < global_batch:
         raise UserError(
             f"train.global_batch={global_batch} is more than the {n:,} training images: "
-            f"type train.global_batch={1 << (n.bit_length() - 1) if n else 1} or less"
+            f"{_batch_that_trains(n, world, micro_batch)}"
         )
     return n // global_batch
+
+
+def _batch_that_trains(n: int, world: int, micro_batch: int | None) -> str:
+    """Say what to type: the largest batch (micro_batch x world x a power of two) that `n` images
+    hold ten times; with few images one that they hold at all.
+    """
+    wanted = micro_batch or 2  # batch norm needs two images
+    fits = [m for m in (wanted, 2) if 10 * m * world <= n] or [m for m in (2, 1) if m * world <= n]
+    if not fits:
+        return f"there are too few for {world} process{'es' * (world > 1)}; add images"
+    batch = fits[0] * world
+    while 20 * batch <= n:
+        batch *= 2
+    smaller = micro_batch not in (None, fits[0])
+    return f"type train.global_batch={batch}" + f" train.micro_batch={fits[0]}" * smaller
 
 
 def train_batches(

@@ -9,7 +9,6 @@ hold data, never code. The teacher is in none of them.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
-from ghosttrain.engine.folder import read_config
+from ghosttrain.engine.folder import read_config, replacing
 from ghosttrain.models.layers import Student
 from ghosttrain.models.profile import count_macs, count_params
 from ghosttrain.models.registry import create_model, create_timm_model
@@ -71,22 +70,17 @@ def describe_weights(config: Config, classes: list[str], form: Which) -> dict[st
 
 def save_weights(path: Path, model: nn.Module, about: dict[str, str]) -> None:
     """Write a model's weights as safetensors, atomically."""
-    part = path.with_name(f".{path.name}.part")
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    part.write_bytes(save(state, metadata=about))  # save_file would make it private to the user
-    part.replace(path)
+    with replacing(path) as file:
+        file.write(save(state, metadata=about))  # save_file would make it private to the user
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: on disk before it takes the old one's name."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
+    """Write a checkpoint atomically."""
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -214,10 +208,7 @@ def fuse_run(folder: str | Path, out: str | None = None, library: str | None = N
     x = torch.randn(4, chans, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), using_engine(model, "branches"):
         difference = (model(x) - fused(x)).abs().max().item()
-    try:
-        save_weights(path, fused, describe_weights(config, classes_of(folder), "fused"))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    save_weights(path, fused, describe_weights(config, classes_of(folder), "fused"))
     print(
         f"{path}\nparameters {count_params(model):,} -> {count_params(fused):,}; "
         f"MACs at {size} px {count_macs(model, size, chans):,} -> "
@@ -239,10 +230,8 @@ def _write_for(library: str, model: nn.Module, fused: nn.Module, path: Path) -> 
             form, (name, state) = "in training form", export_state(cast("Student", model), library)
         except UserError:
             raise refusal from None
-    try:
-        path.write_bytes(save(state, metadata={"format": "pt"}))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    with replacing(path) as file:
+        file.write(save(state, metadata={"format": "pt"}))
     classes, chans = (getattr(model, key) for key in ("num_classes", "in_chans"))
     how = {
         "timm": f"timm.create_model({name!r}, num_classes={classes}, in_chans={chans}, "

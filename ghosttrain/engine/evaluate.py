@@ -27,6 +27,22 @@ def held_out_batches(loader: Loader, n: int, batch: int) -> Iterator[Batch]:
 
 
 @torch.inference_mode()
+def try_first_batch(model: nn.Module, loader: Loader, n: int, batch: int) -> None:
+    """Ask `model` about this rank's first batch of the held-out set, and forget the answer: what
+    cannot be read or does not fit is said before an epoch was trained.
+
+    Raises:
+        UserError: an image is broken.
+    """
+    indices = eval_indices(n, distributed.rank(), distributed.world_size())[:batch]
+    training = model.training
+    model.eval()
+    for images, *_ in loader.batches(eval_batches(indices, batch)):
+        model(images)
+    model.train(training)
+
+
+@torch.inference_mode()
 def evaluate(
     models: Mapping[str, nn.Module], batches: Iterable[Batch], device: torch.device
 ) -> tuple[dict[str, dict[str, float]], float]:

@@ -19,10 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -32,6 +32,8 @@ from ghosttrain.config.identity import fingerprint, result_settings, run_name
 from ghosttrain.config.lock import locked
 from ghosttrain.config.schema import Config
 
+RESULT_KEYS = {"headline", "weights", "best", "model", "seconds", "images_per_second", "steps"}
+"""What every `result.json` holds."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -41,9 +43,34 @@ def run_folder(config: Config) -> Path:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return `result.json` of a finished run, None for an unfinished one."""
+    """Return `result.json` of a finished run, None for an unfinished one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = folder / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        missing = RESULT_KEYS - result.keys()
+    except (ValueError, AttributeError) as error:
+        missing, result = {" ".join(str(error).split())}, None
+    if missing:
+        reason = f"it lacks {min(missing)}" if result is not None else min(missing)
+        raise UserError(
+            f"{path} is damaged ({reason}): delete it and type the command of this run again, "
+            "which makes it anew from the last checkpoint"
+        )
+    return result
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a step of a run was kept there: a start that failed before that leaves nothing."""
+    if any((folder / name).exists() for name in ("result.json", "checkpoints/last.pt")):
+        return True
+    metrics = folder / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
 
 
 def read_config(folder: Path) -> Config:
@@ -58,16 +85,21 @@ def read_config(folder: Path) -> Config:
     try:
         return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read ({reason}): type the command of this run with --cfg job > "
+            f"{shlex.quote(str(path))}"
+        ) from None
 
 
 def check_same_run(folder: Path, config: Config) -> None:
-    """Refuse to go on in a folder that holds a run with other settings.
+    """Refuse to go on in a folder that holds a run with other settings. A start that failed before
+    its first step is no run: whoever comes next takes its folder.
 
     Raises:
         UserError: naming the settings that differ and what to type.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (has_begun(folder) and (folder / "config.yaml").is_file()):
         return
     old = read_config(folder)
     if fingerprint(old) == fingerprint(config) and old.seed == config.seed:
@@ -104,9 +136,9 @@ def opened(config: Config, notes: list[str]) -> Iterator[Path]:
                     aside = folder.with_name(f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
                     folder.rename(aside)
                     notes.append(f"run.fresh: the earlier run was moved to {aside}")
-            check_same_run(folder, config)
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             locks.enter_context(_locked(folder))
+            check_same_run(folder, config)  # within the lock: no other process begins meanwhile
             made = made_by_other_code(folder)
             if made:
                 notes.append(f"its first epochs were {made}")
@@ -157,7 +189,10 @@ def code_hash() -> str:
 def made_by_other_code(folder: Path) -> str | None:
     """Return a line when the run in `folder` was made by another version of the code."""
     path = folder / "provenance.json"
-    made = json.loads(path.read_text(encoding="utf-8")).get("code") if path.is_file() else None
+    try:
+        made = json.loads(path.read_text(encoding="utf-8")).get("code") if path.is_file() else None
+    except (ValueError, AttributeError):
+        return f"made by an unknown version of the code ({path} is damaged)"
     now = code_hash()
     if made in (None, now):
         return None
@@ -196,11 +231,38 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that is either the old one or complete: it is on disk before it takes the old
+    one's name, and a failed attempt leaves nothing behind.
+
+    Raises:
+        UserError: it cannot be written, a full disk for instance.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        # torch.save meets a failed write, and then fails itself to end its archive.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"cannot write {path} ({cause.strerror or cause}); what was saved before is intact: "
+            "make room there and type the same command again"
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

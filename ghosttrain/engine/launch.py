@@ -28,6 +28,7 @@ from ghosttrain.engine.folder import (
     result_lines,
     run_folder,
 )
+from ghosttrain.engine.same_data import note_on_result
 
 STORE_MAY_CHANGE = (
     "data.root",
@@ -54,8 +55,8 @@ def launch(composed: Composed) -> int:
     if result is not None:
         check_same_run(folder, config)
         print(f"finished: {folder}")
-        other = made_by_other_code(folder)
-        print("\n".join([*([other] if other else []), *result_lines(result)]))
+        said = (made_by_other_code(folder), note_on_result(config, result))
+        print("\n".join([*filter(None, said), *result_lines(result)]))
         if not alone:
             from ghosttrain.engine import distributed
 

@@ -28,6 +28,28 @@ class Plan:
     lr: float
     """Peak learning rate after scaling."""
 
+    def epochs_after(self, step: int) -> int:
+        """Return how many epochs have begun when `step` optimizer steps are done."""
+        return -(-step // self.steps_per_epoch)
+
+    def is_evaluated(self, step: int, every: int) -> bool:
+        """Whether the weights after `step` steps are evaluated: at the end of every `every`-th
+        epoch, and of the run.
+        """
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return step >= self.total_steps or (step > 0 and rest == 0 and epochs % every == 0)
+
+    def long_warmup(self) -> str | None:
+        """Return a line if the warm-up takes more than a fifth of the run."""
+        if 5 * self.warmup_steps <= self.total_steps:
+            return None
+        share = 100 * self.warmup_steps / self.total_steps
+        fifth = 100 * (self.total_steps // 5) // self.steps_per_epoch / 100  # rounded down
+        return (
+            f"note: the warm-up takes {share:.0f} % of the run; type "
+            f"schedule.warmup_epochs={fifth:g} for a fifth or less"
+        )
+
 
 def make_plan(config: Config, n_train: int, ranks: int) -> Plan:
     """Return the plan for `n_train` training images on `ranks` processes.
@@ -37,18 +59,17 @@ def make_plan(config: Config, n_train: int, ranks: int) -> Plan:
     """
     train = config.train
     micro_batch, accumulation = batch_split(config, ranks)
-    per_epoch = steps_per_epoch(n_train, train.global_batch)
+    per_epoch = steps_per_epoch(n_train, train.global_batch, ranks, train.micro_batch)
     total = train.epochs * per_epoch
     if train.max_steps is not None:
         total = min(total, train.max_steps)
     warmup = round(config.schedule.warmup_epochs * per_epoch)
+    # A short trial of a long recipe still gets past its warm-up.
     return Plan(
         steps_per_epoch=per_epoch,
         total_steps=total,
         epochs=-(-total // per_epoch),
-        warmup_steps=min(
-            warmup, total // 2
-        ),  # a short trial of a long recipe still gets past its warm-up
+        warmup_steps=min(warmup, total // 2),
         micro_batch=micro_batch,
         accumulation=accumulation,
         lr=scaled_lr(config.optim, train.global_batch),

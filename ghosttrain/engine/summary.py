@@ -69,7 +69,7 @@ def head(
         f"length: {plan.total_steps} steps, {plan.epochs} epochs of {plan.steps_per_epoch}; "
         f"warm-up {plan.warmup_steps} steps"
     )
-    return lines
+    return [*lines, *filter(None, [plan.long_warmup()])]
 
 
 def sizes(config: Config, models: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ writes.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import distributed
-from ghosttrain.engine.folder import clock, write_text
+from ghosttrain.engine.folder import clock, replacing, write_text
 
 Row = dict[str, float]
 NO_TERMS = ("kind", "step", "loss", "agreement", "lr", "images_per_second")
@@ -66,8 +68,14 @@ class Tracker:
     """
 
     def __init__(
-        self, config: Config, folder: Path | None, start_step: int, total_steps: int
+        self,
+        config: Config,
+        folder: Path | None,
+        start_step: int,
+        total_steps: int,
+        evaluates_first: bool = False,
     ) -> None:
+        """Open every place; `evaluates_first`: the weights of `start_step` are evaluated again."""
         self.folder = folder
         self.bar: tqdm[Any] | None = None
         self.wandb: Any = None
@@ -76,7 +84,7 @@ class Tracker:
             return
         self.started, self.start_step, self.total = time.perf_counter(), start_step, total_steps
         self.log_file = open(folder / "log.txt", "a", encoding="utf-8")
-        self._forget_rows_after(start_step)
+        self._forget_rows(start_step, evaluates_first)
         self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
         if config.tracker.wandb != "off":
             self.wandb = _wandb(config, folder, config.tracker.wandb)
@@ -142,13 +150,14 @@ class Tracker:
         speed = (time.perf_counter() - self.started) / (step - self.start_step)
         return clock(speed * (self.total - step))
 
-    def _forget_rows_after(self, step: int) -> None:
+    def _forget_rows(self, step: int, evaluates_first: bool) -> None:
         """Drop rows written after the checkpoint that this run resumes from: those steps run
-        again.
+        again, and with `evaluates_first` the evaluation after its last step too.
         """
         path = (self.folder or Path()) / "metrics.jsonl"
         if path.is_file():
-            kept = [row for row in read_metrics(path.parent) if row["step"] <= step]
+            last = {"train": step, "eval": step - evaluates_first}
+            kept = [row for row in read_metrics(path.parent) if row["step"] <= last[row["kind"]]]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
@@ -162,13 +171,16 @@ def describe(row: Row) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl; a last line cut short by a kill is left out."""
+    """Return the rows of metrics.jsonl; a line that is damaged (the last one, cut short by a kill)
+    is left out.
+    """
     rows = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and row.get("kind") in ("train", "eval") and "step" in row:
+                rows.append(row)
     return rows
 
 
@@ -212,7 +224,8 @@ def draw_curves(folder: Path, title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(folder / "curves.png", dpi=130)
+    with replacing(folder / "curves.png") as file:
+        figure.savefig(file, format="png", dpi=130)
 
 
 def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> Any:
@@ -238,9 +251,11 @@ def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> 
 def _wandb_id(folder: Path) -> str:
     """Return the id of this folder's run, so that a resumed run goes on in the same place."""
     path = folder / "wandb.id"
-    if not path.is_file():
-        write_text(path, secrets.token_hex(4))
-    return path.read_text(encoding="utf-8")
+    kept = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    if re.fullmatch("[0-9a-f]{8}", kept):
+        return kept
+    write_text(path, made := secrets.token_hex(4))
+    return made
 
 
 def _tensorboard(folder: Path) -> Any:

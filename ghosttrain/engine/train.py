@@ -26,7 +26,7 @@ from ghosttrain.data.order import mix, train_batches
 from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.features import WithFeatures, pooled_width
 from ghosttrain.distill.losses import LOSSES, agreement, at, features
-from ghosttrain.engine import distributed, folder, summary, track
+from ghosttrain.engine import distributed, folder, same_data, summary, track
 from ghosttrain.engine.answers import ready_answers
 from ghosttrain.engine.checkpoint import (
     build_student,
@@ -37,7 +37,7 @@ from ghosttrain.engine.checkpoint import (
     save_state,
     save_weights,
 )
-from ghosttrain.engine.evaluate import evaluate, held_out_batches
+from ghosttrain.engine.evaluate import evaluate, held_out_batches, try_first_batch
 from ghosttrain.engine.plan import make_plan
 from ghosttrain.models.collapse import synchronize
 from ghosttrain.models.reparam import fuse
@@ -49,6 +49,8 @@ DIVERGED = (
     "training diverged; the checkpoint of the last epoch is kept; "
     "try a lower optim.lr, optim.clip_grad=1 or train.precision=fp32"
 )
+
+NO_BEST = {"top1": -1.0, "epoch": 0}
 
 
 def train(config: Config | None, notes: list[str]) -> None:
@@ -76,6 +78,11 @@ def train(config: Config | None, notes: list[str]) -> None:
     # ---------------------------------------------------------------- Data, teacher
     train_set, held_out = build_datasets(config.data)
     classes, n = train_set.classes, len(train_set)
+    last = run / "checkpoints" / "last.pt"
+    saved = load_state(last) if last.is_file() else None
+    data = same_data.listings(train_set, held_out)
+    if saved is not None:
+        data = same_data.went_on(saved, data, config.data.changed)
     plan = make_plan(config, n, ranks)
     answers = ready_answers(config, train_set, device)
     train_images = train_loader(
@@ -106,11 +113,11 @@ def train(config: Config | None, notes: list[str]) -> None:
     ema = Ema(student, config.ema.decay, config.ema.warmup)
 
     # ---------------------------------------------------------------- Resume
-    last = run / "checkpoints" / "last.pt"
-    step, seconds, best = 0, 0.0, {"top1": -1.0, "epoch": 0}
-    if last.is_file():
-        saved = load_state(last)
+    step, seconds, best = 0, 0.0, NO_BEST
+    if saved is not None:
         step, seconds, best = saved["step"], saved["seconds"], saved["best"]
+        if saved.get("data", data)["held_out"] != data["held_out"]:
+            best = NO_BEST  # it was measured on other images
         load_into(student, saved["student"], last)
         projection.load_state_dict(saved.get("projection", {}))
         ema.load_state_dict(saved["ema"])
@@ -118,10 +125,18 @@ def train(config: Config | None, notes: list[str]) -> None:
             optimizer.load_state_dict(saved["optimizer"])
         answers = answers.resumed(saved.get("answers", {}))
         notes.append(f"resumed after epoch {step // plan.steps_per_epoch}, step {step}")
-        del saved
+        notes += data["accepted"]
+        saved = None  # its memory
 
     # ---------------------------------------------------------------- Loop
-    tracker = track.Tracker(config, run if rank == 0 else None, step, plan.total_steps)
+    every = config.train.eval_every
+    tracker = track.Tracker(
+        config,
+        run if rank == 0 else None,
+        step,
+        plan.total_steps,
+        evaluates_first=plan.is_evaluated(step, every),
+    )
     if config.train.compile:
         learner.compile()
     forward = distributed.parallel(learner, device)
@@ -133,7 +148,28 @@ def train(config: Config | None, notes: list[str]) -> None:
             config, plan, run, train_set, held_out, student, answers.about, device, notes
         ):
             tracker.say(line)
-        while step < plan.total_steps:
+        try_first_batch(student, held_images, len(held_out), eval_batch)
+        row: track.Row = {}
+        while True:
+            # -------------------------------------------------------- Evaluate what was saved
+            words = [track.describe(row), f"ETA {tracker.eta(step)}"] if row else []
+            if plan.is_evaluated(step, every):
+                batches = held_out_batches(held_images, len(held_out), eval_batch)
+                table, _ = evaluate({"raw": student, "ema": ema.model}, batches, device)
+                top1 = {name: table[name]["top1"] for name in table}
+                tracker.log("eval", step, {f"{name}_top1": value for name, value in top1.items()})
+                words.append(f"held-out top-1: EMA {top1['ema']:.2f} %, raw {top1['raw']:.2f} %")
+                if top1["ema"] > best["top1"]:
+                    best = {"top1": top1["ema"], "epoch": plan.epochs_after(step)}
+                    if rank == 0:
+                        about = describe_weights(config, classes, "ema")
+                        save_weights(run / "checkpoints" / "best.safetensors", ema.model, about)
+            if words:
+                tracker.say("  ".join([f"epoch {plan.epochs_after(step)}/{plan.epochs}", *words]))
+            if step >= plan.total_steps:
+                break
+
+            # -------------------------------------------------------- Train one epoch
             epoch, done = divmod(step, plan.steps_per_epoch)
             end = min(step - done + plan.steps_per_epoch, plan.total_steps)
             batches = train_images.batches(
@@ -176,23 +212,10 @@ def train(config: Config | None, notes: list[str]) -> None:
                     check_finite(row, step)
                     tracker.log("train", step, row)
 
-            # -------------------------------------------------------- Evaluate, save
+            # -------------------------------------------------------- Save
+            # Before the evaluation, which a resumed run repeats: it may fail.
             distributed.average_buffers(student, ema.model)
             check_weights(student, ema.model, step)
-            line = f"epoch {epoch + 1}/{plan.epochs}  {track.describe(row)}"
-            line += f"  ETA {tracker.eta(step)}"
-            if (epoch + 1) % config.train.eval_every == 0 or step == plan.total_steps:
-                batches = held_out_batches(held_images, len(held_out), eval_batch)
-                table, _ = evaluate({"raw": student, "ema": ema.model}, batches, device)
-                top1 = {name: table[name]["top1"] for name in table}
-                tracker.log("eval", step, {f"{name}_top1": value for name, value in top1.items()})
-                line += f"  held-out top-1: EMA {top1['ema']:.2f} %, raw {top1['raw']:.2f} %"
-                if top1["ema"] > best["top1"]:
-                    best = {"top1": top1["ema"], "epoch": epoch + 1}
-                    if rank == 0:
-                        about = describe_weights(config, classes, "ema")
-                        save_weights(run / "checkpoints" / "best.safetensors", ema.model, about)
-            tracker.say(line)
             seconds = time.perf_counter() - started
             if rank == 0:
                 state: dict[str, Any] = {
@@ -204,6 +227,7 @@ def train(config: Config | None, notes: list[str]) -> None:
                     "seconds": seconds,
                     "best": best,
                     "classes": classes,
+                    "data": data,
                     "answers": answers.state(),
                 }
                 save_state(last, state)
@@ -222,8 +246,9 @@ def train(config: Config | None, notes: list[str]) -> None:
                 "fuse_max_diff": difference,
                 "model": summary.sizes(config, models),
                 "seconds": time.perf_counter() - started,
-                "images_per_second": plan.total_steps * config.train.global_batch / seconds,
-                "steps": plan.total_steps,
+                "images_per_second": step * config.train.global_batch / seconds,
+                "steps": step,
+                "data": same_data.without_classes(data),
                 "device": summary.device_name(device),
             }
             save_weights(

@@ -12,7 +12,7 @@ from typing import Any
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.identity import fingerprint, result_settings
 from ghosttrain.config.schema import Config
-from ghosttrain.engine.folder import clock, read_config, read_result
+from ghosttrain.engine.folder import clock, has_begun, read_config, read_result
 
 
 def report(folders: list[Path]) -> str:
@@ -63,7 +63,10 @@ def report(folders: list[Path]) -> str:
     lines = _markdown(table)
     lines += _differences([group[0][0] for _, group in ordered])
     open_runs = [run for run in runs if read_result(run) is None]
-    lines += [f"not finished: {run}" for run in open_runs]
+    lines += [
+        f"not finished: {run}" if has_begun(run) else f"not begun (no step was kept): {run}"
+        for run in open_runs
+    ]
     return "\n".join(lines)
 
 

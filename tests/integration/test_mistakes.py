@@ -192,11 +192,11 @@ def test_a_run_without_a_finished_epoch(ghosttrain, tiny, tmp_path):
     run = only_run(tmp_path)
     for verb in ("eval", "fuse"):
         refused(ghosttrain(verb, run), "has no weights yet")
-    assert f"not finished: {run}" in ghosttrain("report", run).out
+    assert f"not begun (no step was kept): {run}" in ghosttrain("report", run).out
 
 
 def test_batches_that_do_not_fit(ghosttrain, tiny):
-    refused(ghosttrain(*tiny, "train.global_batch=64"), "48", "train.global_batch=32")
+    refused(ghosttrain(*tiny, "train.global_batch=64"), "48", "train.global_batch=4")
     refused(ghosttrain(*tiny, "data.train_size=32", "train.max_steps=1"), "33")
 
 

@@ -1,0 +1,103 @@
+"""Whether a run goes on with the data that it began with. Imports no torch.
+
+A checkpoint and `result.json` hold the listings of the training and the held-out images: number,
+and a digest of classes, labels and file names; the checkpoint the class names too. Training images
+decide the schedule and what a label means, held-out images decide the metric: both are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Config
+from ghosttrain.data.datasets import Dataset, build_datasets
+
+Listings = dict[str, Any]
+"""`train` and `held_out`: `Dataset.listing()`; `accepted`: changes that `data.changed=accept` let
+pass, one line each."""
+HALVES = {"train": "training", "held_out": "held-out"}
+
+
+def listings(train_set: Dataset, held_out: Dataset) -> Listings:
+    """Return the listings of both halves of the data."""
+    return {"train": train_set.listing(), "held_out": held_out.listing(), "accepted": []}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two listings, in words; [] if nothing does."""
+    old, new = (each["train"].get("classes") for each in (before, now))
+    lines = [_renamed(old, new)] if old and new and old != new else []
+    for key, name in HALVES.items():
+        if before[key]["images"] != now[key]["images"]:
+            lines.append(f"{name} images: {before[key]['images']:,} -> {now[key]['images']:,}")
+        elif before[key]["digest"] != now[key]["digest"] and not (lines and old):
+            lines.append(f"file names or labels of the {name} images differ")
+    return lines
+
+
+def went_on(saved: Mapping[str, Any], now: Listings, changed: str) -> Listings:
+    """Return the listings of a resumed run, with every change that was accepted on the way.
+
+    Args:
+        saved: its checkpoint (one of an earlier version holds no listings).
+        now: listings of the data as they are.
+        changed: `data.changed`.
+
+    Raises:
+        UserError: the data are not those of the checkpoint.
+    """
+    before = saved.get("data")
+    if before is None:
+        return now
+    found = "; ".join(changes(before, now))
+    if not found:
+        return now | {"accepted": before["accepted"]}
+    other = f"this run began with other data ({found}): put the earlier data back"
+    cannot = None
+    if len(before["train"]["classes"]) != len(now["train"]["classes"]):
+        cannot = f"its classifier has {len(before['train']['classes']):,} outputs"
+    elif not saved["optimizer"] and before["train"]["images"] != now["train"]["images"]:
+        cannot = "it has taken all its steps"
+    if cannot:
+        raise UserError(f"{other}, or type run.fresh=true (it cannot go on with these: {cannot})")
+    if changed != "accept":
+        raise UserError(
+            f"{other}, or type data.changed=accept to go on with these, or run.fresh=true to start "
+            "anew"
+        )
+    line = f"data changed after step {saved['step']}: {found}"
+    return now | {"accepted": [*before["accepted"], line]}
+
+
+def without_classes(data: Listings) -> Listings:
+    """Return listings without the class names, which the weights' file holds already."""
+    halves = {key: {k: v for k, v in data[key].items() if k != "classes"} for key in HALVES}
+    return data | halves
+
+
+def note_on_result(config: Config, result: Mapping[str, Any]) -> str | None:
+    """Return a line if the data are not those that a finished run was trained on."""
+    if config.data.root is None or "data" not in result:  # embedded data cannot change
+        return None
+    try:
+        found = changes(result["data"], listings(*build_datasets(config.data)))
+    except UserError as error:
+        return f"note: its data cannot be compared with today's: {error}"
+    if not found:
+        return None
+    return (
+        f"note: the data are not those it was trained on ({'; '.join(found)}); run.fresh=true "
+        "trains anew"
+    )
+
+
+def _renamed(old: list[str], new: list[str]) -> str:
+    gone, come = ([c for c in a if c not in set(b)] for a, b in ((old, new), (new, old)))
+    if len(gone) == len(come):
+        pairs = [f"{a!r} -> {b!r}" for a, b in zip(gone, come, strict=True)]
+    else:
+        pairs = [f"{len(old):,} -> {len(new):,}"]
+        pairs += [f"{c!r} is gone" for c in gone] + [f"{c!r} is new" for c in come]
+    return f"classes differ: {', '.join(pairs[:3])}" + ", ..." * (len(pairs) > 3)
