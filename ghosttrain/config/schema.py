@@ -67,8 +67,8 @@ class Model(Settings):
     """Student from `conf/model/`, or with `source=timm` any timm model name."""
     source: Literal["ghosttrain", "timm"] = "ghosttrain"
     """`ghosttrain`: this project's re-parameterized students; `timm`: `timm.create_model`."""
-    dropout: float = Field(0.2, ge=0, lt=1)
-    """Dropout probability before the classifier."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability before the classifier; `conf/model/` has the published one of each."""
     weights: str | None = None
     """File of weights to start from (any known dialect); null starts from a random
     initialisation."""

@@ -5,8 +5,9 @@ a 1x1 convolution, filter it by a depthwise one and project it back, without an 
 thin side. Channels are those of timm's `mobilenetv2_*` (https://github.com/huggingface/
 pytorch-image-models); with one branch, no scale and no identity it is that network.
 
-Initialised as timm does it, after TensorFlow's code: convolutions normal with variance 2 / fan out,
-the classifier uniform within 1 / sqrt(K), biases 0.
+Convolutions are initialised as timm does it, after TensorFlow's code: normal with variance 2 / fan
+out. timm's classifier, uniform within 1 / sqrt(K), starts with logits of standard deviation 6 where
+K is small: here it starts small (`start_small`). Branches of a layer share its gain (`share_gain`).
 
 Shapes: B batch, C channels, H W map, K classes.
 """
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.schema import Reparam
-from ghosttrain.models.layers import ConvBN, Student, make_divisible
-from ghosttrain.models.reparam import RepConv2d, make_stem
+from ghosttrain.models.layers import ConvBN, Student, make_divisible, start_small
+from ghosttrain.models.reparam import RepConv2d, make_stem, share_gain
 
 # Expansion, output channels at width 1.0, blocks, stride of the first block.
 STAGES = (
@@ -99,6 +100,8 @@ class MobileNetV2(Student):
         self.last = ConvBN(channels, self.num_features, 1)
         self.classifier = nn.Linear(self.num_features, num_classes)
         self.apply(_initialise)
+        share_gain(self)
+        start_small(self.classifier)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to (B, num_features, H / 32, W / 32), rounded up.
@@ -113,7 +116,3 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    elif isinstance(module, nn.Linear):
-        bound = module.out_features**-0.5
-        nn.init.uniform_(module.weight, -bound, bound)
-        nn.init.zeros_(module.bias)

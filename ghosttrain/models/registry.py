@@ -55,7 +55,7 @@ def create_model(
     num_classes: int = 1000,
     in_chans: int = 3,
     reparam: str | Mapping[str, Any] | Reparam = "full",
-    dropout: float = 0.2,
+    dropout: float = 0.0,
     weights: str | None = None,
     fused: bool = False,
     input_stride: str = "standard",

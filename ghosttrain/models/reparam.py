@@ -104,6 +104,21 @@ def make_stem(
     return ConvBN(in_chans, channels, 3, stride)
 
 
+def share_gain(model: nn.Module) -> None:
+    """Start every `RepConv2d` of n branches with gains of 1 / sqrt(n), in place of 1.
+
+    The sum of the branches then varies as the plain layer's output does. With gains of 1 it varies
+    n times as much; where maps are passed on by shortcuts this adds up, and before any statistics
+    were taken a network of such layers evaluates to logits in the tens (measured here,
+    ShuffleNetV2 2.0x: standard deviation 46 to 65 with 2 to 1000 classes).
+    """
+    for module in model.modules():
+        if isinstance(module, RepConv2d):
+            norms = module.norms()
+            for norm in norms:
+                nn.init.constant_(norm.weight, len(norms) ** -0.5)
+
+
 @contextmanager
 def using_engine(model: nn.Module, name: str) -> Iterator[None]:
     """Compute every `RepConv2d` of `model` by this engine within the block."""

@@ -5,7 +5,8 @@ passes the other half on and interleaves both, so that the next block works on a
 blocks work on all channels twice. Channels and blocks are those of torchvision's `shufflenet_v2_x*`
 (https://github.com/pytorch/vision); with one branch, no scale and no identity it is that network.
 
-Every layer has PyTorch's own initialisation, as in torchvision.
+Convolutions have PyTorch's own initialisation, as in torchvision. Branches of a layer share its
+gain (`share_gain`), and the classifier starts small (`start_small`).
 
 Shapes: B batch, C channels, H W map, K classes.
 """
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.schema import Reparam
-from ghosttrain.models.layers import ConvBN, Student
-from ghosttrain.models.reparam import RepConv2d, make_stem
+from ghosttrain.models.layers import ConvBN, Student, start_small
+from ghosttrain.models.reparam import RepConv2d, make_stem, share_gain
 
 DEPTHS = (4, 8, 4)  # blocks per stage; the first of each has stride 2
 STEM_CHANNELS = 24
@@ -108,6 +109,8 @@ class ShuffleNetV2(Student):
         self.stages = nn.Sequential(*stages)
         self.last = ConvBN(inputs, self.num_features, 1)
         self.classifier = nn.Linear(self.num_features, num_classes)
+        share_gain(self)
+        start_small(self.classifier)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to (B, num_features, H / 32, W / 32), rounded up.

@@ -7,6 +7,7 @@ The structure of each family is compared with the published networks in
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from ghosttrain.models.reparam import RepConv2d, fuse
 
 CONF = Path(__file__).parents[2] / "conf"
 SMALLEST = "ghostnetv3_050"
+WIDEST = ("ghostnetv3_160", "mobilenetv2_140", "shufflenetv2_200")
 
 FULL = Reparam(engine="branches")  # the definition that MACs are counted with
 
@@ -128,9 +130,44 @@ def test_stem_shortcuts_and_attention_stay_plain():
     assert len(plain) == 1 + 5 * 2 + 14 * 3 + 1  # stem, shortcuts, attention, last
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in WIDEST else pytest.mark.slow)
+        for name in STUDENTS
+        if not name.startswith("ghostnetv2")  # ghostnetv3 of the same width
+    ],
+)
+def test_the_first_loss_is_that_of_guessing(name):
+    """ln K within 5 %, mean of 5 seeds, before and after any statistics were taken; not exactly."""
+    for classes in (2,) if name in WIDEST else (2, 3, 10, 100, 1000):  # 2 is the hardest
+        labels = torch.arange(8) % classes
+        losses = []
+        for seed in range(5):
+            torch.manual_seed(seed)
+            model, images = create_model(name, classes), torch.randn(8, 3, 64, 64)
+            with torch.inference_mode():
+                pair = [
+                    nn.functional.cross_entropy(m(images), labels) for m in (model, model.eval())
+                ]
+            losses.append(pair)
+        for loss in torch.tensor(losses).mean(0) / math.log(classes):
+            assert 0.95 < loss < 1.05 and loss != 1, (name, classes, loss)
+
+
+def test_branches_share_the_gain_of_a_plain_layer():
+    for name in ("mobilenetv2_050", "shufflenetv2_050"):
+        reps = [m for m in create_model(name, 2).modules() if isinstance(m, RepConv2d)]
+        for rep in reps:
+            gains = torch.stack([norm.weight for norm in rep.norms()])
+            torch.testing.assert_close(gains.square().sum(0), torch.ones(gains.shape[1]))
+        assert len({len(rep.norms()) for rep in reps}) > 1
+
+
 @pytest.mark.parametrize("name", SMALLEST_OF_FAMILY)
 def test_dropout_stands_before_the_classifier(name):
     model = create_model(name, 4, dropout=0.5)
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5]
     model.head = model.classifier = nn.Identity()
     features = torch.ones(8, model.num_features, 1, 1)
     values = set(model.forward_head(features).unique().tolist())
@@ -367,7 +404,8 @@ def test_every_student_has_its_file_and_every_file_its_student():
     assert files == {*STUDENTS, "timm"}
     for name in STUDENTS:
         settings = Model(**read(CONF / "model" / f"{name}.yaml"))
-        assert settings == Model(name=name)
+        published = 0.2 if name.startswith(("ghostnetv2", "mobilenetv2")) else 0.0
+        assert settings == Model(name=name, dropout=published)
         params, fused_params, macs, fused_macs = SIZES[name]
         head = (CONF / "model" / f"{name}.yaml").read_text().splitlines()[0]
         assert f"{params:.3f} -> {fused_params / 1e6:.3f} M" in head

@@ -1,0 +1,308 @@
+"""What can only be checked on a GPU: python scripts/gpu_check.py [NAME ...] [--device cuda]
+
+Each check runs by itself and prints `ok` with its figures, or `FAILED` with what went wrong; the
+exit code is 1 when one failed. Errors are relative to the largest value of a result, against
+float64.
+`--device cpu` runs what a CPU can run, to test the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ghosttrain.config.schema import Reparam
+from ghosttrain.models import moments
+from ghosttrain.models.collapse import synchronize
+from ghosttrain.models.registry import create_model
+from ghosttrain.models.reparam import RepConv2d, fuse, using_engine
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = ("ghostnetv3_050", "mobilenetv2_050", "shufflenetv2_050")
+# (N, k, stride, C, H, W): branches, kernel side, stride, channels, map.
+DEPTHWISE = (
+    (3, 3, 1, 20, 7, 5), (1, 5, 2, 32, 7, 5), (3, 3, 1, 12, 112, 112), (3, 3, 2, 96, 56, 56),
+    (3, 5, 2, 72, 28, 28), (2, 5, 1, 40, 14, 14), (5, 3, 1, 480, 7, 7), (0, 3, 2, 16, 33, 17),
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(CHECKS)}")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(CHECKS):
+        parser.error(f"{unknown.pop()!r} is no check; choose from: {', '.join(CHECKS)}")
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    failed = []
+    for check in options.names or CHECKS:
+        started = time.perf_counter()
+        try:
+            lines = CHECKS[check](device)
+            state = "ok"
+        except Exception:
+            lines, state = traceback.format_exc().splitlines(), "FAILED"
+            failed.append(check)
+        print(f"--- {check}: {state} ({time.perf_counter() - started:.0f} s)", *lines, sep="\n  ")
+        sys.stdout.flush()
+    print(f"failed: {', '.join(failed)}" if failed else "all passed")
+    return int(bool(failed))
+
+
+def worst_error(results: tuple[Tensor, ...], truths: tuple[Tensor, ...]) -> float:
+    """Return the largest error, relative to the largest value of its tensor."""
+    errors = [
+        (
+            (result.double() - truth.to(result.device).double()).abs().max() / truth.abs().max()
+        ).item()
+        for result, truth in zip(results, truths, strict=True)
+        if truth.numel() and truth.abs().max() > 0
+    ]
+    return max(errors, default=0.0)
+
+
+def median_ms(call: Callable[[], object], device: torch.device, rounds: int = 15) -> float:
+    """Return the median time of a call in ms, from events of the device."""
+    times = []
+    for _ in range(3 + rounds):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            since = time.perf_counter()
+            call()
+            times.append(1000 * (time.perf_counter() - since))
+    return sorted(times[3:])[rounds // 2]
+
+
+# --- the checks -----------------------------------------------------------------------------------
+
+
+def triton_kernels(device: torch.device) -> list[str]:
+    """The three depthwise functions: equal to the definition in float64, and their times."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a kernel that `prove` refuses warns
+        kernels = moments._functions(device.type)
+    assert kernels is not None, "no compiled functions for this device"
+    lines = []
+    for N, k, stride, C, H, W in DEPTHWISE:
+        B = 16
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)  # noqa: B023
+
+        def last(x: Tensor) -> Tensor:
+            return x.contiguous(memory_format=torch.channels_last)
+
+        x, shift = last(normal(B, C, H, W) + 3), normal(C) + 3
+        dy = last(normal(B, C, -(-H // stride), -(-W // stride)))
+        w, coef, one = normal(N, k, k, C), normal(3, N, C), normal(3, C)
+        calls = {
+            "depthwise_stats": (x, w, shift, stride),
+            "depthwise_reduce": (x, dy, shift, k, stride),
+            "depthwise_grads": (x, dy, w, shift, coef, one, stride),
+        }
+        figures = []
+        for name, given in calls.items():
+            function, definition = getattr(kernels, name), getattr(moments, name)
+            if name == "depthwise_grads" and not N:
+                continue  # the definition wants a branch
+            wide = tuple(v.double() if isinstance(v, Tensor) else v for v in given)
+            results, truths = function(*given), definition(*wide)
+            if isinstance(results, Tensor):
+                results, truths = (results,), (truths,)
+            error = worst_error(results, truths)
+            assert error < 3e-6, f"{name} {(N, k, stride, C, H, W)} is off by {error:.1e}"
+            assert all(map(torch.equal, results, _tuple(function(*given)))), f"{name}: other bits"
+            ms = median_ms(lambda f=function, g=given: f(*g), device)  # type: ignore[misc]
+            contiguous = tuple(v.contiguous() if isinstance(v, Tensor) else v for v in given)
+            plain = median_ms(lambda f=definition, g=contiguous: f(*g), device)  # type: ignore[misc]
+            figures.append(f"{name[10:]} {error:.0e} {ms:.3f} ms (operators {plain:.3f})")
+        lines.append(f"N k stride C H W = {N} {k} {stride} {C} {H} {W}: " + "; ".join(figures))
+    return lines
+
+
+def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
+
+
+def layers(device: torch.device) -> list[str]:
+    """Every form of a re-parameterized layer against its branches in float64: y, dx, dW, buffers.
+
+    A form may have twice the error of the branches in the same number format.
+    """
+    lines = []
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for C_in, C_out, k, stride, groups in ((64, 64, 1, 1, 1), (96, 24, 1, 1, 1), (24, 96, 1, 1, 1),
+                                           (96, 96, 3, 1, 96), (96, 96, 5, 2, 96)):  # fmt: skip
+        torch.manual_seed(0)
+        rep = RepConv2d(C_in, C_out, k, stride, groups, reparam=Reparam()).to(device)
+        rep = rep.to(memory_format=torch.channels_last)
+        for norm in rep.norms():
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+        x = torch.randn(16, C_in, 28, 28).to(device).contiguous(memory_format=torch.channels_last)
+        dy = torch.randn(16, C_out, -(-28 // stride), -(-28 // stride)).to(device)
+        truth = _trained(copy.deepcopy(rep).double(), x.double(), dy.double(), "branches", False)
+        for bf16 in (False, True):
+            errors = {
+                form: worst_error(_trained(copy.deepcopy(rep), x, dy, form, bf16), truth)
+                for form in ("branches", "stacked", "collapsed", "auto")
+            }
+            shown = ", ".join(f"{form} {error:.1e}" for form, error in errors.items())
+            lines.append(f"{C_in}->{C_out} k{k} s{stride} {'bf16' if bf16 else 'fp32'}: {shown}")
+            bound = max(2 * errors["branches"], 5e-6)
+            assert max(errors.values()) <= bound, "\n".join(lines)
+    return lines
+
+
+def _trained(rep: nn.Module, x: Tensor, dy: Tensor, form: str, bf16: bool) -> tuple[Tensor, ...]:
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    with using_engine(rep, form), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        y = rep(x)
+    y.backward(dy.to(y.dtype))
+    grads = [p.grad for p in rep.parameters()]
+    buffers = [b for b in rep.buffers() if b.is_floating_point()]
+    return (y.detach(), x.grad, *grads, *buffers)  # type: ignore[arg-type]
+
+
+def students(device: torch.device) -> list[str]:
+    """Whole students: loss and gradient of every form against float64; eval against fused."""
+    lines = []
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for name in FAMILIES:
+        torch.manual_seed(0)
+        model = create_model(name, 10).to(device).to(memory_format=torch.channels_last)
+        images = torch.randn(32, 3, 96, 96).to(device).contiguous(memory_format=torch.channels_last)
+        labels = torch.arange(32, device=device) % 10
+        truth = _gradient(copy.deepcopy(model).double(), images.double(), labels, "branches", False)
+        figures = {}
+        for form in ("branches", "auto"):
+            for bf16 in (False, True):
+                loss, gradient = _gradient(copy.deepcopy(model), images, labels, form, bf16)
+                cosine = F.cosine_similarity(gradient.double(), truth[1], dim=0).item()
+                figures[form, bf16] = abs(loss / truth[0] - 1), cosine
+        model.eval()
+        with torch.inference_mode():
+            gap = (model(images) - fuse(model)(images)).abs().max().item()
+        shown = ", ".join(
+            f"{form} {'bf16' if bf16 else 'fp32'} loss {error:.0e} gradient {cosine:.5f}"
+            for (form, bf16), (error, cosine) in figures.items()
+        )
+        lines.append(f"{name}: {shown}; fused differs by {gap:.1e}")
+        assert figures["auto", False][0] < 1e-4 and figures["auto", False][1] > 0.999, lines
+        assert figures["auto", True][0] < 2e-2, lines
+        assert figures["auto", True][1] > figures["branches", True][1] - 0.05, lines
+        assert gap < 1e-3, lines
+    return lines
+
+
+def _gradient(
+    model: nn.Module, images: Tensor, labels: Tensor, form: str, bf16: bool
+) -> tuple[float, Tensor]:
+    with (
+        using_engine(model, form),
+        torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
+    ):
+        logits = model(images)
+    loss = F.cross_entropy(logits.to(next(model.parameters()).dtype), labels)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+
+
+def nccl(device: torch.device) -> list[str]:
+    """Synchronized statistics, DDP and the sums of evaluation through the device's own backend."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            torch.manual_seed(0)
+            model = create_model(FAMILIES[0], 10).to(device).to(memory_format=torch.channels_last)
+            alone, synced = copy.deepcopy(model), synchronize(copy.deepcopy(model))
+            ids = [0] if device.type == "cuda" else None
+            synced = nn.parallel.DistributedDataParallel(synced, device_ids=ids)
+            images = torch.randn(16, 3, 96, 96).to(device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            labels = torch.arange(16, device=device) % 10
+            losses = []
+            for network in (alone, synced):
+                loss = F.cross_entropy(network(images), labels)
+                loss.backward()
+                losses.append(loss.item())
+            assert abs(losses[0] - losses[1]) < 1e-4, losses
+            total = torch.ones(3, dtype=torch.int64, device=device)
+            dist.all_reduce(total)
+        finally:
+            dist.destroy_process_group()
+    return [f"{backend}, 1 rank: loss {losses[0]:.6f}, synchronized under DDP {losses[1]:.6f}"]
+
+
+def run(device: torch.device) -> list[str]:
+    """The main job on the digits, then the same command again, `eval`, and a compiled run."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = ["+recipe=compact_kd", f"launch.device={device.type}", f"run.root={folder}"]
+        small = device.type == "cpu"
+        size = "model=ghostnetv3_050" if small else "model=ghostnetv3_130"
+        short = ["train.max_steps=2"] if small else []
+        said = _cli(*job, size, *short)
+        result = next(Path(folder).rglob("result.json")).parent
+        again = _cli("eval", str(result), f"launch.device={device.type}")
+        tail = said.splitlines()[-12:] + again.splitlines()
+        if small:
+            return tail
+        since = time.perf_counter()
+        said = _cli(*job, "model=ghostnetv3_050", "train.compile=true", "train.epochs=2")
+        last = next(line for line in said.splitlines() if line.startswith("epoch 2/"))
+        return [*tail, f"compiled ({time.perf_counter() - since:.0f} s): {last}"]
+
+
+def bench(device: torch.device) -> list[str]:
+    """`bench step` and `bench optim` of the 1.0x networks."""
+    lines = []
+    batch, size, rounds = ("128", "224", "20") if device.type == "cuda" else ("2", "64", "1")
+    for model in ("ghostnetv3_100", "mobilenetv2_100", "shufflenetv2_100"):
+        lines += _cli(
+            "bench", "step", f"model={model}", f"device={device.type}", f"batch={batch}",
+            f"size={size}", f"rounds={rounds}", "engines=auto,branches",
+        ).splitlines()  # fmt: skip
+    lines += _cli("bench", "optim", f"device={device.type}", f"rounds={rounds}").splitlines()
+    return lines
+
+
+def _cli(*arguments: str) -> str:
+    command = [sys.executable, "-m", "ghosttrain", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+CHECKS: dict[str, Callable[[torch.device], list[str]]] = {
+    "triton_kernels": triton_kernels,
+    "layers": layers,
+    "students": students,
+    "nccl": nccl,
+    "run": run,
+    "bench": bench,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
