@@ -10,23 +10,30 @@ Legend: B batch, C channels, S side of the square, R bytes of a record.
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
+import os
+import pickle
+import re
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Augment, Data
 from ghosttrain.data.augment import Transform, View, eval_transform, normalise, train_transform
 from ghosttrain.data.datasets import Dataset
+from ghosttrain.data.decode import TOO_MANY_FILES
 
 Records = Callable[[int, Sequence[int]], Tensor]
 """(draw number, sample numbers) -> what is stored of them: (B, R) uint8. It is called in the
@@ -102,12 +109,19 @@ class Loader:
                 epochs. Evaluation draws nothing.
 
         Raises:
-            UserError: an image is broken, or what `records` raises.
+            UserError: an image is broken, or what `records` raises; the workers cannot be started
+                or have no memory or files left to send their batches with; one of them died.
         """
         self._plan.batches = ((draw_number, indices) for indices in plan)
-        with _starting_workers():
+        with _explained(), _starting_workers():
+            if self._loader.num_workers and self._loader._iterator is None:
+                _refuse_no_room(self._loader.num_workers)
             batches = iter(self._loader)
-        for batch in batches:
+        while True:
+            with _explained():
+                batch = next(batches, None)
+            if batch is None:
+                return
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)
             yield self._delivered(batch)
@@ -124,8 +138,12 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        with _explained():
+            self.close()
+            # torch raises a worker's death wherever the main process happens to be.
+            if isinstance(error, RuntimeError) and _what_failed(error):
+                raise error
 
     def _delivered(self, batch: Batch) -> Batch:
         def moved(tensor: Tensor) -> Tensor:
@@ -208,7 +226,7 @@ class _Samples(TorchDataset[Any]):
     views: tuple[View, ...]
     records: Records | None
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> Batch | _Failure:
+    def __getitem__(self, key: tuple[int, list[int]]) -> Batch | _Failure | _Parcel:
         draw_number, indices = key
         try:
             samples = [
@@ -219,18 +237,137 @@ class _Samples(TorchDataset[Any]):
         except UserError as error:
             return _Failure(str(error))
         images, *views = map(_stacked, zip(*samples, strict=True))
-        return Batch(
+        batch = Batch(
             images,
             torch.from_numpy(self.dataset.labels[indices]),
             torch.tensor(indices),
             dict(zip(self.views, views, strict=True)),
             records,
         )
+        return batch if get_worker_info() is None else _packed(batch)
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A batch on its way out of a worker, whose pixels lie in shared memory already; on arrival it
+    turns into the batch.
+    """
+
+    pickled: bytes
+
+    def __reduce__(self) -> Any:
+        return _unpacked, (self.pickled,)
+
+
+def _packed(batch: Batch) -> _Parcel | _Failure:
+    """Put a batch into shared memory.
+
+    torch does this in a thread of the worker, where an error is printed and lost: the main process
+    would wait for this batch for ever.
+    """
+    tensors = [batch.images, *batch.views.values()]
+    try:
+        # The thread that hands them over needs a few: without, the main process would wait.
+        _refuse_no_files(len(tensors) + 3 + 6)
+        return _Parcel(bytes(ForkingPickler.dumps(batch)))
+    except Exception as error:
+        size = sum(t.nbytes for t in tensors)
+        return _Failure(_what_failed(error, size) or _NOT_SENT.format(reason=_one_line(error)))
+
+
+def _unpacked(pickled: bytes) -> Batch | _Failure:
+    try:
+        return pickle.loads(pickled)
+    except Exception as error:
+        return _Failure(_what_failed(error) or _NOT_SENT.format(reason=_one_line(error)))
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
     """Stack (C, S, S) that are channels last in memory; so is the result, (B, C, S, S)."""
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+# --- what to say of workers that fail -------------------------------------------------------------
+
+_NOT_SENT = "a data worker could not send its batch ({reason}): type data.workers=0"
+_DIED = "DataLoader worker (pid"
+
+
+def _refuse_no_room(workers: int) -> None:
+    """Raise the OSError that starting the workers would: torch prints another traceback with it."""
+    multiprocessing.Lock()  # lies in shared memory
+    _refuse_no_files(6 * workers + 10)  # pipes: of each worker, of the results
+
+
+def _refuse_no_files(needed: int) -> None:
+    """Raise an OSError unless `needed` more files can be opened."""
+    with ExitStack() as opened:
+        for _ in range(needed):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what torch and the system raise about workers into one line; bugs stay as they are."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if message := _what_failed(error):
+            raise UserError(message) from error
+        raise
+
+
+def _what_failed(error: BaseException, batch_bytes: int = 0) -> str | None:
+    """Return one line about a failure of the machinery around the workers; None for other errors.
+
+    torch says most of it in words only.
+    """
+    said, code = "", getattr(error, "errno", None)
+    cause: BaseException | None = error
+    while cause is not None:
+        said += f"{cause}\n"
+        cause = cause.__cause__
+    if code is None and (found := re.search(r"shared memory.*\((\d+)\)", said)):
+        code = int(found[1])
+    if code in (errno.EMFILE, errno.ENFILE) or "ancdata" in said or "Too many open files" in said:
+        return f"too many files are open for {_WORKERS} to send their batches: {TOO_MANY_FILES}"
+    if code == errno.ENOSPC or "Bus error" in said:
+        return (
+            f"the batches of {_WORKERS} do not fit into shared memory ({_free(batch_bytes)}): type "
+            "data.workers=0 or fewer than now, a smaller train.micro_batch and train.eval_batch, "
+            "or in Docker start the container with --shm-size=8g"
+        )
+    if _DIED in said and "signal: Killed" in said:
+        return (
+            "a data worker was killed, as the system does when memory runs out: type a smaller "
+            "data.workers (or 0), or a smaller train.micro_batch"
+        )
+    if _DIED in said:
+        return f"a data worker died ({_one_line(error)}): type data.workers=0 to see why"
+    if isinstance(error, OSError) and code is not None:
+        return f"{_WORKERS} cannot work ({os.strerror(code)}): type data.workers=0"
+    return None
+
+
+_WORKERS = "the data workers (data.workers)"
+
+
+def _free(batch_bytes: int) -> str:
+    said = []
+    with suppress(OSError):
+        there = os.statvfs("/dev/shm")
+        total, free = (blocks * there.f_frsize for blocks in (there.f_blocks, there.f_bavail))
+        said.append(f"/dev/shm has {free / 1e6:,.1f} of {total / 1e6:,.1f} MB free")
+    if batch_bytes:
+        said.append(f"one batch takes {batch_bytes / 1e6:,.1f} MB")
+    return ", ".join(said) or "/dev/shm is not there"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,0 +1,215 @@
+"""Workers that cannot send their batches, or die: one line within seconds, never a wait."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import os
+import resource
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Augment, Data
+from ghosttrain.data import loader as loader_module
+from ghosttrain.data.datasets import ArrayDataset
+from ghosttrain.data.loader import Loader, train_loader
+
+CPU = torch.device("cpu")
+DATA = Data(train_size=16, workers=2)
+FULL = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+
+
+@pytest.fixture
+def dataset():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 16, 16)).astype(np.uint8)
+    return ArrayDataset("here", ["a", "b"], np.arange(12) % 2, 3, images)
+
+
+def message_of(dataset, batches=((0, 1), (2, 3), (4, 5)), workers=2):
+    data = DATA.model_copy(update={"workers": workers})
+    with pytest.raises(UserError) as raised, train_loader(dataset, data, Augment(), CPU) as loader:
+        list(loader.batches(map(list, batches)))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (RuntimeError(FULL), ("do not fit into shared memory", "data.workers=0", "--shm-size")),
+        (OSError(errno.ENOSPC, "No space left on device"), ("do not fit into shared memory",)),
+        (OSError(errno.EMFILE, "Too many open files"), ("too many files", "ulimit -n")),
+        (RuntimeError("received 0 items of ancdata"), ("too many files", "ulimit -n")),
+        (OSError(errno.EPERM, "Operation not permitted"), ("not permitted", "data.workers=0")),
+        (ValueError("no idea"), ("could not send its batch (no idea)", "data.workers=0")),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_whatever_is_raised_while_a_batch_is_sent_is_one_line(dataset, monkeypatch, error, parts):
+    def fails(storage):
+        raise error
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", fails)
+    message = message_of(dataset)
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), EOFError()])
+def test_whatever_is_raised_while_a_batch_arrives_is_one_line(dataset, monkeypatch, error):
+    def fails(pickled):
+        raise error
+
+    monkeypatch.setattr(loader_module, "pickle", SimpleNamespace(loads=fails))
+    assert ("EOFError" if type(error) is EOFError else "ulimit -n") in message_of(dataset)
+
+
+def test_workers_that_cannot_be_started_are_one_line(dataset, monkeypatch, capfd):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(number) for number in os.listdir("/proc/self/fd")}
+    free = (number for number in range(10_000) if number not in used)
+    limit = next(itertools.islice(free, 12, None))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+        message = message_of(dataset)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "too many files are open" in message
+    monkeypatch.setattr(
+        loader_module.multiprocessing, "Lock", lambda: os.open("/dev/null/shm", os.O_RDONLY)
+    )
+    assert "(Not a directory): type data.workers=0" in message_of(dataset)
+    monkeypatch.undo()
+    assert capfd.readouterr().err == ""  # no traceback of a half-made iterator
+    with train_loader(dataset, DATA, Augment(), CPU) as loader:
+        assert len(list(loader.batches([[0], [1]]))) == 2
+
+
+def dies(how, opened, draw_number, index):
+    how()
+    raise AssertionError("still alive")
+
+
+def kill(number):
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (functools.partial(kill, signal.SIGKILL), "memory runs out: type a smaller data.workers"),
+        (functools.partial(kill, signal.SIGBUS), "do not fit into shared memory"),
+        (functools.partial(kill, signal.SIGTERM), "a data worker died"),
+        (functools.partial(os._exit, 3), "type data.workers=0 to see why"),
+    ],
+)
+def test_a_worker_that_dies_is_one_line(dataset, how, said):
+    data = DATA.model_copy(update={"workers": 1})
+    loader = Loader(dataset, functools.partial(dies, how), data, CPU)
+    with pytest.raises(UserError) as raised, loader:
+        list(loader.batches([[0], [1]]))
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_worker_that_dies_while_the_main_process_computes_is_one_line(dataset):
+    with pytest.raises(UserError, match="a data worker was killed"):  # noqa: SIM117
+        with train_loader(dataset, DATA, Augment(), CPU) as loader:
+            next(loader.batches([[i] for i in range(12)]))
+            (pid, *_) = (worker.pid for worker in loader._loader._iterator._workers)
+            os.kill(pid, signal.SIGKILL)
+            while True:  # torch raises it here, in what has nothing to do with the loader
+                time.sleep(0.01)
+
+
+def test_memory_of_batches_that_are_never_fetched_is_freed(dataset):
+    """An epoch left early leaves packed batches behind: they must not stay in shared memory."""
+    held = []
+    with train_loader(dataset, DATA, Augment(), CPU) as loader:
+        for _ in range(4):
+            next(loader.batches([[i] for i in range(12)]))
+            workers = loader._loader._iterator._workers
+            held.append(sum(len(os.listdir(f"/proc/{worker.pid}/fd")) for worker in workers))
+        assert len(list(loader.batches([[i] for i in range(12)]))) == 12
+    assert held[-1] <= held[0] + 24  # one epoch's batches of 3 tensors may still be on the way
+
+
+# --- through the command line -------------------------------------------------------------------
+
+
+def failing_after(n, real=torch.UntypedStorage._share_fd_cpu_):
+    """Shared memory that is full from the n-th tensor of a worker on."""
+    count = 0
+
+    def share(storage, *args):
+        nonlocal count
+        count += 1
+        if count > n:
+            raise RuntimeError(FULL)
+        return real(storage, *args)
+
+    return share
+
+
+def test_training_ends_in_one_line(ghosttrain, tiny, monkeypatch):
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", failing_after(0))
+    outcome = ghosttrain(*tiny, "data.workers=2")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "do not fit into shared memory (/dev/shm has " in outcome.err
+    assert "one batch takes 0.2 MB" in outcome.err  # 16 x 3 x 64 x 64
+
+
+@pytest.fixture
+def few_digits(tmp_path):
+    """60 of the embedded digits as IDX files, and what makes the shipped teacher store answers."""
+    from ghosttrain.data.datasets import build_datasets
+
+    train = build_datasets(Data(name="digits"))[0]
+    chosen = np.arange(len(train))[:: len(train) // 60][:60]
+    for prefix in ("train", "val"):
+        write_idx(tmp_path / prefix, train.images[chosen], train.labels[chosen])
+    return [
+        "cache", "teacher=digits", "distill=soft_ce", "data=idx", f"data.root={tmp_path}",
+        "data.val_split=val", "data.train_size=64", "teacher.check_samples=0", "train.epochs=1",
+        "targets.codec=topk:3", "targets.shard_size=10", "train.eval_batch=5",
+    ]  # fmt: skip
+
+
+def write_idx(prefix, images, labels):
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        path = prefix.with_name(f"{prefix.name}-{kind}-ubyte")
+        path.write_bytes(head + array.astype(np.uint8).tobytes())
+
+
+def test_cache_ends_in_one_line_and_its_store_is_right_when_it_goes_on(
+    ghosttrain, few_digits, tmp_path, monkeypatch
+):
+    store, whole = tmp_path / "store", tmp_path / "whole"
+    args = [*few_digits, "data.workers=1"]
+    # A batch has 4 tensors, with the teacher's view 5; the sample takes 24 batches of another
+    # loader: the first files are written, then the memory is full.
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", failing_after(5 * 5))
+    monkeypatch.setattr("ghosttrain.engine.cache.SAMPLE", 5)
+    outcome = ghosttrain(*args, f"targets.dir={store}")
+    assert outcome.code == 2 and "do not fit into shared memory" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert 0 < len(list(store.rglob("*.targets"))) < 6
+    monkeypatch.undo()
+    monkeypatch.setattr("ghosttrain.engine.cache.SAMPLE", 5)
+    assert ghosttrain(*args, f"targets.dir={store}").code == 0
+    assert ghosttrain(*args, f"targets.dir={whole}").code == 0
+
+    def files(folder):
+        paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".yaml",))
+        return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+    assert files(store) == files(whole)
