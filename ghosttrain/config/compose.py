@@ -34,7 +34,7 @@ from pydantic_core import ErrorDetails
 
 from ghosttrain.config.distillation import check_loss, check_targets, check_teacher
 from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.identity import field_of, flatten, unflatten
+from ghosttrain.config.identity import check_run_name, field_of, flatten, unflatten
 from ghosttrain.config.names import (
     MEMBERS,
     NAME_A_MEMBER,
@@ -319,6 +319,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
     check_loss(config.distill)
     check_targets(config.targets, config.distill, augment)
     check_policy(augment)
+    check_run_name(config)
     check_normalization(data, config.teacher)
     for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max")):
         if getattr(augment, low) > getattr(augment, high):

@@ -8,19 +8,61 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
+
+LONGEST = 220
+"""Bytes of a folder's name: file systems take 255, `run.fresh` adds a time to it."""
 
 
 def run_name(config: Config) -> str:
     """`<recipe>/<data>-<model>[-mixup]-<hash of what changes the result>-s<seed>`: the run folder
     under run.root.
     """
-    if config.run.name:
+    if config.run.name is not None:
         return config.run.name
     mixed = "-mixup" if config.augment.mixup_alpha or config.augment.cutmix_alpha else ""
     recipe = config.recipe.replace("ablation/", "").replace("/", ".")
     label = f"{config.data.name}-{config.model.name.replace('/', '.')}{mixed}"
     return f"{recipe}/{label}-{fingerprint(config)}-s{config.seed}"
+
+
+def check_run_name(config: Config) -> None:
+    """Refuse names that cannot be a run folder below `run.root`.
+
+    Raises:
+        UserError: naming what is wrong with `run.name`, or with the name derived in its place.
+    """
+    name = run_name(config)
+    fault = _fault_of(name)
+    if fault is None:
+        return
+    given = f"run.name={name!r}"
+    if config.run.name is None:
+        given = f"the name of the run folder, {name!r} (of recipe, data and model.name),"
+    raise UserError(f"{given} {fault}; type run.name=NAME, a folder below run.root")
+
+
+def _fault_of(name: str) -> str | None:
+    """Return why `name` cannot be a folder; None: it can."""
+    parts = name.split("/")
+    try:
+        longest = max(len(part.encode()) for part in parts)
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    if not name.strip():
+        return "is empty"
+    if not name.isprintable():
+        return "holds characters that cannot be printed"
+    if parts[0] in ("", "~"):
+        return "is absolute: run.root=/a/folder says where run folders are"
+    if any(part in ("", ".", "..") for part in parts):
+        return "names no folder of its own"
+    if any(part.startswith(".") for part in parts):
+        return "begins with a dot, as run folders do that were moved aside"
+    if longest > LONGEST:
+        return f"is longer than {LONGEST} bytes"
+    return None
 
 
 def fingerprint(config: Config) -> str:

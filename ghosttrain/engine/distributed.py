@@ -8,6 +8,7 @@ special cases.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 import warnings
@@ -40,12 +41,21 @@ def start(patience: timedelta | None = None) -> None:
     """
     if world_size() > 1 and not dist.is_initialized():
         if "GHOSTTRAIN_RENDEZVOUS" in os.environ:
-            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+            parent = int(os.environ["GHOSTTRAIN_PARENT"])
+            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+            signal.signal(signal.SIGTERM, _terminated)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store = os.environ.get("GHOSTTRAIN_RENDEZVOUS", "env://")
         dist.init_process_group(
             backend, init_method=store, timeout=patience, rank=rank(), world_size=world_size()
         )
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End as an error does, so that worker processes, logs and trackers are closed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report ended workers
+    raise SystemExit(128 + number)
 
 
 def _end_with(parent: int) -> None:

@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 from ghosttrain.config.compose import Composed, compose, override_run
 from ghosttrain.config.errors import UserError
@@ -44,6 +46,10 @@ STORE_MAY_CHANGE = (
     "train.eval_batch",
 )
 """Settings of a store that may differ when it is repaired or looked at."""
+GRACE = 3.0
+"""Seconds in which ranks may end by themselves when another one has failed."""
+PATIENCE = 10.0
+"""Seconds in which ranks that were asked to end may do so."""
 
 
 def launch(composed: Composed) -> int:
@@ -127,61 +133,92 @@ def store_answers(
 
 
 def spawn(arguments: tuple[str, ...], nproc: int) -> int:
-    """Run `python -m ghosttrain ARGUMENTS` as ranks 0..nproc-1; return the first failing rank's
-    exit code, else 0.
+    """Run `python -m ghosttrain ARGUMENTS` as ranks 0..nproc-1; return the exit code of the rank
+    that failed, else 0.
 
     Rank 0 writes to this terminal. Another rank's error output is shown when that rank failed and
-    rank 0 did not.
+    rank 0 did not. The ranks hold Ctrl-C back: this process alone decides, and ends them.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; all ranks have ended.
+        SystemExit: SIGTERM (exit code 143); all ranks have ended.
     """
-    with tempfile.TemporaryDirectory(prefix="ghosttrain-") as scratch:
-        processes, errors = [], []
-        for rank in range(nproc):
-            env = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(nproc),
-                "LOCAL_WORLD_SIZE": str(nproc),
-                "GHOSTTRAIN_RENDEZVOUS": f"file://{scratch}/store",
-            }
-            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-            quiet = open(Path(scratch) / f"rank{rank}", "w+") if rank else None
-            errors.append(quiet)
-            command = [sys.executable, "-m", "ghosttrain", *arguments]
-            processes.append(subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet))
+    processes: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ghosttrain-")))
+        errors = [stack.enter_context(open(scratch / f"rank{r}", "w+")) for r in range(nproc)]
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
         try:
+            # A blocked signal stays blocked in the processes that are started meanwhile.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                for rank in range(nproc):
+                    quiet = errors[rank] if rank else None
+                    processes.append(_start(arguments, rank, nproc, scratch, quiet))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             codes = _wait(processes)
-        except KeyboardInterrupt:
-            time.sleep(1)  # a Ctrl-C in the terminal has reached every rank; `kill -INT` has not
-            for process in processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGINT)
-            codes = _wait(processes)
-        # A mistake of the user (2) on one rank breaks the others' connections: show the mistake.
-        failed = next((r for r, code in enumerate(codes) if code == 2), None)
-        if failed is None:
-            failed = next((r for r, code in enumerate(codes) if code), None)
-        if failed is not None and (quiet := errors[failed]) is not None:
-            quiet.seek(0)
-            sys.stderr.write(quiet.read())
-        for quiet in errors:
-            if quiet is not None:
-                quiet.close()
-    return 0 if failed is None else max(codes[failed], 1)
+        finally:
+            _end(processes)
+        failed = [rank for rank, code in codes.items() if code]
+        if not failed:
+            return 0
+        # A mistake of the user (2), or a rank that was killed, breaks the others' connections.
+        cause = min(failed, key=lambda rank: (codes[rank] != 2, codes[rank] >= 0, rank))
+        errors[cause].seek(0)
+        sys.stderr.write(errors[cause].read())
+        if codes[cause] < 0:
+            number = -codes[cause]
+            print(f"ghosttrain: rank {cause} was killed by signal {number}", file=sys.stderr)
+            return 128 + number
+        return codes[cause]
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], grace: float = 3.0) -> list[int]:
-    """Wait for all; once one has failed the others get `grace` seconds to end by themselves."""
-    failed_at = None
-    while any(p.poll() is None for p in processes):
-        if failed_at is None and any(p.poll() for p in processes):
-            failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > grace:
-            for p in processes:
-                if p.poll() is None:
-                    p.send_signal(
-                        signal.SIGTERM
-                        if time.monotonic() - failed_at < 3 * grace
-                        else signal.SIGKILL
-                    )
+def _start(
+    arguments: tuple[str, ...], rank: int, nproc: int, scratch: Path, quiet: IO[str] | None
+) -> subprocess.Popen[bytes]:
+    """Start one rank; `quiet` takes its output."""
+    env = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "GHOSTTRAIN_RENDEZVOUS": f"file://{scratch}/store",
+        "GHOSTTRAIN_PARENT": str(os.getpid()),
+    }
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    command = [sys.executable, "-m", "ghosttrain", *arguments]
+    return subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Wait for all; once one has failed the others get `GRACE` seconds to end by themselves.
+
+    Returns rank -> exit code of those that did.
+    """
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
         time.sleep(0.05)
-    return [p.wait() for p in processes]
+    until = time.monotonic() + GRACE
+    while any(p.poll() is None for p in processes) and time.monotonic() < until:
+        time.sleep(0.05)
+    return {rank: p.returncode for rank, p in enumerate(processes) if p.poll() is not None}
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ask those that still run to end; kill those that do not, or all at a second Ctrl-C."""
+    try:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        until = time.monotonic() + PATIENCE
+        while any(p.poll() is None for p in processes) and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
