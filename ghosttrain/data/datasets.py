@@ -32,6 +32,7 @@ from ghosttrain.data.decode import (
     open_image,
     read_file,
     reduction,
+    remedy,
     stated_depth,
     suffixes,
     to_pixels,
@@ -524,8 +525,9 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path} ({reason}): fetch it again") from error
+        if isinstance(error, OSError) and error.errno:  # the file itself may be intact
+            raise UserError(f"cannot read {path} ({error.strerror}): {remedy(error)}") from error
+        raise UserError(f"cannot read {path} ({error}): fetch it again") from error
     magic = bytes([0, 0, 8, dims])  # 8: unsigned bytes
     if raw[:4] != magic:
         raise UserError(

@@ -76,7 +76,7 @@ def read_file(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror or error}): {_remedy(error, path)}"
+            f"cannot read {path} ({error.strerror or error}): {remedy(error)}"
         ) from error
 
 
@@ -209,8 +209,8 @@ def _decoding(path: str) -> Iterator[None]:
         ) from error
 
 
-def _remedy(error: OSError, path: str) -> str:
-    """Return what helps when a file cannot be read."""
+def remedy(error: OSError) -> str:
+    """Return what helps when a file of images cannot be read."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return TOO_MANY_FILES
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -218,7 +218,7 @@ def _remedy(error: OSError, path: str) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
         return f"it was there when the folder was listed; put it back, {_AGAIN}"
     if error.errno == errno.EISDIR:
-        return "an image file is expected there"
+        return "a file is expected there"
     return f"see to the disk or the network it lies on, {_AGAIN}"
 
 

@@ -297,6 +297,27 @@ def test_idx_refuses_unknown_labels_and_no_images(idx):
     refused(idx_data(root, val_split="none"), "none-images-idx3-ubyte holds no images")
 
 
+def test_idx_of_one_class_or_unreadable_is_refused(tmp_path, monkeypatch):
+    write_idx(tmp_path, "train", np.zeros((2, 3, 3)), np.full(2, 7))
+    data = idx_data(tmp_path, val_split="train")
+    refused(data, "train-images-idx3-ubyte has one class, '7'", "nothing to tell apart")
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    refused(data, "(Permission denied)", "chmod +r")
+
+
+def test_idx_of_black_or_faint_images_is_said(tmp_path):
+    images = np.zeros((6, 5, 5))
+    images[1:, 2, 2] = 1
+    write_idx(tmp_path, "train", images, np.arange(6))
+    train, _ = build_datasets(idx_data(tmp_path, val_split="train"))
+    assert "brightest pixel of 6 images looked at" in train.notes[0]
+    assert "1 of 6 images looked at" in train.notes[1] and "(first: 0)" in train.notes[1]
+
+
 @pytest.mark.parametrize("kind", ["images", "labels"])
 @pytest.mark.parametrize("keep", [-1, 18, 9, 6, 3])
 def test_idx_refuses_truncated_files(idx, kind, keep):

@@ -248,7 +248,7 @@ def test_postscript_is_not_run_whatever_its_name(tmp_path, monkeypatch):
 
 def test_a_file_that_cannot_be_read_gets_the_remedy_of_its_cause(tmp_path, monkeypatch):
     refused(tmp_path / "gone.jpg", "cannot read", "(No such file or directory)", "put it back")
-    refused(tmp_path, "(Is a directory)", "an image file is expected")
+    refused(tmp_path, "(Is a directory)", "a file is expected")
     with pytest.raises(UserError, match=r"^cannot read .*gone\.jpg \(No such file"):
         read_file(str(tmp_path / "gone.jpg"))
     for number, remedy in {

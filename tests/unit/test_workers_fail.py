@@ -174,8 +174,10 @@ def few_digits(tmp_path):
 
     train = build_datasets(Data(name="digits"))[0]
     chosen = np.arange(len(train))[:: len(train) // 60][:60]
+    images = train.images[chosen]
+    images[7] = 0
     for prefix in ("train", "val"):
-        write_idx(tmp_path / prefix, train.images[chosen], train.labels[chosen])
+        write_idx(tmp_path / prefix, images, train.labels[chosen])
     return [
         "cache", "teacher=digits", "distill=soft_ce", "data=idx", f"data.root={tmp_path}",
         "data.val_split=val", "data.train_size=64", "teacher.check_samples=0", "train.epochs=1",
@@ -205,7 +207,9 @@ def test_cache_ends_in_one_line_and_its_store_is_right_when_it_goes_on(
     assert 0 < len(list(store.rglob("*.targets"))) < 6
     monkeypatch.undo()
     monkeypatch.setattr("ghosttrain.engine.cache.SAMPLE", 5)
-    assert ghosttrain(*args, f"targets.dir={store}").code == 0
+    outcome = ghosttrain(*args, f"targets.dir={store}")
+    assert outcome.code == 0
+    assert "note: 1 of 60 images looked at in" in outcome.out  # notes on the data are said here too
     assert ghosttrain(*args, f"targets.dir={whole}").code == 0
 
     def files(folder):
