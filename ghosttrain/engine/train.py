@@ -41,6 +41,7 @@ from ghosttrain.engine.evaluate import evaluate, held_out_batches, try_first_bat
 from ghosttrain.engine.plan import make_plan
 from ghosttrain.models.collapse import synchronize
 from ghosttrain.models.reparam import fuse
+from ghosttrain.models.timm_sides import check_timm_sides
 from ghosttrain.optim.build import build_optimizer
 from ghosttrain.optim.ema import Ema
 from ghosttrain.optim.schedule import lr_at, set_lr
@@ -99,7 +100,10 @@ def train(config: Config | None, notes: list[str]) -> None:
 
     # ---------------------------------------------------------------- Student, optimizer
     torch.manual_seed(config.seed)
-    student = build_student(config, len(classes)).to(device)
+    student = build_student(config, len(classes))
+    if config.model.source == "timm":
+        check_timm_sides(student, config.model.name, len(classes), config.data, plan.micro_batch)
+    student = student.to(device)
     if config.train.channels_last:
         student = student.to(memory_format=torch.channels_last)
     if config.train.sync_bn:

@@ -268,6 +268,7 @@ def test_a_run_saved_before_there_were_stored_targets_and_ensembles_goes_on(tmp_
     saved["teacher"] = {k: saved["teacher"][k] for k in ("name", "weights", "input_size")}
     saved["distill"] = {k: saved["distill"][k] for k in ("name", "temperature", "weight")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 10}\n')
     assert read_config(tmp_path) == config
     check_same_run(tmp_path, config)
     with pytest.raises(UserError, match="distill.features_weight: 0.0 -> 0.5"):
