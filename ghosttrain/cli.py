@@ -10,11 +10,38 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.output import Output, go_on_without, lasting_output, reason
+
+_ROOM = "make room, then type the same command: what is finished is kept"
+_FILES = "allow more: ulimit -n 65536"
+MENDABLE = {
+    errno.ENOENT: "",
+    errno.EEXIST: "",
+    errno.EACCES: "",
+    errno.EPERM: "",
+    errno.EROFS: "",
+    errno.ENOTDIR: "",
+    errno.EISDIR: "",
+    errno.ELOOP: "",
+    errno.ENAMETOOLONG: "",
+    errno.ENOTEMPTY: "",
+    errno.EBUSY: "",
+    errno.EIO: "the disk or the network folder failed",
+    errno.ESTALE: "the disk or the network folder failed",
+    errno.ENOTCONN: "the disk or the network folder failed",
+    errno.ETIMEDOUT: "the disk or the network folder failed",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.ENOMEM: "another job uses the memory, or data.workers is too high",
+}
+"""Errors of the system that the user can mend, and how; any other is a bug and keeps its trace."""
 
 
 @dataclass(frozen=True)
@@ -35,35 +62,33 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; return the exit code: 0, 1 (a run of a sweep failed), 2 (a mistake of the user),
-    130 (Ctrl-C).
+    """Run a verb; return the exit code: 0, 1 (a run of a sweep failed), 2 (a mistake of the user,
+    or what was asked for could not be printed), 130 (Ctrl-C).
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    if any(a in ("-h", "--help", "help") for a in args):
-        from ghosttrain.help import help_text
+    with lasting_output():
+        return _main(args) or _unprinted()
 
-        with suppress(BrokenPipeError):  # `--help | head` closes the pipe early
-            print(help_text(), flush=True)
-            return 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    if "--version" in args:
-        from ghosttrain import __version__
 
-        print(f"ghosttrain {__version__}")
-        return 0
-    verb = args.pop(0) if args and args[0] in VERBS else "train"
+def _main(args: list[str]) -> int:
+    verb = "train"
     try:
-        return VERBS[verb](_options(verb, args))
+        verb, options = parse(args)
+        return VERBS[verb](options)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = f" (rank {rank})" if rank != "0" else ""
         print(f"ghosttrain: error{where}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in MENDABLE:
             raise
-        print(f"ghosttrain: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        file = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        hint = MENDABLE[error.errno]
+        print(
+            f"ghosttrain: error: {file}{error.strerror}{'; ' if hint else ''}{hint}",
+            file=sys.stderr,
+        )
         return 2
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _lost_a_peer(error):
@@ -78,6 +103,21 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _unprinted() -> int:
+    """Return 2, with a line, when printing was all that was asked for and failed; else 0.
+
+    A closed pipe is no failure: `report | head` has read what it wanted.
+    """
+    out = sys.stdout
+    if not isinstance(out, Output) or out.leaves_more:
+        return 0
+    out.flush()
+    if out.failure is None or isinstance(out.failure, BrokenPipeError):
+        return 0
+    print(f"ghosttrain: error: {out.name}: {reason(out.failure)}", file=sys.stderr)
+    return 2
 
 
 def _lost_a_peer(error: RuntimeError) -> bool:
@@ -107,10 +147,12 @@ def _train(options: Options) -> int:
             return 0
         from ghosttrain.study.sweep import sweep
 
+        go_on_without()
         return sweep(options.overrides, options.config_dir)
     if int(os.environ.get("RANK", "0")) > 0:
         from ghosttrain.engine.train import train
 
+        go_on_without()
         train(None, [])  # the settings come from rank 0
         return 0
     composed = compose(options.overrides, options.config_dir)
@@ -121,6 +163,7 @@ def _train(options: Options) -> int:
         return 0
     from ghosttrain.engine.launch import launch
 
+    go_on_without()
     return launch(composed)
 
 
@@ -134,6 +177,7 @@ def _cache(options: Options) -> int:
     if sum(what.values()) > 1:
         raise UserError("choose one of --dry-run, --repair and --inspect")
     folder = Path(options.folders[0]) if options.folders else None
+    go_on_without()
     return store_answers(folder, options.overrides, options.config_dir, what)
 
 
@@ -152,6 +196,7 @@ def _fuse(options: Options) -> int:
         raise UserError(
             f"fuse takes a run folder, --out FILE and --to LIBRARY, not {options.overrides[0]!r}"
         )
+    go_on_without()
     fuse_run(_one_folder("fuse", options), options.out, options.to)
     return 0
 
@@ -176,6 +221,22 @@ def _report(options: Options) -> int:
     return 0
 
 
+def _help(options: Options) -> int:
+    """Print verbs, groups, recipes, settings and options, those of `--config-dir` too."""
+    from ghosttrain.help import help_text
+
+    print(help_text(options.config_dir))
+    return 0
+
+
+def _version(_: Options) -> int:
+    """Print the version."""
+    from ghosttrain import __version__
+
+    print(f"ghosttrain {__version__}")
+    return 0
+
+
 VERBS: dict[str, Callable[[Options], int]] = {
     "train": _train,
     "cache": _cache,
@@ -183,49 +244,83 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "fuse": _fuse,
     "report": _report,
     "bench": _bench,
+    "help": _help,
+    "version": _version,
 }
-FLAGS = (
-    "--help", "--version", "--multirun", "--cfg", "--info", "--config-dir", "--out", "--to",
-    "--dry-run", "--repair", "--inspect",
-)  # fmt: skip
+SWITCHES = {
+    "-h": "help",
+    "--help": "help",
+    "--version": "version",
+    "-m": "multirun",
+    "--multirun": "multirun",
+    "--dry-run": "dry_run",
+    "--repair": "repair",
+    "--inspect": "inspect",
+}
+WITH_VALUE = {
+    "-c": "cfg",
+    "--cfg": "cfg",
+    "--info": "info",
+    "-cd": "config_dir",
+    "--config-dir": "config_dir",
+    "--out": "out",
+    "--to": "to",
+}
+ALLOWED = {
+    "train": {"multirun", "cfg", "info", "config_dir"},
+    "cache": {"config_dir", "dry_run", "repair", "inspect"},
+    "fuse": {"out", "to"},
+    "help": {"config_dir"},
+}
+"""Verb -> the options that belong to it."""
 
 
-def _options(verb: str, args: list[str]) -> Options:
-    """Split the arguments into key=value, folders and flags; refuse unknown flags."""
+def parse(args: list[str]) -> tuple[str, Options]:
+    """Split a command line into its verb and the rest.
+
+    The verb is the first word that is one: it may stand anywhere between the `key=value`.
+
+    Raises:
+        UserError: an unknown option, one without its value, one of another verb; two verbs.
+    """
     found: dict[str, str | bool] = {}
-    overrides, folders = [], []
+    overrides, words = [], []
     rest = iter(args)
     for arg in rest:
         flag, equals, value = arg.partition("=")
-        if arg in ("-m", "--multirun"):
-            found["multirun"] = True
-        elif arg in ("--dry-run", "--repair", "--inspect"):
-            found[arg.lstrip("-").replace("-", "_")] = True
-        elif flag in ("--cfg", "--info", "--config-dir", "--out", "--to", "-c", "-cd"):
-            name = {"-c": "cfg", "-cd": "config_dir"}.get(flag, flag.lstrip("-").replace("-", "_"))
+        if arg in SWITCHES:
+            found[SWITCHES[arg]] = True
+        elif flag in WITH_VALUE:
+            name = WITH_VALUE[flag]
             given = value if equals else next(rest, None)
             if not given:
                 raise UserError(f"{flag} needs a value: {flag} {_EXAMPLE[name]}")
             found[name] = given
         elif arg.startswith("-"):
-            raise UserError(f"unknown option {flag!r}.{did_you_mean(flag, FLAGS)}")
+            options = [o for o in (*SWITCHES, *WITH_VALUE) if o.startswith("--")]
+            raise UserError(f"unknown option {flag!r}.{did_you_mean(flag, options)}")
         elif equals:
             overrides.append(arg)
         else:
-            folders.append(arg)
+            words.append(arg)
+    if found.pop("help", False) or "help" in words:
+        return "help", Options([], [], config_dir=found.get("config_dir"))  # type: ignore[arg-type]
+    if found.pop("version", False):
+        return "version", Options([], [])
+    verb = next((word for word in words if word in VERBS), None)
+    if verb is not None:
+        words.remove(verb)
+    for word in words:
+        if word in VERBS and not Path(word).exists():
+            raise UserError(f"two verbs, {verb!r} and {word!r}: type one")
+    verb = verb or "train"
     if found.get("cfg") not in (None, "job", "hydra", "all"):
         raise UserError(f"--cfg {found['cfg']}: choose job, hydra or all")
-    known = {
-        "train": {"multirun", "cfg", "info", "config_dir"},
-        "cache": {"config_dir", "dry_run", "repair", "inspect"},
-        "fuse": {"out", "to"},
-    }
-    allowed = known.get(verb, set())
-    for name in set(found) - allowed:
+    for name in sorted(set(found) - ALLOWED.get(verb, set())):
         raise UserError(
             f"--{name.replace('_', '-')} does not belong to {verb}; see python -m ghosttrain --help"
         )
-    return Options(overrides, folders, **found)  # type: ignore[arg-type]
+    return verb, Options(overrides, words, **found)  # type: ignore[arg-type]
 
 
 _EXAMPLE = {"cfg": "job", "info": "defaults", "config_dir": "FOLDER", "out": "FILE", "to": "timm"}

@@ -11,6 +11,7 @@ import ast
 import textwrap
 from pathlib import Path
 
+from ghosttrain.config.errors import UserError
 from ghosttrain.config.paths import PACKAGE, shipped
 
 _HEAD = """\
@@ -42,7 +43,8 @@ options
   -m, --multirun    sweep over comma-separated values; finished runs are not repeated
   --cfg job         print the composed settings and stop (hydra, all: Hydra's own)
   --info defaults   where they come from (also: defaults-tree, config, searchpath, plugins)
-  --config-dir D    your own groups (D/optim/x.yaml) and recipes (D/recipe/x.yaml)
+  --config-dir D    your own groups (D/optim/x.yaml) and recipes (D/recipe/x.yaml); with --help
+                    they are listed
   --dry-run         cache: measure the codecs, the size on disk and the time, and store nothing
   --repair          cache D: make damaged or missing files of the store again
   --inspect         cache D: draw a few stored crops with what the teacher says of them
@@ -50,21 +52,38 @@ options
 """
 
 
-def help_text() -> str:
-    """Return the help: head, groups, recipes and every setting with its default."""
-    conf, recipes = (shipped(name) for name in ("conf", "recipes"))
+def help_text(config_dir: str | None = None) -> str:
+    """Return the help: head, groups, recipes and every setting with its default.
+
+    Args:
+        config_dir: the user's own folder: its groups and recipes are listed with the shipped ones.
+
+    Raises:
+        UserError: no such folder.
+    """
+    conf, recipes = [shipped("conf")], [shipped("recipes")]
+    if config_dir is not None:
+        own = Path(config_dir).expanduser()
+        if not own.is_dir():
+            raise UserError(f"--config-dir {config_dir}: no such folder")
+        conf.append(own)
+        recipes.append(own / "recipe")
     parts = [_HEAD, "groups (GROUP=CHOICE; * is the default)"]
-    chosen = dict(_default_choices(conf / "config.yaml"))
-    for group in sorted(p for p in conf.iterdir() if p.is_dir()):
-        names = sorted(f.stem for f in group.glob("*.yaml"))
-        starred = [name + "*" * (chosen.get(group.name) == name) for name in names]
-        parts.append(_row(group.name, " ".join(starred)))
-    names = sorted(
-        f.relative_to(recipes).with_suffix("").as_posix() for f in recipes.rglob("*.yaml")
-    )
+    chosen = dict(_default_choices(conf[0] / "config.yaml"))
+    groups = {p.name for root in conf for p in root.iterdir() if p.is_dir()} - {"recipe"}
+    for group in sorted(groups):
+        names = {f.stem for root in conf for f in (root / group).glob("*.yaml")}
+        starred = [name + "*" * (chosen.get(group) == name) for name in sorted(names)]
+        if starred:  # a folder without settings is no group
+            parts.append(_row(group, " ".join(starred)))
+    names = {
+        f.relative_to(root).with_suffix("").as_posix()
+        for root in recipes
+        for f in root.rglob("*.yaml")
+    }
     parts += ["", "recipes (+recipe=NAME, stacked: '+recipe=[compact_kd,ablation/no_ema]')"]
     parts += [
-        _row("", " ".join(names)),
+        _row("", " ".join(sorted(names))),
         "",
         "settings (section.name=value; defaults before groups and recipes)",
     ]
@@ -83,7 +102,7 @@ def _row(name: str, text: str) -> str:
 
 
 def _default_choices(path: Path) -> list[tuple[str, str]]:
-    lines = (line.split("#")[0].strip(" -\n") for line in path.read_text().splitlines())
+    lines = (line.split("#")[0].strip(" -\n") for line in path.read_text("utf-8").splitlines())
     return [(k, v.strip()) for k, _, v in (line.partition(":") for line in lines) if v.strip()]
 
 

@@ -81,7 +81,9 @@ class Names:
 
     def default_groups(self) -> dict[str, str]:
         """Return the file that conf/config.yaml chooses in each group."""
-        lines = yaml.safe_load((self.conf[0] / "config.yaml").read_text())["defaults"]
+        lines = yaml.safe_load((self.conf[0] / "config.yaml").read_text(encoding="utf-8"))[
+            "defaults"
+        ]
         return {k: str(v) for line in lines if isinstance(line, dict) for k, v in line.items()}
 
     def choices(self, group: str) -> list[str]:

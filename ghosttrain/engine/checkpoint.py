@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.paths import utf8_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import read_config, replacing
 from ghosttrain.models.layers import Student
@@ -169,9 +170,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: damaged, or not written by `save_weights`.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             about = json.loads((file.metadata() or {})["ghosttrain"])
-        return load_file(path), about
+            return load_file(name), about
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as weights of ghosttrain: {' '.join(str(error).split())}"

@@ -146,7 +146,10 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ghosttrain-")))
-        errors = [stack.enter_context(open(scratch / f"rank{r}", "w+")) for r in range(nproc)]
+        errors = [
+            stack.enter_context(open(scratch / f"rank{r}", "w+", errors="replace"))
+            for r in range(nproc)
+        ]
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
         try:
             # A blocked signal stays blocked in the processes that are started meanwhile.

@@ -8,10 +8,13 @@ writes.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +28,11 @@ from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import distributed
 from ghosttrain.engine.folder import clock, replacing, write_text
+from ghosttrain.output import failures, printable, reason
 
 Row = dict[str, float]
+Mode = Literal["off", "offline", "online"]
+LOG, METRICS = "log.txt", "metrics.jsonl"
 NO_TERMS = ("kind", "step", "loss", "agreement", "lr", "images_per_second")
 """What a row of training metrics holds besides the terms of the loss."""
 AGREED = "as the teacher (training)"
@@ -62,9 +68,41 @@ class Meter:
         return row
 
 
+class Journal:
+    """A file that grows by lines. Lines that cannot be written (a full disk) are kept and tried
+    again with the next one: nothing is lost once there is room.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.unwritten = path, b""
+
+    def append(self, line: str) -> None:
+        """Write a line, after those that are still to be written.
+
+        Raises:
+            OSError: it could not be written; the next call tries again.
+        """
+        self.unwritten += printable(line).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is still to be written.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.unwritten:
+            with open(self.path, "ab", buffering=0) as file:  # opened anew: it may have been moved
+                while self.unwritten:
+                    self.unwritten = self.unwritten[file.write(self.unwritten) :]
+
+
 class Tracker:
     """Writes rows of metrics to every place the settings name; a silent one (`folder=None`) for
     other ranks.
+
+    A place that fails is said once in the others and ends nothing: training is worth more than
+    what is noted about it.
     """
 
     def __init__(
@@ -80,20 +118,26 @@ class Tracker:
         self.bar: tqdm[Any] | None = None
         self.wandb: Any = None
         self.tensorboard: Any = None
+        self.failed: set[str] = set()
         if folder is None:
             return
         self.started, self.start_step, self.total = time.perf_counter(), start_step, total_steps
-        self.log_file = open(folder / "log.txt", "a", encoding="utf-8")
-        self._forget_rows(start_step, evaluates_first)
-        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        if config.tracker.wandb != "off":
-            self.wandb = _wandb(config, folder, config.tracker.wandb)
+        self.log_file, self.metrics = Journal(folder / LOG), Journal(folder / METRICS)
+        self._attempt(METRICS, lambda: forget_rows(folder, start_step, evaluates_first))
+        asked, mode = config.tracker.wandb, wandb_mode(config)
+        if mode != "off":
+            self._start_wandb(config, folder, mode)
+        self.about_wandb = "" if asked == "off" else f"Weights & Biases {mode}"
+        if mode != asked:
+            self.about_wandb += f" (tracker.wandb={asked}; the environment's WANDB_ variables win)"
+        if self.wandb is not None:
+            self.about_wandb += f", project {wandb_project(config)}"
         if config.tracker.tensorboard:
-            self.tensorboard = _tensorboard(folder)
+            self._start_tensorboard(folder)
 
     def __enter__(self) -> Tracker:
         """Show the progress bar, where there is a terminal to show it on."""
-        if self.folder is not None and sys.stderr.isatty():
+        if self.folder is not None and sys.stderr is not None and sys.stderr.isatty():
             self.bar = tqdm(
                 total=self.total,
                 initial=self.start_step,
@@ -110,11 +154,23 @@ class Tracker:
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self._attempt("Weights & Biases", self.wandb.finish)
         if self.tensorboard is not None:
-            self.tensorboard.close()
-        self.log_file.close()
-        self.metrics.close()
+            self._attempt("TensorBoard", self.tensorboard.close)
+        self._attempt(METRICS, self.metrics.flush)
+        if self.metrics.unwritten:
+            rows = self.metrics.unwritten.count(b"\n")
+            self.say(f"{METRICS} and the curves lack {rows} rows that could not be written")
+
+    def about(self) -> list[str]:
+        """Return the line of a run's head about W&B and TensorBoard; none if neither was asked
+        for.
+        """
+        if self.folder is None:
+            return []
+        said = [self.about_wandb] if self.about_wandb else []
+        said += ["TensorBoard"] if self.tensorboard is not None else []
+        return [f"tracking: {', '.join(said)}"] if said else []
 
     def say(self, line: str) -> None:
         """Print a line and keep it in log.txt."""
@@ -124,24 +180,31 @@ class Tracker:
             self.bar.write(line, file=sys.stdout)
         else:
             print(line, flush=True)
-        self.log_file.write(line + "\n")
-        self.log_file.flush()
+        self._attempt(LOG, lambda: self.log_file.append(line))
+        for name, error in failures().items():
+            if name not in self.failed:
+                self._note(name, error)
 
     def log(self, kind: str, step: int, row: Row) -> None:
         """Write one row of metrics of `kind` train or eval, and move the progress bar."""
         if self.folder is None:
             return
-        self.metrics.write(json.dumps({"kind": kind, "step": step} | row) + "\n")
-        self.metrics.flush()
+        line = json.dumps({"kind": kind, "step": step} | row)
+        self._attempt(METRICS, lambda: self.metrics.append(line))
         if self.wandb is not None:
-            self.wandb.log({f"{kind}/{k}": v for k, v in row.items()}, step=step)
+            values = {f"{kind}/{name}": value for name, value in row.items()}
+            self._attempt("Weights & Biases", lambda: self.wandb.log(values, step=step))
         if self.tensorboard is not None:
-            for name, value in row.items():
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            self._attempt("TensorBoard", lambda: self._scalars(kind, step, row))
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             if kind == "train":
                 self.bar.set_postfix_str(describe(row))
+
+    def draw_curves(self, title: str) -> None:
+        """Draw curves.png from the rows in metrics.jsonl; a run is none the worse without it."""
+        if (folder := self.folder) is not None:
+            self._attempt("curves.png", lambda: draw_curves(folder, title))
 
     def eta(self, step: int) -> str:
         """Return the time left, from the speed since this process started."""
@@ -150,15 +213,69 @@ class Tracker:
         speed = (time.perf_counter() - self.started) / (step - self.start_step)
         return clock(speed * (self.total - step))
 
-    def _forget_rows(self, step: int, evaluates_first: bool) -> None:
-        """Drop rows written after the checkpoint that this run resumes from: those steps run
-        again, and with `evaluates_first` the evaluation after its last step too.
-        """
-        path = (self.folder or Path()) / "metrics.jsonl"
-        if path.is_file():
-            last = {"train": step, "eval": step - evaluates_first}
-            kept = [row for row in read_metrics(path.parent) if row["step"] <= last[row["kind"]]]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    def _attempt(self, place: str, write: Callable[[], object]) -> None:
+        """Write to one place; what goes wrong there is said once, and goes no further."""
+        try:
+            write()
+        except Exception as error:
+            if place == "Weights & Biases":
+                self.wandb = None
+            if place == "TensorBoard":
+                self.tensorboard = None
+            if place not in self.failed:
+                self._note(place, error)
+
+    def _note(self, place: str, error: Exception) -> None:
+        self.failed.add(place)
+        after = {
+            LOG: "its lines are kept and tried again",
+            METRICS: "its rows are kept and tried again",
+        }.get(place, "the run goes on without it")
+        self.say(f"{place} cannot be written ({reason(error)}); {after}")
+
+    def _scalars(self, kind: str, step: int, row: Row) -> None:
+        for name, value in row.items():
+            self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def _start_wandb(
+        self, config: Config, folder: Path, mode: Literal["online", "offline"]
+    ) -> None:
+        if printable(str(folder)) != str(folder):
+            raise UserError(
+                f"Weights & Biases cannot write into {folder}, a name that is no text in this "
+                "locale: type tracker.wandb=off or another run.root"
+            )
+        try:
+            self.wandb = _wandb(config, folder, mode)
+        except Exception as error:
+            if self.start_step:  # a run that goes on at night does not end because a server is gone
+                return self._note("Weights & Biases", error)
+            raise UserError(
+                f"Weights & Biases did not start ({reason(error)}); type tracker.wandb=offline or "
+                "off"
+            ) from None
+
+    def _start_tensorboard(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "tracker.tensorboard=true needs the package: pip install tensorboard"
+            ) from None
+        try:
+            self.tensorboard = SummaryWriter(log_dir=str(folder / "tensorboard"))
+        except (OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
+            self._note("TensorBoard", error)
+
+
+def forget_rows(folder: Path, step: int, evaluates_first: bool) -> None:
+    """Drop rows written after the checkpoint that a run resumes from: those steps run again, and
+    with `evaluates_first` the evaluation after its last step too.
+    """
+    if (folder / METRICS).is_file():
+        last = {"train": step, "eval": step - evaluates_first}
+        kept = [row for row in read_metrics(folder) if row["step"] <= last[row["kind"]]]
+        write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def describe(row: Row) -> str:
@@ -171,11 +288,11 @@ def describe(row: Row) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl; a line that is damaged (the last one, cut short by a kill)
-    is left out.
+    """Return the rows of metrics.jsonl, none where there is none; a line that is damaged (the last
+    one, cut short by a kill) is left out.
     """
-    rows = []
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    path, rows = folder / METRICS, []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         with suppress(ValueError):
             row = json.loads(line)
@@ -223,29 +340,61 @@ def draw_curves(folder: Path, title: str) -> None:
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    figure.suptitle(title, fontsize=10)
-    with replacing(folder / "curves.png") as file:
-        figure.savefig(file, format="png", dpi=130)
+    figure.suptitle(printable(title), fontsize=10, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
+        with replacing(folder / "curves.png") as file:
+            figure.savefig(file, format="png", dpi=130)
+
+
+def wandb_mode(config: Config) -> Mode:
+    """Return what Weights & Biases does in this run: `tracker.wandb`, or less.
+
+    The environment can only take away: WANDB_MODE=offline (a cluster without a network) turns
+    online into offline; WANDB_MODE=disabled and WANDB_DISABLED=true turn it off. Names and values:
+    https://docs.wandb.ai/guides/track/environment-variables (dryrun and run are older names).
+
+    Raises:
+        UserError: WANDB_MODE is none of them, and tracker.wandb is not off.
+    """
+    asked = config.tracker.wandb
+    if asked == "off" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+        return "off"
+    given = os.environ.get("WANDB_MODE") or asked
+    known: dict[str, Mode] = {
+        "online": "online",
+        "run": "online",
+        "offline": "offline",
+        "dryrun": "offline",
+        "disabled": "off",
+    }
+    if given not in known:
+        raise UserError(
+            f"WANDB_MODE={given} in the environment: set it to online, offline or disabled, or "
+            "type tracker.wandb=off"
+        )
+    return min(asked, known[given], key=("off", "offline", "online").index)
+
+
+def wandb_project(config: Config) -> str:
+    """Return `tracker.project`; where that is not set, WANDB_PROJECT of the environment."""
+    unset = config.tracker.project == type(config.tracker)().project
+    return (unset and os.environ.get("WANDB_PROJECT")) or config.tracker.project
 
 
 def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> Any:
     import wandb
 
-    try:
-        return wandb.init(
-            project=config.tracker.project,
-            name=run_name(config),
-            dir=folder,
-            mode=mode,
-            config=config.model_dump(mode="json"),
-            id=_wandb_id(folder),
-            resume="allow",
-        )
-    except (wandb.Error, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"Weights & Biases did not start ({reason}); type tracker.wandb=offline or off"
-        ) from None
+    settings = json.dumps(config.model_dump(mode="json"), ensure_ascii=False)
+    return wandb.init(
+        project=wandb_project(config),
+        name=printable(run_name(config)),
+        dir=folder,
+        mode=mode,
+        config=json.loads(settings.encode("utf-8", "replace")),
+        id=_wandb_id(folder),
+        resume="allow",
+    )
 
 
 def _wandb_id(folder: Path) -> str:
@@ -256,13 +405,3 @@ def _wandb_id(folder: Path) -> str:
         return kept
     write_text(path, made := secrets.token_hex(4))
     return made
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "tracker.tensorboard=true needs the package: pip install tensorboard"
-        ) from None
-    return SummaryWriter(log_dir=str(folder / "tensorboard"))

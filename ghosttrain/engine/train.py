@@ -152,6 +152,8 @@ def train(config: Config | None, notes: list[str]) -> None:
             config, plan, run, train_set, held_out, student, answers.about, device, notes
         ):
             tracker.say(line)
+        for line in tracker.about():
+            tracker.say(line)
         try_first_batch(student, held_images, len(held_out), eval_batch)
         row: track.Row = {}
         while True:
@@ -258,7 +260,7 @@ def train(config: Config | None, notes: list[str]) -> None:
             save_weights(
                 run / "model.safetensors", ema.model, describe_weights(config, classes, "ema")
             )
-            track.draw_curves(run, folder.run_name(config))
+            tracker.draw_curves(folder.run_name(config))
             folder.write_text(run / "card.md", summary.card(config, result, held_out, notes))
             folder.write_json(run / "result.json", result)
             for line in ["", *folder.result_lines(result), f"run folder: {run}"]:

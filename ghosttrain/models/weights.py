@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.paths import utf8_name
 from ghosttrain.config.schema import Reparam
 from ghosttrain.models.layers import Student
 from ghosttrain.models.layouts import FULL, LAYOUTS, PLAIN, Dialect, Layout, detect
@@ -91,7 +92,8 @@ def read_state(path: str | Path) -> State:
 
 def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        with utf8_name(path) as name:
+            return load_file(name)
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location="cpu", weights_only=True)
     return content if isinstance(content, Mapping) else {}

@@ -17,7 +17,11 @@ from ghosttrain.study.report import report
 
 
 def sweep(overrides: list[str], config_dir: str | None) -> int:
-    """Run all cells; return 0, or 1 when a cell failed."""
+    """Run all cells; return 0, or 1 when a cell failed.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C ends the sweep, not only the cell that runs.
+    """
     runs = [compose(cell, config_dir) for cell in cells(overrides, config_dir)]
     folders = [run_folder(run.config) for run in runs]
     failed = []
@@ -31,8 +35,6 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         except Exception:  # out of memory, a full disk, a bug: the other cells still run
             traceback.print_exc()
             code = 1
-        if code == 130:
-            return code
         if code:
             failed.append(f"{' '.join(run.arguments)} (exit code {code})")
     done = [folder for folder in folders if read_result(folder) is not None]

@@ -1,0 +1,115 @@
+"""Standard output and standard error that end no command: `... | head`, a full disk, a terminal
+that is gone, a locale without the letters of a name.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+
+class Output:
+    """A stream of the terminal that never raises: what fails once is switched off."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self.stream, self.name = stream, name
+        self.failure: Exception | None = None
+        self.other: Output | None = None
+        """Where a failure is said."""
+        self.leaves_more = False
+        """Whether the command leaves more behind than what it prints (`go_on_without`)."""
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")  # shows a letter the locale lacks as \xdf
+
+    def write(self, text: str) -> int:
+        """Write `text`; return its length, as a text stream does."""
+        if self.failure is None:
+            try:
+                self.stream.write(text)
+            except (OSError, ValueError) as error:  # ValueError: the stream was closed
+                self._switch_off(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        if self.failure is None:
+            try:
+                self.stream.flush()
+            except (OSError, ValueError) as error:
+                self._switch_off(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _switch_off(self, error: Exception) -> None:
+        self.failure = error
+        with suppress(OSError, ValueError):  # else Python itself would complain at its end
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+        if self.other is not None:
+            said = f"{self.name} cannot be written ({reason(error)}); the work goes on without it"
+            self.other.write(f"ghosttrain: {said}\n")
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let nothing inside this block fail because its output cannot be written."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # started with `>&-`: else a file of the run would become descriptor 1 or 2
+    os.close(handle)
+    before, hangup = (sys.stdout, sys.stderr), signal.getsignal(signal.SIGHUP)
+    if sys.stdout is not None:  # None: closed by whoever started this process
+        sys.stdout = Output(sys.stdout, "the standard output")
+    if sys.stderr is not None:
+        sys.stderr = Output(sys.stderr, "the error output")
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = before
+        if signal.getsignal(signal.SIGHUP) is not hangup:
+            signal.signal(signal.SIGHUP, hangup)
+
+
+def go_on_without() -> None:
+    """From here on something is made that matters more than what is printed about it.
+
+    A stream that fails is said once on the other one, and a terminal that is closed (SIGHUP) does
+    not end this process: a lost connection does not cost a night of training.
+    """
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, Output)]
+    for stream, other in zip(streams, reversed(streams), strict=True):
+        stream.leaves_more = True
+        stream.other = None if other is stream else other
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def failures() -> dict[str, Exception]:
+    """Return name -> reason of the streams that are switched off."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, Output)]
+    return {s.name: s.failure for s in streams if s.failure is not None}
+
+
+def reason(error: BaseException) -> str:
+    """Return why something failed, in one line: `No space left on device`.
+
+    An error that was raised in place of one of the system tells that one's reason.
+    """
+    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+        error = error.__context__
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(str(text).split())[:300] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    r"""Return `text` as Unicode that every file takes: a byte that is no UTF-8 becomes \udce9."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
