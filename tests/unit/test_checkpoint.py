@@ -1,0 +1,174 @@
+"""Checkpoints and weights files: what is saved loads again, what does not fit is refused, and a
+full disk costs nothing that was saved before."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import PLAIN, Config, Data, Model
+from ghosttrain.engine.checkpoint import (
+    can_fuse,
+    describe_weights,
+    load_into,
+    load_state,
+    read_weights,
+    save_state,
+    save_weights,
+    without_start,
+)
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Let writes fail beyond `size` bytes in a file, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    model = small().to(torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {
+        "student": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "best": {"top1": 12.5, "epoch": 3},
+        "classes": ["a", "b"],
+        "data": {"train": {"images": 5, "digest": "x"}, "accepted": []},
+    }
+    save_state(tmp_path / "last.pt", state)
+    back = load_state(tmp_path / "last.pt")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back["student"][k], v) for k, v in state["student"].items())
+    assert back["student"]["0.weight"].dtype == torch.float64
+    assert {k: back[k] for k in ("best", "classes", "data")} == {
+        k: state[k] for k in ("best", "classes", "data")
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is damaged"),
+        (b"PK\x03\x04 cut short", "is damaged"),
+        (b"hello", "is damaged"),
+        ({"weights": 1}, "is no checkpoint"),
+        ([1], "is no checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, said):
+    path = tmp_path / "last.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match=said) as refusal:
+        load_state(path)
+    assert "delete it to start this run anew" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_cut_anywhere_is_refused(tmp_path):
+    path = tmp_path / "last.pt"
+    save_state(path, {"student": {"x": torch.arange(1000.0)}})
+    whole = path.read_bytes()
+    for share in (0.1, 0.5, 0.9, 0.999):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(UserError, match="is damaged"):
+            load_state(path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "made"), "w"))
+
+    torch.save({"student": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="is damaged"):
+        load_state(tmp_path / "last.pt")
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_must_be_of_this_model(tmp_path):
+    model, state = small(), small().state_dict()
+    state["0.bias"] = state["0.bias"] + 1
+    load_into(model, state, tmp_path)
+    assert torch.equal(model[0].bias, state["0.bias"])
+    for wrong in (
+        {k: v for k, v in state.items() if k != "3.bias"},
+        state | {"extra": torch.zeros(1)},
+        state | {"3.bias": torch.zeros(3)},
+    ):
+        with pytest.raises(UserError, match="weights of another model: 1 entries do not fit"):
+            load_into(model, wrong, tmp_path)
+    assert torch.equal(model[0].bias, state["0.bias"])
+
+
+def test_a_weights_file_says_what_it_is(tmp_path):
+    config = Config(
+        model=Model(name="ghostnetv3_050", weights="start.pth"),
+        reparam=PLAIN,
+        data=Data(eval_size=96, mean=(0.1, 0.2, 0.3)),
+    )
+    path = tmp_path / "x.safetensors"
+    model = small()
+    save_weights(path, model, describe_weights(config, ["a", "b"], "ema"))
+    tensors, about = read_weights(path)
+    assert all(torch.equal(tensors[k], v) for k, v in model.state_dict().items())
+    assert about["classes"] == ["a", "b"] and about["form"] == "ema"
+    assert about["model"]["name"] == "ghostnetv3_050" and "weights" not in about["model"]
+    assert about["reparam"] == PLAIN.model_dump(mode="json")
+    assert about["input"]["eval_size"] == 96 and about["input"]["mean"] == [0.1, 0.2, 0.3]
+    assert json.loads(describe_weights(config, [], "fused")["ghosttrain"])["reparam"] is None
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cannot be read as weights of ghosttrain"):
+        read_weights(path)
+    with pytest.raises(UserError, match="cannot be read as weights of ghosttrain"):
+        read_weights(tmp_path / "absent")
+
+
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
+    """torch meets the failed write, then fails to end its archive: "unexpected pos"."""
+    last, best = tmp_path / "last.pt", tmp_path / "best.safetensors"
+    save_state(last, {"student": {"x": torch.zeros(10)}})
+    save_weights(best, small(), {})
+    before = [path.read_bytes() for path in (last, best)]
+    large = nn.Linear(500, 500)
+    with files_up_to(100_000):
+        for size in (40_000, 400_000):  # fails in the middle, and when the rest is flushed
+            state = {"student": {"x": torch.zeros(size), "y": torch.zeros(20)}}
+            with pytest.raises(UserError, match=r"cannot write .*last.pt \(File too large\); what"):
+                save_state(last, state)
+        with pytest.raises(UserError, match=r"cannot write .*best.safetensors \(File too large\)"):
+            save_weights(best, large, {})
+    assert [path.read_bytes() for path in (last, best)] == before
+    assert sorted(tmp_path.iterdir()) == [best, last]
+    with pytest.raises(RuntimeError, match="(?i)bug"):  # another error keeps its trace
+        save_state(last, {"student": Unsavable()})
+    assert sorted(tmp_path.iterdir()) == [best, last]
+
+
+class Unsavable:
+    def __reduce__(self):
+        raise RuntimeError("a bug")
+
+
+def test_a_run_goes_on_without_the_file_it_started_from():
+    config = Config(model=Model(weights="gone.pth", dropout=0.1))
+    assert without_start(config).model == Model(dropout=0.1)
+    assert can_fuse(config) and not can_fuse(Config(model=Model(name="x", source="timm")))
