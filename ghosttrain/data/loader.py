@@ -113,12 +113,13 @@ class Loader:
                 or have no memory or files left to send their batches with; one of them died.
         """
         self._plan.batches = ((draw_number, indices) for indices in plan)
-        with _explained(), _starting_workers():
-            if self._loader.num_workers and self._loader._iterator is None:
-                _refuse_no_room(self._loader.num_workers)
+        workers = self._loader.num_workers
+        with _explained(workers), _starting_workers():
+            if workers and self._loader._iterator is None:
+                _refuse_no_room(workers)
             batches = iter(self._loader)
         while True:
-            with _explained():
+            with _explained(workers):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -139,10 +140,10 @@ class Loader:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        with _explained():
+        with _explained(self._loader.num_workers):
             self.close()
             # torch raises a worker's death wherever the main process happens to be.
-            if isinstance(error, RuntimeError) and _what_failed(error):
+            if isinstance(error, RuntimeError) and str(error).startswith(_DIED):
                 raise error
 
     def _delivered(self, batch: Batch) -> Batch:
@@ -307,12 +308,12 @@ def _refuse_no_files(needed: int) -> None:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(workers: int) -> Iterator[None]:
     """Turn what torch and the system raise about workers into one line; bugs stay as they are."""
     try:
         yield
     except (RuntimeError, OSError) as error:
-        if message := _what_failed(error):
+        if workers and (message := _what_failed(error)):
             raise UserError(message) from error
         raise
 

@@ -26,6 +26,20 @@ DATA = Data(train_size=16, workers=2)
 FULL = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
 
 
+@pytest.fixture(autouse=True)
+def _no_wait_for_ever():
+    """What is tested here once waited for ever: then fail, minutes after any machine is done."""
+
+    def waited(number, frame):
+        pytest.fail("waits for a batch that never comes")
+
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture
 def dataset():
     rng = np.random.default_rng(0)
@@ -98,6 +112,16 @@ def dies(how, opened, draw_number, index):
     raise AssertionError("still alive")
 
 
+def test_an_error_without_workers_keeps_its_own_words(dataset):
+    def reads(draw_number, indices):
+        raise OSError(errno.EIO, "Input/output error")
+
+    data = DATA.model_copy(update={"workers": 0})
+    with train_loader(dataset, data, Augment(), CPU, records=reads) as loader:
+        with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+            list(loader.batches([[0]]))
+
+
 def kill(number):
     os.kill(os.getpid(), number)
     time.sleep(60)
@@ -121,7 +145,7 @@ def test_a_worker_that_dies_is_one_line(dataset, how, said):
 
 
 def test_a_worker_that_dies_while_the_main_process_computes_is_one_line(dataset):
-    with pytest.raises(UserError, match="a data worker was killed"):  # noqa: SIM117
+    with pytest.raises(UserError, match="a data worker was killed"):
         with train_loader(dataset, DATA, Augment(), CPU) as loader:
             next(loader.batches([[i] for i in range(12)]))
             (pid, *_) = (worker.pid for worker in loader._loader._iterator._workers)
