@@ -97,7 +97,8 @@ class Reparam(Settings):
         "auto", json_schema_extra=RESULT_NEUTRAL
     )
     """How the sum of branches is computed in training; all are equal up to rounding (`bench step`
-    compares their times). `auto`: the fastest for each layer and shape."""
+    compares their times and memory). `auto`: the fastest for each layer and shape on a CPU,
+    `branches` on CUDA."""
 
 
 FULL = Reparam()

@@ -56,6 +56,10 @@ def choose(rep: RepConv2d, x: Tensor) -> str:
     timings on a CPU (`python -m ghosttrain bench step`):
 
     - a single branch, or maps that are not channels-last: branches;
+    - on CUDA: branches. The fast forms start so many kernels that the GPU waits: a step of
+      ghostnetv3_100 on 128 images of 224 pixels in float32 took 114 ms by branches, 176 to 187 ms
+      collapsed, of which 75 ms of work (measured on an H100, `scripts/gpu_check.py`). Where memory
+      is short, engine=collapsed has 6.1 GiB in place of 11.2;
     - depthwise, k 3 or 5: collapsed where a compiled kernel takes the map, else branches;
     - 1x1: collapsed costs 4 Ci^2 + 6 Ci Co multiplications per position, stacked 6 N Ci Co and N
       maps in memory: collapsed up to Ci = 2 (N - 1) Co, where the two took equal time, and with an
@@ -82,7 +86,7 @@ def choose(rep: RepConv2d, x: Tensor) -> str:
     if rep.engine != "auto":
         return rep.engine
     slow = "stacked" if first.synced and len(norms) > 1 else "branches"
-    if len(norms) == 1 or not x.is_contiguous(memory_format=torch.channels_last):
+    if len(norms) == 1 or x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
         return slow
     form = form_of(conv)
     if form is Depthwise:

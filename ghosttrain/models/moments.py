@@ -31,8 +31,10 @@ from torch.nn import grad
 
 from ghosttrain import native
 
-BLOCK = 2**17
-"""Elements of x that are summed at a time; half a MiB stays in cache."""
+BLOCK, CUDA_BLOCK = 2**17, 2**22
+"""Elements of x that are summed at a time: on a CPU half a MiB, which stays in cache. A GPU waits
+for every start of a kernel: a step of ghostnetv3_100 on 128 images of 224 pixels, collapsed, took
+268 ms with the small blocks and 176 to 187 ms with the large (measured on an H100)."""
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -107,7 +109,7 @@ def second_moment(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     second = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.double)
     wide = torch.double if x.is_cpu else x.dtype  # many GPUs have hardly any float64
     with full_precision(x):
-        for block in x.split(max(1, BLOCK // x.shape[1])):
+        for block in x.split(_rows(x)):
             centred = (block - shift).to(wide)
             first += centred.sum(0)
             second += centred.t() @ centred
@@ -123,10 +125,14 @@ def cross_moment(g: Tensor, x: Tensor, shift: Tensor) -> Tensor:
     """Return the sum over rows of g outer (x - shift): (P, D), (P, C), (C,) -> (D, C) float64."""
     total = x.new_zeros(g.shape[1], x.shape[1], dtype=torch.double)
     with full_precision(x):
-        length = max(1, BLOCK // x.shape[1])
-        for rows, block in zip(g.split(length), x.split(length), strict=True):
+        for rows, block in zip(g.split(_rows(x)), x.split(_rows(x)), strict=True):
             total += rows.t() @ (block - shift)
     return total
+
+
+def _rows(x: Tensor) -> int:
+    """Return how many rows of x (P, C) are summed at a time."""
+    return max(1, (CUDA_BLOCK if x.is_cuda else BLOCK) // x.shape[1])
 
 
 # --- depthwise convolutions -----------------------------------------------------------------------
