@@ -235,13 +235,20 @@ def seen(monkeypatch) -> list[dict[str, torch.Tensor]]:
     return passes
 
 
-def samples(passes: list[dict[str, torch.Tensor]]) -> set[tuple[bytes, ...]]:
-    """Return every image with its answer, whatever the batches were."""
+def samples(passes: list[dict[str, torch.Tensor]]) -> dict[bytes, torch.Tensor]:
+    """Return the teacher's logits by the bytes of their image, whatever the batches were."""
     return {
-        tuple(one[key][i].contiguous().numpy().tobytes() for key in ("images", "logits"))
+        image.contiguous().numpy().tobytes(): logits
         for one in passes
-        for i in range(len(one["images"]))
+        for image, logits in zip(one["images"], one["logits"], strict=True)
     }
+
+
+def assert_same(one: dict[bytes, torch.Tensor], other: dict[bytes, torch.Tensor]) -> None:
+    """The same pixels bit by bit; logits up to rounding, which may depend on the batch's size."""
+    assert one.keys() == other.keys()
+    for image, logits in one.items():
+        torch.testing.assert_close(logits, other[image], rtol=1e-4, atol=1e-4)
 
 
 def test_epochs_beyond_the_stored_draws_replay_them(ghosttrain, stored, seen):
@@ -249,8 +256,9 @@ def test_epochs_beyond_the_stored_draws_replay_them(ghosttrain, stored, seen):
     assert ghosttrain(*stored, "train.epochs=5", "train.global_batch=60").code == 0
     epochs = [samples([one]) for one in seen]
     assert len(epochs) == 5 and [len(epoch) for epoch in epochs] == [60] * 5
-    assert epochs[0] == epochs[2] == epochs[4] and epochs[1] == epochs[3]
-    assert not epochs[0] & epochs[1]
+    for first, again in ((0, 2), (0, 4), (1, 3)):
+        assert_same(epochs[first], epochs[again])
+    assert not epochs[0].keys() & epochs[1].keys()
 
 
 def test_batches_of_any_size_and_workers_get_the_same_answers(ghosttrain, stored, seen, tmp_path):
@@ -262,7 +270,9 @@ def test_batches_of_any_size_and_workers_get_the_same_answers(ghosttrain, stored
         outcome = ghosttrain(*stored, *more, f"run.root={tmp_path / str(number)}")
         assert outcome.code == 0, outcome.err
         runs.append(samples(seen))
-    assert len(runs[0]) == 120 and runs[0] == runs[1] == runs[2] == runs[3]
+    assert len(runs[0]) == 120
+    for run in runs[1:]:
+        assert_same(runs[0], run)
 
 
 def test_ranks_get_the_same_answers(ghosttrain, stored, tmp_path):
