@@ -43,12 +43,13 @@ def start(patience: timedelta | None = None) -> None:
         if "GHOSTTRAIN_RENDEZVOUS" in os.environ:
             parent = int(os.environ["GHOSTTRAIN_PARENT"])
             threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-            signal.signal(signal.SIGTERM, _terminated)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store = os.environ.get("GHOSTTRAIN_RENDEZVOUS", "env://")
         dist.init_process_group(
             backend, init_method=store, timeout=patience, rank=rank(), world_size=world_size()
         )
+        if "GHOSTTRAIN_RENDEZVOUS" in os.environ:  # not before: no handler runs while torch waits
+            signal.signal(signal.SIGTERM, _terminated)
 
 
 def _terminated(number: int, frame: object) -> None:

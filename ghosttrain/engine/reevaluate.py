@@ -64,7 +64,15 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
         batches = held_out_batches(loader, len(held_out), batch)
         table, difference = evaluate(models, batches, device)
     if distributed.rank() == 0:
-        print("\n".join([*held_out.notes, *_lines(table, difference, read_result(folder))]))
+        result = read_result(folder)
+        notes = [*held_out.notes]
+        listing = (result or {}).get("data", {}).get("held_out")
+        if listing and listing["digest"] != held_out.listing()["digest"]:
+            notes.append(
+                f"note: these are not the held-out images of the run ({listing['images']:,} then, "
+                f"{len(held_out):,} now)"
+            )
+        print("\n".join([*notes, *_lines(table, difference, result)]))
     distributed.stop()
     return 0
 

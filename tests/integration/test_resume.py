@@ -131,6 +131,12 @@ def test_changed_data_are_refused_by_name_and_accepted_on_record(ghosttrain, own
 
     again = ghosttrain(*own)  # finished; these data are the recorded ones
     assert again.code == 0 and "note:" not in again.out
+    assert "note:" not in ghosttrain("eval", run).out
+    drop = images / "val" / "class2" / "6.JPEG"
+    kept_image = drop.read_bytes()
+    drop.unlink()
+    assert "not the held-out images of the run (20 then, 19 now)" in ghosttrain("eval", run).out
+    drop.write_bytes(kept_image)
     rename_class(images)
     noted = ghosttrain(*own)
     assert noted.code == 0
