@@ -6,42 +6,14 @@ setting half a second, and torch is imported only by a command that is going to 
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.errors import UserError, did_you_mean, mistake
 from ghosttrain.output import Output, go_on_without, lasting_output, reason
-
-_ROOM = "make room, then type the same command: what is finished is kept"
-_FILES = "allow more: ulimit -n 65536"
-MENDABLE = {
-    errno.ENOENT: "",
-    errno.EEXIST: "",
-    errno.EACCES: "",
-    errno.EPERM: "",
-    errno.EROFS: "",
-    errno.ENOTDIR: "",
-    errno.EISDIR: "",
-    errno.ELOOP: "",
-    errno.ENAMETOOLONG: "",
-    errno.ENOTEMPTY: "",
-    errno.EBUSY: "",
-    errno.EIO: "the disk or the network folder failed",
-    errno.ESTALE: "the disk or the network folder failed",
-    errno.ENOTCONN: "the disk or the network folder failed",
-    errno.ETIMEDOUT: "the disk or the network folder failed",
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
-    errno.EFBIG: _ROOM,
-    errno.EMFILE: _FILES,
-    errno.ENFILE: _FILES,
-    errno.ENOMEM: "another job uses the memory, or data.workers is too high",
-}
-"""Errors of the system that the user can mend, and how; any other is a bug and keeps its trace."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +47,12 @@ def _main(args: list[str]) -> int:
     try:
         verb, options = parse(args)
         return VERBS[verb](options)
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        where = f" (rank {rank})" if rank != "0" else ""
-        print(f"ghosttrain: error{where}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in MENDABLE:
+    except (UserError, OSError) as error:
+        said, rank = mistake(error), os.environ.get("RANK", "0")
+        if said is None:
             raise
-        file = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        hint = MENDABLE[error.errno]
-        print(
-            f"ghosttrain: error: {file}{error.strerror}{'; ' if hint else ''}{hint}",
-            file=sys.stderr,
-        )
+        where = f" (rank {rank})" if rank != "0" else ""
+        print(f"ghosttrain: error{where}: {said}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _lost_a_peer(error):
@@ -131,6 +95,11 @@ def _train(options: Options) -> int:
     from ghosttrain.config.compose import compose
 
     if options.folders:
+        if options.folders[0].startswith("~"):
+            raise UserError(
+                f"{options.folders[0]!r}: settings cannot be deleted; set a value (key=null, "
+                "group=none)"
+            )
         known = did_you_mean(options.folders[0], VERBS)
         raise UserError(f"{options.folders[0]!r} is neither a verb nor key=value.{known}")
     if options.info or options.cfg in ("hydra", "all"):

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -104,7 +105,8 @@ def compose(
         recipe = "+".join(layer.name for layer in (*bases, *ablations)) or "none"
         store = ConfigStore.instance()
         store.store(name="schema", node=Config().model_dump(mode="json"))
-        node = OmegaConf.create(values | {"recipe": recipe, "budget": budget.name})
+        with _one_line():
+            node = OmegaConf.create(values | {"recipe": recipe, "budget": budget.name})
         name = re.sub(r"[^A-Za-z0-9_+]", ".", recipe)
         store.store(group="layers", name=name, node=node, package="_global_")
         passed = [f"{group}={choice}" for group, choice in chosen.items()]
@@ -230,12 +232,21 @@ def _merged(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hydra(overrides: list[str]) -> dict[str, Any]:
-    try:
+    with _one_line():
         tree = hydra_compose("config", overrides=overrides)
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn what Hydra and OmegaConf refuse into a line for the user."""
+    try:
+        yield
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
-        raise UserError(" ".join(str(cause).split())) from None
+        said, _, place = " ".join(str(cause).split()).partition(" full_key: ")
+        key = place.partition(" ")[0]
+        raise UserError(f"{key}: {said}" if key else said) from None
 
 
 def _typed(tree: dict[str, Any]) -> Config:

@@ -8,13 +8,57 @@ nothing else.
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+
+_ROOM = "make room, then type the same command: what is finished is kept"
+_FILES = "allow more: ulimit -n 65536"
+_FAILED = "the disk or the network folder failed"
+_MENDABLE = {
+    errno.ENOENT: "",
+    errno.EEXIST: "",
+    errno.EACCES: "",
+    errno.EPERM: "",
+    errno.EROFS: "",
+    errno.ENOTDIR: "",
+    errno.EISDIR: "",
+    errno.ELOOP: "",
+    errno.ENAMETOOLONG: "",
+    errno.ENOTEMPTY: "",
+    errno.EBUSY: "",
+    errno.EIO: _FAILED,
+    errno.ESTALE: _FAILED,
+    errno.ENOTCONN: _FAILED,
+    errno.ETIMEDOUT: _FAILED,
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.ENOMEM: "another job uses the memory, or data.workers is too high",
+}
 
 
 class UserError(ValueError):
     """A mistake the user can mend. `str(error)` is one line; `cli.main` prints it and exits with
     code 2.
     """
+
+
+def mistake(error: BaseException) -> str | None:
+    """Return the one line about an error that the user can mend: a `UserError`, or one of the
+    system about files, memory or disks; None for a bug, whose stack trace is worth more.
+    """
+    if isinstance(error, UserError):
+        said = str(error)
+    elif isinstance(error, OSError) and error.errno in _MENDABLE:
+        file = [] if error.filename is None else [os.fsdecode(error.filename)]
+        said = ": ".join([*file, error.strerror or type(error).__name__])
+        said += f"; {hint}" if (hint := _MENDABLE[error.errno]) else ""
+    else:
+        return None
+    return " ".join(said.splitlines())
 
 
 def did_you_mean(given: str, names: Iterable[str], limit: int = 12) -> str:

@@ -16,7 +16,7 @@ import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -106,13 +106,44 @@ class Names:
                 hint = did_you_mean(text, [*self.groups, *KEYS, "recipe", "budget"])
                 raise UserError(f"{text!r} is not key=value.{hint}")
             for one in _spread(parser, text):
-                override = parse_override(parser, one)
+                override = self._listed(parser, parse_override(parser, one))
                 self._check_name(override, sweep)
                 parsed.append(override)
         return parsed
 
+    def _listed(self, parser: OverridesParser, o: Override) -> Override:
+        """Turn `model=glob(ghost*)` into `model=choice(...)` of the names that match; refuse a
+        sweep without a list of values.
+        """
+        key, value, text = o.key_or_group, o.value(), o.input_line
+        if isinstance(value, IntervalSweep):
+            raise UserError(
+                f"{text!r} is a range without steps, for a search; -m runs listed values: type "
+                f"{key}=A,B or {key}=range(A,B,STEP)"
+            )
+        if isinstance(value, RangeSweep) and not value.step:
+            raise UserError(f"{text!r}: a step of 0 never ends")
+        if not isinstance(value, Glob):
+            if o.is_sweep_override() and next(iter(o.sweep_iterator()), o) is o:
+                raise UserError(f"{text!r} names no value")
+            return o
+        if key not in (*self.groups, "recipe", "budget"):
+            raise UserError(
+                f"{text!r}: glob() matches the files of a group; {key} has none: list its values"
+            )
+        names = value.filter(self.choices(key))
+        if not names:
+            hint = did_you_mean(" ".join(value.include), self.choices(key))
+            raise UserError(f"{text!r}: no {key} matches.{hint}")
+        listed = ",".join(_quoted(name) for name in names)
+        return replace(
+            parser.parse_override(f"{key}=choice({listed})"), type=o.type, input_line=text
+        )
+
     def _check_name(self, o: Override, sweep: bool) -> None:
         key = o.key_or_group
+        if not key:
+            raise UserError(f"{o.input_line!r}: there is no name before the '='")
         if o.is_delete():
             raise UserError(
                 f"{o.input_line!r}: settings cannot be deleted; set a value (key=null, group=none)"

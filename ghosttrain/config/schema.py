@@ -8,6 +8,7 @@ of the run folder.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -40,7 +41,7 @@ def _scheduled(value: Any, positive: bool = False) -> Any:
 def _is_point(point: Any, positive: bool) -> bool:
     if not isinstance(point, list | tuple) or len(point) != 2:
         return False
-    if not all(type(x) in (int, float) and 0 <= x < float("inf") for x in point):
+    if not all(type(x) in (int, float) and 0 <= x <= sys.float_info.max for x in point):
         return False
     return point[0] <= 1 and (point[1] > 0 or not positive)
 

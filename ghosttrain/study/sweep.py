@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from ghosttrain.config.compose import cells, compose
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.errors import mistake
 from ghosttrain.engine.folder import read_result, run_folder
 from ghosttrain.engine.launch import launch
 from ghosttrain.study.report import report
@@ -29,12 +29,13 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         print(f"\n=== {number}/{len(runs)}: {' '.join(run.arguments)}", flush=True)
         try:
             code = launch(run)
-        except UserError as error:
-            print(f"ghosttrain: error: {error}", file=sys.stderr)
-            code = 2
-        except Exception:  # out of memory, a full disk, a bug: the other cells still run
-            traceback.print_exc()
-            code = 1
+        except Exception as error:  # the other cells still run
+            said = mistake(error)
+            if said is None:
+                traceback.print_exc()
+            else:
+                print(f"ghosttrain: error: {said}", file=sys.stderr)
+            code = 1 if said is None else 2
         if code:
             failed.append(f"{' '.join(run.arguments)} (exit code {code})")
     done = [folder for folder in folders if read_result(folder) is not None]

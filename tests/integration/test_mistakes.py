@@ -29,7 +29,7 @@ def refused(outcome, *expected: str) -> None:
 def spawned(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ghosttrain", *args]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900
     )
 
 

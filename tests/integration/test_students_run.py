@@ -115,7 +115,7 @@ def test_synchronized_batch_norm_makes_two_ranks_one(tiny, tmp_path):
             "model.dropout=0", "train.max_steps=1", "launch.device=cpu", *extra,
         ]  # fmt: skip
         command = [sys.executable, "-m", "ghosttrain", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         assert ("of all ranks together" in done.stdout) == bool(extra)
         state = load_run(only_run(tmp_path / name), "raw").state_dict()

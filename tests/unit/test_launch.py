@@ -54,6 +54,9 @@ def gone(folder: Path) -> bool:
     return True
 
 
+AFTER_RANK_0 = "while [ ! -e pid0 ]; do sleep .02; done"
+
+
 @pytest.mark.parametrize(
     ("rank0", "rank1", "code", "said"),
     [
@@ -62,13 +65,14 @@ def gone(folder: Path) -> bool:
         ("exit 2", "echo lost a peer >&2; exit 1", 2, ""),
         ("exit 0", "echo a bug >&2; exit 1", 1, "a bug\n"),
         ("exit 1", "kill -9 $$", 137, "ghosttrain: rank 1 was killed by signal 9\n"),
-        ("exec sleep 60", "echo alone >&2; exit 2", 2, "alone\n"),
+        ("exec sleep 600", f"{AFTER_RANK_0}; echo alone >&2; exit 2", 2, "alone\n"),
     ],
 )
 def test_the_rank_that_is_the_cause_gives_exit_code_and_words(
     ranks, capfd, monkeypatch, tmp_path, rank0, rank1, code, said
 ):
-    monkeypatch.setattr(launch, "GRACE", 0.2)
+    # Only a rank that never ends is waited for so long.
+    monkeypatch.setattr(launch, "GRACE", 0.2 if "sleep" in rank0 else 600)
     ranks(rank0, rank1)
     assert launch.spawn((), 2) == code
     assert capfd.readouterr().err == said
@@ -76,12 +80,13 @@ def test_the_rank_that_is_the_cause_gives_exit_code_and_words(
 
 
 def test_ctrl_c_and_sigterm_end_every_rank(ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "PATIENCE", 600)
     before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     asked = "trap 'echo asked >asked; exit 143' TERM; touch ready0; while :; do sleep .02; done"
     for number, raised in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
         for path in tmp_path.iterdir():
             path.unlink()
-        ranks(asked, "kill -INT $$; touch ready1; exec sleep 60")  # a rank holds Ctrl-C back
+        ranks(asked, "kill -INT $$; touch ready1; exec sleep 600")  # a rank holds Ctrl-C back
         thread = interrupt_when_both_run(tmp_path, number)
         with pytest.raises(raised) as stopped:
             launch.spawn((), 2)
@@ -95,7 +100,7 @@ def test_ctrl_c_and_sigterm_end_every_rank(ranks, tmp_path, monkeypatch):
 
 def test_a_rank_that_does_not_listen_is_killed(ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "PATIENCE", 0.3)
-    ranks("trap '' TERM; touch ready0; while :; do sleep .02; done", "touch ready1; exec sleep 60")
+    ranks("trap '' TERM; touch ready0; while :; do sleep .02; done", "touch ready1; exec sleep 600")
     thread = interrupt_when_both_run(tmp_path, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         launch.spawn((), 2)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import count_calls
 from PIL import Image
 
 from ghosttrain.config.errors import UserError
@@ -397,16 +398,16 @@ def test_ctrl_c_ends_everything_with_one_traceback(data, everyone):
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(workers) == 2
     (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 600
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-# --- speed ------------------------------------------------------------------------------------
+# --- cost ----------------------------------------------------------------------------------------
 
 
 def test_small_images_in_memory_are_cheap():
@@ -414,10 +415,7 @@ def test_small_images_in_memory_are_cheap():
     images = rng.integers(0, 256, (256, 64, 64), dtype=np.uint8)
     dataset = ArrayDataset("noise", ["0"], np.zeros(256, np.int64), 3, images)
     data = Data(train_size=64, eval_size=64, crop_pct=1.0, workers=0, flip=False)
-    best = float("inf")
     with train_loader(dataset, data, Augment(), CPU) as loader:
-        for _ in range(3):
-            start = time.perf_counter()
-            list(loader.batches(eval_batches(range(256), 64)))
-            best = min(best, time.perf_counter() - start)
-    assert best / 256 < 2e-3  # 0.3 ms where it was written; the bound is for busy machines
+        list(loader.batches(eval_batches(range(256), 64)))
+        calls = count_calls(lambda: list(loader.batches(eval_batches(range(256), 64))))
+    assert calls / 256 < 1500  # 850 where it was written, which take 0.3 ms

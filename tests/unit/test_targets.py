@@ -177,7 +177,7 @@ def test_a_spawned_process_reads_it(tmp_path: Path) -> None:
     queue = context.Queue()
     child = context.Process(target=_read_in_child, args=(store, queue))
     child.start()
-    found = queue.get(timeout=120)
+    found = queue.get(timeout=600)
     child.join()
     assert found == [content(draw).tolist() for draw in range(EPOCHS)]
 
@@ -503,7 +503,7 @@ def test_values_of_any_kind_differ(tmp_path: Path, stored, now) -> None:
 def test_a_job_that_ends_lets_go_of_the_folder_though_its_workers_live(tmp_path: Path) -> None:
     store = make(tmp_path / "store", fill=False)
     with pytest.raises(KeyboardInterrupt), store.locked():
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
         worker.start()
         raise KeyboardInterrupt
     with store.locked():
