@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_images, only_run
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Data
+from ghosttrain.config.schema import Augment, Data
 from ghosttrain.data import decode
+from ghosttrain.data.augment import eval_transform, train_transform
 from ghosttrain.data.datasets import build_datasets
 
 
@@ -157,6 +160,27 @@ def deep(high):
         return Image.fromarray(values.astype(np.uint16))
 
     return make
+
+
+def test_training_and_evaluation_see_the_bits_that_are_used(root):
+    values = np.random.default_rng(0).integers(0, 256, (40, 40))
+    seen = []
+    for shift, kind in ((0, np.uint8), (4, np.uint16)):  # 8 bits; the same with 4 more
+        path = root / "train" / "class0" / "0.JPEG"
+        Image.fromarray((values << shift).astype(kind)).save(path, format="PNG")
+        data = Data(name="folder", root=str(root), train_size=16, eval_size=16, bit_depth=12)
+        train, _ = build_datasets(data)
+        for transform in (train_transform(data, Augment()), eval_transform(data)):
+            seen.append(transform(functools.partial(train.open, 0), 0, 0)[0])
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+
+
+def test_a_crop_above_pillows_limit_is_no_warning(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = Data(name="folder", root=str(root), train_size=16, eval_size=16)
+    train, _ = build_datasets(data)
+    for transform in (train_transform(data, Augment(scale_min=0.9)), eval_transform(data)):
+        assert transform(functools.partial(train.open, 0), 0, 0)[0].shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize(("high", "bits"), [(255, 8), (1023, 10), (4095, 12)])

@@ -107,6 +107,28 @@ def test_workers_that_cannot_be_started_are_one_line(dataset, monkeypatch, capfd
         assert len(list(loader.batches([[0], [1]]))) == 2
 
 
+def leaves_files(free, opened, draw_number, index):
+    used = len(os.listdir("/proc/self/fd")) - 1
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = next(n for n in range(10_000) if n - used >= free)  # a worker's numbers have few gaps
+    resource.setrlimit(resource.RLIMIT_NOFILE, (low, before[1]))
+    return [torch.zeros(3, 4, 4, dtype=torch.uint8)]
+
+
+def test_a_worker_keeps_files_for_handing_batches_over(dataset, capfd):
+    """Else the thread that does it fails, and the main process waits for its answer."""
+    data, refused = DATA.model_copy(update={"workers": 1}), []
+    for free in range(1, 16):
+        with Loader(dataset, functools.partial(leaves_files, free), data, CPU) as loader:
+            try:
+                assert len(list(loader.batches([[0], [1]]))) == 2
+            except UserError as error:
+                assert "too many files are open" in str(error)
+                refused.append(free)
+    assert refused[:3] == [1, 2, 3]
+    assert capfd.readouterr().err == ""
+
+
 def dies(how, opened, draw_number, index):
     how()
     raise AssertionError("still alive")
