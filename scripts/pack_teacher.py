@@ -1,12 +1,12 @@
 """Pack the EMA weights of a timm run into a teacher file: float16, with the facts in its metadata.
 
-python scripts/pack_teacher.py RUN ghosttrain/distill/digits_teacher.safetensors
+python scripts/pack_teacher.py RUN ghosttrain/models/digits_teacher.safetensors
 """
 
 import sys
 from pathlib import Path
 
-from ghosttrain.distill.pretrained import About, save_packed
+from ghosttrain.distill.pretrained import Packed, save_packed
 from ghosttrain.engine.checkpoint import classes_of, load_run
 from ghosttrain.engine.folder import read_config, read_result
 
@@ -15,7 +15,7 @@ config, result = read_config(run), read_result(run)
 if config.model.source != "timm" or result is None:
     sys.exit(f"{run} is no finished run of a timm model")
 data = config.data
-about = About(
+about = Packed(
     architecture=config.model.name,
     input_size=data.train_size,
     mean=data.mean,

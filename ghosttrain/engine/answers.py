@@ -29,9 +29,15 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import eval_loader
 from ghosttrain.data.order import epoch_order, eval_batches
 from ghosttrain.distill.answer import Answer
-from ghosttrain.distill.pretrained import networks, weights_digest
+from ghosttrain.distill.pretrained import as_asked, networks, weights_digest
 from ghosttrain.distill.targets import Store, open_store
-from ghosttrain.distill.teacher import Teacher, build_teacher, check_teacher, refuse_chance
+from ghosttrain.distill.teacher import (
+    Score,
+    Teacher,
+    build_teacher,
+    check_teacher,
+    refuse_chance,
+)
 
 
 @dataclass(frozen=True)
@@ -129,32 +135,38 @@ def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> t
     teacher = build_teacher(cfg, train_set.classes, config.data, device)
     assert teacher is not None  # the composer refuses distillation without a teacher
     sample = epoch_order(len(train_set), 0, 0)[: cfg.check_samples].tolist()
-    top1: list[float] = []
+    scores: list[Score] = []
     if sample:
         with eval_loader(train_set, config.data, device, views=teacher.views) as images:
             batches = images.batches(eval_batches(sample, 64))
-            top1, n = check_teacher(teacher, ((b.images, b.labels, b.views) for b in batches))
+            scores = check_teacher(teacher, ((b.images, b.labels, b.views) for b in batches))
         who = ["the teacher", *(f"the teacher's member {name!r}" for name in teacher.members)]
-        for share, name in zip(top1, who, strict=False):
+        for found, name in zip(scores, who, strict=False):
             if not cfg.trust:
-                refuse_chance(share, n, len(train_set.classes), name)
-    return teacher, _describe(cfg, teacher, top1, len(sample))
+                refuse_chance(found, len(train_set.classes), name)
+    return teacher, _describe(cfg, teacher, scores)
 
 
-def _describe(cfg: schema.Teacher, teacher: Teacher, top1: list[float], n: int) -> str:
-    shares = [f", top-1 {100 * share:.1f} %" for share in top1]
+def _describe(cfg: schema.Teacher, teacher: Teacher, scores: list[Score]) -> str:
+    shares = [f", top-1 {100 * found.top1:.1f} %" for found in scores]
     parts = [
-        f"{one.name} ({one.weights}), {member.view[0]} px, {member.classes_note}"
+        f"{member.name} ({one.weights}), {member.view[0]} px {member.size_note}, "
+        + ", ".join(filter(None, (member.network.weights_note, member.classes_note)))
         for one, member in zip(networks(cfg).values(), teacher.members.values(), strict=True)
     ]
     if len(parts) > 1:
-        if n:
+        if scores:
             parts = [part + share for part, share in zip(parts, shares[1:], strict=True)]
         line = f"{' + '.join(parts)}; averaged as {cfg.average}"
     else:
         line = parts[0]
-    checked = f"{shares[0]} on {n} unaugmented training images" if n else ", not checked"
-    return line + checked
+    if not scores:
+        return f"{line}, not checked"
+    most = 100 * scores[0].majority / max(scores[0].n, 1)
+    return (
+        f"{line}{shares[0]} on {scores[0].n} unaugmented training images "
+        f"({most:.1f} % are of one class)"
+    )
 
 
 def loss_note(config: Config) -> str:
@@ -204,13 +216,17 @@ def _stored(config: Config, train_set: Dataset, device: torch.device) -> Answers
 def refuse_other(store: Store, now: Mapping[str, Any]) -> None:
     """Raise UserError, naming what differs, unless the store was made for fingerprint `now`.
 
-    Weights that are not on this machine are those of the store if they have the same name.
+    Weights that are not on this machine are those of the store if they have the same name, and what
+    they would say of themselves is what they said then.
     """
     networks_now = {}
     for name, network in now["teacher"].items():
         old = store.about.fingerprint["teacher"].get(name, {})
-        here = network["weights"] != store.about.notes["absent"].get(name)
-        networks_now[name] = network if here else network | {"weights": old.get("weights")}
+        if network["weights"] == store.about.notes["absent"].get(name):
+            unknown = ["weights", *store.about.notes.get("left_open", {}).get(name, ())]
+            unknown = [key for key in unknown if key == "weights" or network[key] is None]
+            network = network | {key: old.get(key) for key in unknown}
+        networks_now[name] = network
     now = {**now, "teacher": networks_now}
     lines = store.difference(now)
     if lines:
@@ -224,14 +240,15 @@ def refuse_other(store: Store, now: Mapping[str, Any]) -> None:
 def fingerprint(config: Config, train_set: Dataset) -> dict[str, Any]:
     """Return everything that a stored answer depends on, by name, as JSON values.
 
-    The weights are a digest of their file, or `absent`.
+    The weights are a digest of their file, or `absent`. What their file says about itself counts
+    like settings that say the same.
     """
     cfg, data = config.teacher, config.data
     own = {"name", "input_size", "mean", "std", "weight"}
     classes = json.dumps(train_set.classes)
     return {
         "teacher": {
-            name: member.model_dump(mode="json", include=own)
+            name: as_asked(member).model_dump(mode="json", include=own)
             | {"weights": weights_digest(member) or absent(member)}
             for name, member in networks(cfg).items()
         },

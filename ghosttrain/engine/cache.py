@@ -41,7 +41,7 @@ from ghosttrain.distill.codecs import (
     parse,
 )
 from ghosttrain.distill.losses import LOSSES
-from ghosttrain.distill.pretrained import networks
+from ghosttrain.distill.pretrained import left_open, networks
 from ghosttrain.distill.targets import (
     About,
     Shard,
@@ -228,6 +228,7 @@ def _new(asking: Asking, now: dict[str, Any], about_teacher: str, dry_run: bool)
         notes={
             "teacher": about_teacher,
             "absent": {name: absent(each) for name, each in networks(config.teacher).items()},
+            "left_open": {name: left_open(each) for name, each in networks(config.teacher).items()},
             "loss": loss_note(config),
             "loss_error": quality.loss_error,
             "cosine": quality.cosine,

@@ -21,6 +21,7 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.config.paths import utf8_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import read_config, replacing
+from ghosttrain.models.files import other_normalisation
 from ghosttrain.models.layers import Student
 from ghosttrain.models.profile import count_macs, count_params
 from ghosttrain.models.registry import create_model, create_timm_model
@@ -33,18 +34,26 @@ Which = Literal["ema", "raw", "fused"]
 def build_student(config: Config, num_classes: int) -> nn.Module:
     """Return the student of `config`, freshly initialised or with `model.weights`."""
     model, in_chans = config.model, config.data.in_chans
+    student: Any
     if model.source == "timm":
-        return create_timm_model(model.name, num_classes, in_chans, model.dropout, model.weights)
-    return create_model(
-        model.name,
-        num_classes,
-        in_chans,
-        config.reparam,
-        model.dropout,
-        model.weights,
-        input_stride=model.input_stride,
-        new_classifier=True,
-    )
+        student = create_timm_model(
+            model.name, num_classes, in_chans, model.dropout, model.weights, new_classifier=True
+        )
+    else:
+        student = create_model(
+            model.name,
+            num_classes,
+            in_chans,
+            config.reparam,
+            model.dropout,
+            model.weights,
+            input_stride=model.input_stride,
+            new_classifier=True,
+        )
+    if model.weights:
+        note = other_normalisation(student.weights_about, config.data.mean, config.data.std)
+        student.weights_note = "; ".join(filter(None, (student.weights_note, note)))
+    return student
 
 
 def can_fuse(config: Config) -> bool:

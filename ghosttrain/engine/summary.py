@@ -13,6 +13,7 @@ from torch import nn
 from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
+from ghosttrain.distill.pretrained import networks
 from ghosttrain.engine import distributed
 from ghosttrain.engine.folder import result_lines
 from ghosttrain.engine.plan import Plan
@@ -93,8 +94,8 @@ def card(config: Config, result: dict[str, Any], held_out: Dataset, notes: list[
     table = "\n".join(result_lines(result))
     policy = config.augment.policy
     said = "\n".join(note.replace("  ", "- ", 1) if note[:2] == "  " else note for note in notes)
-    members = [str(member.name) for member in config.teacher.members.values()]
-    teacher = config.teacher.name or " + ".join(members) or "none"
+    asked = networks(config.teacher).values()
+    teacher = " + ".join(str(network.name or network.weights or "none") for network in asked)
     mixed = " Mixup/CutMix were on." if policy == "with_mixup" else ""
     return f"""# {run_name(config)}
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.sizes import SIDES, family
+from ghosttrain.models.files import About
 
 CLASSIFIER_STD = 0.002
 """Of the weights that `start_small` draws. torchvision's 0.01 for MobileNetV2 is too large for
@@ -147,6 +148,8 @@ class Student(nn.Module):
     """Dialect of the file of weights that was loaded (`weights.py`); None: random weights."""
     weights_note: str = ""
     """What that file did not hold, and how it starts instead."""
+    weights_about: About | None = None
+    """What is known of that file: classes, images."""
 
     def __init__(
         self, name: str, num_classes: int, in_chans: int, dropout: float, input_stride: str

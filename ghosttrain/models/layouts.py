@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from ghosttrain.config.schema import FULL, PLAIN, Reparam
 from ghosttrain.models.mobilenetv2 import STAGES
 
-Dialect = Literal["ghosttrain", "fused", "timm", "official", "torchvision", "unknown"]
+Dialect = Literal["ghosttrain", "fused", "timm", "official", "torchvision", "deployed", "unknown"]
 
 
 class Layout(NamedTuple):
@@ -190,7 +190,7 @@ LAYOUTS = (
     Layout(  # the official GhostNetV2 has these names too
         "timm",
         "ghostnet",
-        "blocks.0.0.ghost1.primary_conv.0.weight",
+        "blocks.0.0.ghost1.primary_conv.1.weight",
         _GHOSTNETV2,
         PLAIN,
         {width: f"ghostnetv2_{width}" for width in ("100", "130", "160")},
@@ -202,6 +202,9 @@ LAYOUTS = (
         _GHOSTNETV3_OFFICIAL,
         FULL,
     ),
+    # GhostNetV3 after timm's `reparameterize_model` or the official code's: what had branches is a
+    # convolution with a bias, under the names of GhostNetV2; the other layers keep batch norms.
+    Layout("deployed", "ghostnet", "blocks.0.0.ghost1.primary_conv.0.bias", _GHOSTNETV2),
     Layout(
         "timm",
         "mobilenetv2",
@@ -232,3 +235,4 @@ LAYOUTS = (
         },
     ),
 )
+TELLTALES = frozenset(layout.telltale for layout in LAYOUTS)

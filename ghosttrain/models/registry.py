@@ -19,7 +19,9 @@ from ghosttrain.config.schema import FULL, PLAIN, Reparam
 from ghosttrain.config.sizes import SIDES, family
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from ghosttrain.models.sources import Weights
 
 
 class Entry(NamedTuple):
@@ -56,7 +58,7 @@ def create_model(
     in_chans: int = 3,
     reparam: str | Mapping[str, Any] | Reparam = "full",
     dropout: float = 0.0,
-    weights: str | None = None,
+    weights: str | Weights | None = None,
     fused: bool = False,
     input_stride: str = "standard",
     new_classifier: bool = False,
@@ -66,12 +68,14 @@ def create_model(
     - `reparam`: "full" (3 branches, scale, identity), "none" (the plain published network), or
       settings of `config.schema.Reparam`.
     - `dropout`: probability before the classifier.
-    - `weights`: file of a state dict in any dialect of `weights.py`; the model's `weights_dialect`
-      says which it was, its `weights_note` what it lacked: branches, which then start with gain 0.
+    - `weights`: file of a state dict in any dialect of `weights.py`, another source of
+      `sources.py`, or what `open_weights` returned; the model's `weights_dialect` says which it
+      was, its `weights_note` what it lacked (branches, which then start with gain 0), its
+      `weights_about` what is known of it.
     - `fused`: build the inference form, convolutions with bias and no batch norm. It takes fused
       weights as they are, and folds weights of the training form (of the given `reparam`).
-    - `new_classifier`: where `weights` are for another number of classes, keep the new classifier
-      and say so in `weights_note`; else they are refused.
+    - `new_classifier`: where `weights` have no classifier, or one of another number of classes,
+      keep the new one and say so in `weights_note`; else they are refused.
     - `input_stride`: "standard", or "small": the stem keeps the map, for images of 32x32 or so.
 
     Raises UserError for an unknown name or setting and for weights that do not fit.
@@ -84,34 +88,79 @@ def create_model(
     if input_stride not in strides:
         hint = did_you_mean(input_stride, strides)
         raise UserError(f"input_stride={input_stride!r} is unknown.{hint}")
-    from ghosttrain.models.layouts import detect
+    from ghosttrain.models.files import part_of
+    from ghosttrain.models.layouts import TELLTALES, detect
     from ghosttrain.models.reparam import fuse
-    from ghosttrain.models.weights import load_state, read_state
+    from ghosttrain.models.sources import open_weights
+    from ghosttrain.models.weights import load_state
 
-    state = None if weights is None else read_state(weights)
-    holds_branches = state is not None and detect(state).dialect != "fused"
+    given = open_weights(weights, name, "model.weights") if isinstance(weights, str) else weights
+    state, note = part_of(given.state, TELLTALES) if given else ({}, "")
+    holds_branches = given is not None and detect(state).dialect not in ("fused", "deployed")
     if fused and not holds_branches:
         settings = PLAIN  # every setting folds to the same shapes; the least to build
+    if given is not None:
+        _refuse_other_width(state, name, given.origin)
+    model: Any = _build(name, num_classes, in_chans, settings, dropout, input_stride)
+
+    def load(model: Any) -> None:
+        assert given is not None
+        dialect, lacks = load_state(model, state, given.origin, new_classifier)
+        model.weights_dialect, model.weights_about = dialect, given.about
+        model.weights_note = "; ".join(filter(None, (given.note, note, lacks)))
+
+    if holds_branches:
+        load(model)
+    if fused:
+        model = fuse(model.eval()).train()
+    if given is not None and not holds_branches:
+        load(model)
+    return model
+
+
+def _build(
+    name: str,
+    num_classes: int,
+    in_chans: int,
+    reparam: Reparam,
+    dropout: float = 0.0,
+    input_stride: str = "standard",
+) -> Any:
     module, cls, kwargs = STUDENTS[name]
-    build = getattr(importlib.import_module(f"ghosttrain.models.{module}"), cls)
-    model = build(
+    return getattr(importlib.import_module(f"ghosttrain.models.{module}"), cls)(
         name,
         **kwargs,
         num_classes=num_classes,
         in_chans=in_chans,
-        reparam=settings,
+        reparam=reparam,
         dropout=dropout,
         input_stride=input_stride,
     )
-    if state is not None and holds_branches:
-        loaded = load_state(model, state, str(weights), new_classifier)
-        model.weights_dialect, model.weights_note = loaded
-    if fused:
-        model = fuse(model.eval()).train()
-    if state is not None and not holds_branches:
-        loaded = load_state(model, state, str(weights), new_classifier)
-        model.weights_dialect, model.weights_note = loaded
-    return model
+
+
+def _refuse_other_width(state: Mapping[str, Tensor], name: str, origin: str) -> None:
+    """Raise UserError, naming the right student, where `state` is that of another width."""
+    import torch
+
+    from ghosttrain.models.layouts import detect
+    from ghosttrain.models.weights import same_widths
+
+    kind = detect(state).family  # the two names of GhostNet share it
+    if not kind or not name.startswith(kind):
+        return
+    siblings = [other for other in STUDENTS if other.startswith(kind) and other != name]
+    siblings.sort(key=lambda other: family(other) != family(name))
+    for other in (name, *siblings):
+        with torch.device("meta"):
+            plain = _build(other, 1, 1, PLAIN).state_dict()
+        if not same_widths(plain, state):
+            continue
+        if other == name:
+            return
+        raise UserError(
+            f"{origin} holds the weights of {other}, not of {name}: type model={other}, or give "
+            "other weights."
+        )
 
 
 def create_timm_model(
@@ -119,24 +168,52 @@ def create_timm_model(
     num_classes: int = 1000,
     in_chans: int = 3,
     dropout: float = 0.0,
-    weights: str | None = None,
-) -> nn.Module:
-    """Build any timm model, randomly initialised or with the weights of a file, in training mode.
+    weights: str | Weights | None = None,
+    new_classifier: bool = False,
+    **options: Any,
+) -> Any:
+    """Build any timm model, randomly initialised or with weights, in training mode.
 
-    It is trained as it is: no branches, no fused form. Raises UserError for a name that timm does
-    not know and for weights that do not fit.
+    It is trained as it is: no branches, no fused form. `weights`, `new_classifier` and what is
+    known of the weights are as for `create_model`; `options` go to `timm.create_model`. Raises
+    UserError for a name that timm does not know and for weights that do not fit.
     """
     _check_sizes(num_classes, in_chans, dropout)
     import timm
 
-    from ghosttrain.models.weights import fit_state, read_state
+    from ghosttrain.models.sources import open_weights
+    from ghosttrain.models.weights import load_timm
 
     if not timm.is_model(name):
         raise UserError(f"Model {name!r} is no timm model.{did_you_mean(name, timm.list_models())}")
-    model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, drop_rate=dropout)
-    if weights is not None:
-        fit_state(model, read_state(weights), name, weights)
+    given = open_weights(weights, name, "model.weights") if isinstance(weights, str) else weights
+    if given is not None:
+        _refuse_other_network(given, name)
+    model: Any = timm.create_model(
+        name, num_classes=num_classes, in_chans=in_chans, drop_rate=dropout, **options
+    )
+    if given is not None:
+        lacks = load_timm(model, given.state, name, given.origin, new_classifier)
+        model.weights_note = "; ".join(filter(None, (given.note, lacks)))
+        model.weights_about = given.about
     return model
+
+
+def _refuse_other_network(given: Weights, name: str) -> None:
+    """Raise UserError where a file says that it holds another network than timm's `name`."""
+    about = given.about
+    if about.name is None:
+        return
+    if about.source == "ghosttrain":
+        right = f"model={about.name}"
+    elif about.name.partition(".")[0] != name.partition(".")[0]:
+        right = f"model=timm model.name={about.name}"
+    else:
+        return
+    raise UserError(
+        f"{given.origin} holds the weights of {about.name}, not of timm's {name}: type {right}, or "
+        "give other weights."
+    )
 
 
 def as_reparam(reparam: str | Mapping[str, Any] | Reparam) -> Reparam:

@@ -179,9 +179,19 @@ def _fold_branches(rep: RepConv2d) -> nn.Conv2d:
 def _fold(kernel: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Kernel (C_out, C_in / groups, k, k) and bias (C_out,) of `bn` after a kernel, float64."""
     assert bn.running_mean is not None and bn.running_var is not None
-    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-    bias = bn.bias.double() - bn.running_mean.double() * scale
-    return kernel.double() * scale[:, None, None, None], bias
+    return fold_norm(kernel, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+
+
+def fold_norm(
+    kernel: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return kernel and bias, in float64, of a convolution and the batch norm after it.
+
+    `kernel` is (C_out, C_in / groups, k, k); weight, bias, running mean and variance are (C_out,).
+    """
+    scale = weight.double() / (var.double() + eps).sqrt()
+    folded_bias = bias.double() - mean.double() * scale
+    return kernel.double() * scale[:, None, None, None], folded_bias
 
 
 def _conv_like(conv: nn.Conv2d, kernel: Tensor, bias: Tensor) -> nn.Conv2d:

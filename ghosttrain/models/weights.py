@@ -1,8 +1,9 @@
-"""Weights of students: read a file of any dialect, load what fits, write what others can load.
+"""Weights that fit a network: load a state dict of any dialect, write what others can load.
 
-Dialects, named in `layouts.py`: `ghosttrain` (training form, any branches), `fused` (the output of
-`fuse`), `timm` (`ghostnetv3_*`, `ghostnetv2_*`, `mobilenetv2_*`), `official` (GhostNetV3) and
-`torchvision` (`shufflenet_v2_*`, `mobilenet_v2`). Owns no folding algebra.
+Dialects of students, named in `layouts.py`: `ghosttrain` (training form, any branches), `fused`
+(the output of `fuse`), `timm` (`ghostnetv3_*`, `ghostnetv2_*`, `mobilenetv2_*`), `official` and
+`deployed` (GhostNetV3) and `torchvision` (`shufflenet_v2_*`, `mobilenet_v2`). Files are read by
+`files.py`.
 
 A file without some of a model's branches, for instance a plain pretrained network, loads too: the
 branches it lacks start with gain 0 (batch norms with weight and bias 0). They add exactly nothing,
@@ -13,32 +14,21 @@ https://arxiv.org/abs/1706.02677, section 5.1.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import re
+import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.paths import utf8_name
 from ghosttrain.config.schema import Reparam
+from ghosttrain.models.files import State, part_of
 from ghosttrain.models.layers import Student
 from ghosttrain.models.layouts import FULL, LAYOUTS, PLAIN, Dialect, Layout, detect
-
-State = dict[str, Tensor]
-
-# Where trainers keep the weights, best first: EMA weights are the ones that are meant to be used.
-# The official GhostNetV3 release holds `state_dict` and `state_dict_ema`.
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What DistributedDataParallel and torch.compile put in front of every name.
-PREFIXES = ("module.", "_orig_mod.")
-# Counters that are no weights: of torch.optim.swa_utils.AveragedModel, and of the profiler thop,
-# which are in the official GhostNetV2 releases (Efficient-AI-Backbones, issue 175).
-COUNTERS = ("n_averaged", "total_ops", "total_params")
+from ghosttrain.models.reparam import fold_norm
 
 EPS = 1e-5  # of every batch norm of the networks in LAYOUTS
 # An entry of a re-parameterized layer: layer, branch, entry of the branch.
@@ -55,48 +45,16 @@ class Loaded(NamedTuple):
     """What a reader should know about it; empty if the file holds the whole model."""
 
 
-def read_state(path: str | Path) -> State:
-    """Return the tensors of a `.safetensors` or torch file, on the CPU, by bare parameter name.
+class Ends(NamedTuple):
+    """The layers of a network whose sizes are the data's: module names."""
 
-    Torch files are read with `weights_only=True` (`argparse.Namespace`, in which trainers store
-    their settings beside the weights, is allowed). `WRAPPERS` are opened, `PREFIXES` and `COUNTERS`
-    removed. Raises UserError where there is no such file, or no weights in it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"Weights {str(path)!r}: there is no such file.")
-    try:
-        content = _read(path)
-    except Exception as error:  # on a damaged file torch's unpickler raises almost anything
-        lines = str(error).split(". ")[0].splitlines()  # not torch's advice to load it unsafely
-        reason = ": ".join([type(error).__name__, *lines[:1]])
-        raise UserError(
-            f"Weights {str(path)!r} cannot be read ({reason}): expected a .safetensors file, or a "
-            "torch file that holds tensors only."
-        ) from None
-    while wrapper := next((w for w in WRAPPERS if isinstance(content.get(w), Mapping)), None):
-        content = content[wrapper]
-    state: State = {
-        key: value
-        for key, value in content.items()
-        if isinstance(value, Tensor) and key.rpartition(".")[2] not in COUNTERS
-    }
-    if not state:
-        raise UserError(
-            f"Weights {str(path)!r} hold no state dict: there is no tensor in the file."
-        )
-    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
+    first: tuple[str, ...]
+    """What takes the images."""
+    classifier: tuple[str, ...]
+    """What makes the logits; several where a network has several heads."""
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
-        with utf8_name(path) as name:
-            return load_file(name)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    return content if isinstance(content, Mapping) else {}
+STUDENT_ENDS = Ends(("stem",), ("classifier",))
 
 
 def load_state(
@@ -105,7 +63,8 @@ def load_state(
     """Load a state dict of any dialect into a student of the same family.
 
     Branches of the model that the file lacks start with gain 0, so that the function is the file's.
-    With `new_classifier` a classifier of another number of classes is left out.
+    With `new_classifier` the model keeps its own where the file has none, or one of another number
+    of classes.
     Raises UserError, naming `origin` (a file), for another family, for fused weights in a model
     with batch norms, and for what does not fit, key by key, as `fit_state` does.
     """
@@ -116,23 +75,138 @@ def load_state(
             f"{origin} holds a {there.dialect} {there.family}, the model is {model.name}: choose a "
             f"model of the family {there.family}, or other weights."
         )
-    if there.dialect == "fused" and here.dialect != "fused":
+    if there.dialect in ("fused", "deployed") and here.dialect != "fused":
         raise UserError(
-            f"{origin} holds fused weights, without batch norms: they fit the fused form only, "
-            f"create_model({model.name!r}, fused=True, weights=...)."
+            f"{origin} holds {there.dialect} weights, whose branches are folded into one "
+            "convolution each: they cannot be trained as branches and fit the fused form only, "
+            f"create_model({model.name!r}, fused=True, weights=...), or a teacher."
         )
+    if there.dialect == "deployed":
+        state = _fold_deployed(state, own)
     state = translate(state, own)
     spare, notes = _silent_branches(own, state), []
     if count := sum(key.endswith(".running_mean") for key in spare):
         notes.append(f"{count} branches that it lacks start with gain 0")
-    old, new = (len(s.get("classifier.bias", ())) for s in (state, own))
-    if new_classifier and old not in (0, new):
-        spare |= {key: own[key] for key in own if key.startswith("classifier.")}
-        state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
-        notes.append(f"its classifier of {old} classes is left out, one of {new} starts at random")
+    if new_classifier:
+        state, note = _with_new_classifier(state, own, STUDENT_ENDS.classifier)
+        notes += [note] if note else []
     form = None if there.dialect in ("ghosttrain", "unknown") else there.form
     fit_state(model, state, model.name, origin, spare, form)
     return Loaded(there.dialect, "; ".join(notes))
+
+
+def load_timm(
+    network: nn.Module, state: State, name: str, origin: str, new_classifier: bool = False
+) -> str:
+    """Load a state dict into a timm network; return what a reader should know about it.
+
+    Names and shapes that do not fit are given to timm's own reader of that model first, which knows
+    the names that its authors gave. `new_classifier` and errors are as in `load_state`.
+    """
+    own, ends = network.state_dict(), ends_of(network)
+    state, note = part_of(state, own.keys())
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    others = ("missing", "unexpected", "of another shape")
+    ours = _body(own, ends.classifier)
+    body = _body(state, ends.classifier)
+    reader = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if reader and any(mismatch(ours, body)[kind] for kind in others):
+        with contextlib.suppress(Exception):
+            translated = reader(dict(state), network)
+            if not any(mismatch(ours, _body(translated, ends.classifier)).values()):
+                state = translated
+    notes = [note] if note else []
+    if new_classifier:
+        state, note = _with_new_classifier(state, own, ends.classifier)
+        notes += [note] if note else []
+    fit_state(network, state, name, origin, ends=ends)
+    return "; ".join(notes)
+
+
+def ends_of(network: Any) -> Ends:
+    """Return the first layers and the classifiers of a timm network."""
+    cfg = getattr(network, "pretrained_cfg", None) or {}
+    first, classifier = (_names(cfg.get(key)) for key in ("first_conv", "classifier"))
+    with contextlib.suppress(Exception):  # some networks have no classifier, or not by a method
+        layers = network.get_classifier()
+        layers = layers if isinstance(layers, tuple) else (layers,)
+        classifier += tuple(
+            path for path, module in network.named_modules() if any(module is x for x in layers)
+        )
+    return Ends(first, tuple(dict.fromkeys(classifier)))
+
+
+def _names(value: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _below(key: str, layers: tuple[str, ...]) -> bool:
+    return any(key.startswith(f"{layer}.") for layer in layers)
+
+
+def _body(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> State:
+    """Return a state dict without the classifier and without counters of batch norms."""
+    return {
+        key: value
+        for key, value in state.items()
+        if not (_below(key, classifier) or key.endswith("num_batches_tracked"))
+    }
+
+
+def _with_new_classifier(
+    state: Mapping[str, Tensor], own: State, classifier: tuple[str, ...]
+) -> tuple[State, str]:
+    """Return `state` with the model's own classifier where its is missing or has other classes."""
+    mine = {key: value for key, value in own.items() if _below(key, classifier)}
+    theirs = {key: value for key, value in state.items() if _below(key, classifier)}
+    new = _classes(mine, classifier)
+    if new is None:
+        return dict(state), ""
+    if not theirs:
+        return {**state, **mine}, f"it has no classifier, one of {new} starts at random"
+    old = _classes(theirs, classifier)
+    if old in (None, new):
+        return dict(state), ""
+    rest = {key: value for key, value in state.items() if key not in theirs}
+    note = f"its classifier of {old} classes is left out, one of {new} starts at random"
+    return {**rest, **mine}, note
+
+
+def _classes(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> int | None:
+    """Return the number of classes of a classifier; None where there is none."""
+    weights = (state[f"{layer}.weight"] for layer in classifier if f"{layer}.weight" in state)
+    return next((len(weight) for weight in weights), None)
+
+
+def _fold_deployed(state: Mapping[str, Tensor], own: State) -> State:
+    """Return a deployed GhostNetV3 under the names of the fused form `own`.
+
+    The layers that had no branches keep a batch norm in it, which is folded here. Entries without
+    a counterpart keep their names.
+    """
+    layout, rest = detect(state), dict(state)
+    folded: State = {}
+    for path in dict.fromkeys(key.rpartition(".")[0] for key in own):
+        names = [layout.rename(f"{path}.conv.{leaf}") for leaf in ("weight", "bias")]
+        norm = layout.rename(f"{path}.bn.weight").removesuffix("weight")
+        leaves = [f"{norm}{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
+        if names[0] not in state:  # an ordinary linear layer
+            keys = {
+                f"{path}.{leaf}": layout.rename(f"{path}.{leaf}") for leaf in ("weight", "bias")
+            }
+            folded |= {key: rest.pop(name) for key, name in keys.items() if name in rest}
+            continue
+        kernel = rest.pop(names[0])
+        if names[1] in state:
+            bias = rest.pop(names[1])
+        elif all(leaf in state for leaf in leaves):
+            weight, shift, mean, var = (rest.pop(leaf) for leaf in leaves)
+            kernel, bias = fold_norm(kernel, weight, shift, mean, var, EPS)
+            rest.pop(f"{norm}num_batches_tracked", None)
+        else:
+            continue
+        folded |= {f"{path}.weight": kernel, f"{path}.bias": bias}
+    return {**rest, **folded}
 
 
 def translate(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> State:
@@ -149,6 +223,22 @@ def translate(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> State:
     # A layer on a pooled map may be a 1x1 convolution there.
     matrices = {key for key in own if own[key].ndim == 2}
     return {k: v.flatten(1) if k in matrices and v.ndim == 4 else v for k, v in renamed.items()}
+
+
+def same_widths(plain: State, state: Mapping[str, Tensor]) -> bool:
+    """Whether every convolution of a plain student but the stem has its shape in `state`.
+
+    `state` may be of any dialect, with more branches or with none.
+    """
+    fused = {key: re.sub(r"(\.branches\.0)?\.conv\.", ".", key) for key in plain}
+    as_plain = translate(state, plain)
+    as_fused = translate(state, {fused[key]: value for key, value in plain.items()})
+    for key, value in plain.items():
+        if value.ndim == 4 and not key.startswith("stem."):
+            found = as_plain.get(key, as_fused.get(fused[key]))
+            if found is None or found.shape != value.shape:
+                return False
+    return True
 
 
 def _silent_branches(own: State, state: State) -> State:
@@ -173,13 +263,15 @@ def fit_state(
     origin: str,
     spare: Mapping[str, Tensor] = {},
     form: Reparam | None = None,
+    ends: Ends = STUDENT_ENDS,
 ) -> None:
     """Load `state` into `model` if all names and shapes agree.
 
     Else raises UserError with the keys that differ; `name` (the model) and `origin` (a file) stand
     in it. What `state` lacks may come from `spare`; `form` is that of the network it comes from,
-    where its own names do not tell. Counters of batch norms (`num_batches_tracked`) may be missing:
-    not all trainers store them, and only a batch norm without momentum reads them.
+    where its own names do not tell; `ends` are the layers of `model` that the data decide.
+    Counters of batch norms (`num_batches_tracked`) may be missing: not all trainers store them, and
+    only a batch norm without momentum reads them.
     """
     own = model.state_dict()
     counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
@@ -197,8 +289,10 @@ def fit_state(
     ]
     hint = ""
     if not missing and not unexpected:
-        hint = _hint_for_shapes(own, state, reshaped)
-    elif not reshaped and (form := form or _form(state)) not in (None, _form(own)):
+        hint = _hint_for_shapes(own, state, reshaped, ends)
+    elif not unexpected and missing and all(_below(key, ends.classifier) for key in missing):
+        hint = " It has no classifier: give weights with one."
+    elif not reshaped and (form := form or form_of(state)) not in (None, form_of(own)):
         hint = f" The file has {_spell(form)}."
     raise UserError(f"{origin} does not fit {name}: {'; '.join(parts)}.{hint}")
 
@@ -215,15 +309,17 @@ def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str
     }
 
 
-def _hint_for_shapes(own: State, state: Mapping[str, Tensor], reshaped: list[str]) -> str:
+def _hint_for_shapes(
+    own: State, state: Mapping[str, Tensor], reshaped: list[str], ends: Ends
+) -> str:
     """Say which setting the weights belong to, where only the classes or the channels differ."""
-    if all(key.startswith("classifier.") for key in reshaped):
-        given, wanted = (len(s["classifier.bias"]) for s in (state, own))
+    if all(_below(key, ends.classifier) for key in reshaped):
+        given, wanted = (_classes(s, ends.classifier) for s in (state, own))
         return (
             f" It has {given} classes, the model {wanted}: use data of {given} classes "
             f"(num_classes={given}) or other weights."
         )
-    if all(key.startswith("stem.") for key in reshaped):
+    if all(_below(key, ends.first) for key in reshaped):
         given, wanted = (s[reshaped[0]].shape[1] for s in (state, own))
         return (
             f" It takes {given} channels, the model {wanted}: use data.in_chans={given} "
@@ -237,7 +333,7 @@ def _first(texts: list[str], limit: int = 6) -> str:
     return ", ".join(texts[:limit]) + more
 
 
-def _form(state: Mapping[str, Tensor]) -> Reparam | None:
+def form_of(state: Mapping[str, Tensor]) -> Reparam | None:
     """Return the settings that give the branches of a training form; None if it is none."""
     layers: dict[str, set[str]] = {}
     sides: dict[str, int] = {}
@@ -290,7 +386,7 @@ def export_state(model: Student, library: str) -> tuple[str, State]:
 
 def _counterpart(model: Student, own: State, library: str) -> tuple[Layout, str]:
     """Return the layout and the name of a student's network in `library`; UserError if none."""
-    here, form, width = detect(own), _form(own) or PLAIN, model.name.rpartition("_")[2]
+    here, form, width = detect(own), form_of(own) or PLAIN, model.name.rpartition("_")[2]
     written = [layout for layout in LAYOUTS if layout.networks and layout.family == here.family]
     layouts = [layout for layout in written if layout.dialect == library]
     if not layouts:

@@ -30,7 +30,7 @@ def test_build_install_and_two_steps(tmp_path):
         "ghosttrain/conf/config.yaml",
         "ghosttrain/recipes/compact_kd.yaml",
         "ghosttrain/recipes/ablation/no_ema.yaml",
-        "ghosttrain/distill/digits_teacher.safetensors",
+        "ghosttrain/models/digits_teacher.safetensors",
         "ghosttrain/native/optim.cpp",
     ):
         assert name in names

@@ -123,9 +123,10 @@ def test_the_official_checkpoint_layout(tmp_path):
     torch.save({"arch": "ghostnetv3", "epoch": 599, **states}, tmp_path / "raw.pth.tar")
     states["state_dict_ema"] = official(ema.state_dict())
     torch.save({"arch": "ghostnetv3", "epoch": 599, **states}, tmp_path / "both.pth.tar")
-    for file, reference in (("raw.pth.tar", raw), ("both.pth.tar", ema)):
+    taken = "state_dict_ema is taken, not state_dict"
+    for file, reference, note in (("raw.pth.tar", raw, ""), ("both.pth.tar", ema, taken)):
         model = create_model("ghostnetv3_050", K, weights=str(tmp_path / file))
-        assert (model.weights_dialect, model.weights_note) == ("official", "")
+        assert (model.weights_dialect, model.weights_note) == ("official", note)
         assert_equal_outputs(model, reference)
 
 

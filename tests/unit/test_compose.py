@@ -319,6 +319,7 @@ def test_every_file_in_conf_composes():
                 "model": ["model.name=resnet10t"] if file.stem == "timm" else [],
                 "teacher": ["distill=kl"] * (file.stem != "none")
                 + ["teacher.name=resnet18"] * (file.stem == "timm")
+                + ["teacher.weights=runs/x"] * (file.stem == "file")
                 + LITE * (file.stem == "ensemble"),
                 "data": [f"data.root={ROOT}"] * (file.stem != "digits"),
                 "distill": ["teacher=digits"] * (file.stem != "none"),

@@ -279,8 +279,9 @@ def test_every_member_is_checked(tmp_path: Path) -> None:
     teacher = build({"a": member(tmp_path, 1), "b": member(tmp_path, 2)})
     images = student_view(torch.rand(8, 3, 40, 40))
     labels = teacher.each(images)[1].logits.argmax(1)
-    top1, n = check_teacher(teacher, [(images, labels, {})])
-    assert n == 8 and len(top1) == 3 and top1[2] == 1.0
+    scores = check_teacher(teacher, [(images, labels, {})])
+    top1 = [found.top1 for found in scores]
+    assert scores[0].n == 8 and len(top1) == 3 and top1[2] == 1.0
     agree = (teacher.each(images)[0].logits.argmax(1) == labels).float().mean().item()
     assert top1[1] == pytest.approx(agree)
 

