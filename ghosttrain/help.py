@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.paths import PACKAGE, shipped
+from ghosttrain.config.paths import PACKAGE, expanded, shipped
 
 _HEAD = """\
 ghosttrain: trains compact, re-parameterized vision networks with a distillation teacher.
@@ -63,7 +63,7 @@ def help_text(config_dir: str | None = None) -> str:
     """
     conf, recipes = [shipped("conf")], [shipped("recipes")]
     if config_dir is not None:
-        own = Path(config_dir).expanduser()
+        own = expanded(config_dir)
         if not own.is_dir():
             raise UserError(f"--config-dir {config_dir}: no such folder")
         conf.append(own)

@@ -45,6 +45,7 @@ from ghosttrain.config.names import (
     settings_near,
 )
 from ghosttrain.config.normalization import check_normalization
+from ghosttrain.config.paths import expanded
 from ghosttrain.config.policy import check_policy
 from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, Config
 from ghosttrain.config.sizes import SIDES, check_sides, family
@@ -298,7 +299,10 @@ def _data_root(config: Config) -> str | None:
 
 
 def _absolute(path: str | None) -> str | None:
-    return str(Path(path).expanduser().resolve()) if path else None
+    try:
+        return str(expanded(path).resolve()) if path else None
+    except ValueError as error:  # a null byte
+        raise UserError(f"{path!r} is no path: {error}") from None
 
 
 # --- checks across sections -----------------------------------------------------------------------
@@ -325,7 +329,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             "train.sync_bn=false"
         )
     elsewhere = model.weights in (None, *NAMED_SOURCES)
-    if not elsewhere and not Path(str(model.weights)).expanduser().exists():
+    if not elsewhere and not expanded(str(model.weights)).exists():
         raise UserError(
             f"model.weights={model.weights}: no such file; give the path of a .safetensors or .pth "
             f"file, the folder of a finished run, or one of {', '.join(NAMED_SOURCES)}"

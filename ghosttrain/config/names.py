@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import field_of, flatten, unflatten
-from ghosttrain.config.paths import shipped
+from ghosttrain.config.paths import expanded, shipped
 from ghosttrain.config.schema import Config, Member
 
 MEMBERS = "teacher.members"
@@ -51,7 +51,7 @@ class Names:
         self.conf = [shipped("conf")]
         self.recipe_dirs = [shipped("recipes")]
         if config_dir is not None:
-            own = Path(config_dir).expanduser().resolve()
+            own = expanded(config_dir).resolve()
             if not own.is_dir():
                 raise UserError(f"--config-dir {config_dir}: no such folder")
             self.conf.append(own)
@@ -196,7 +196,13 @@ class Names:
         path = _find(self.recipe_dirs, name)
         body = _load_yaml(path)
         groups = {}
-        for line in body.pop("defaults", []):
+        lines = body.pop("defaults", [])
+        if not isinstance(lines, list):
+            raise UserError(
+                f"{path.name}: write a recipe's defaults as a list, a line '- override /GROUP: "
+                f"CHOICE' each, not {lines!r}"
+            )
+        for line in lines:
             if line == "_self_":
                 continue
             key, value = next(iter(line.items())) if isinstance(line, dict) else (str(line), "")
@@ -224,6 +230,10 @@ class Names:
         """
         data = chosen["data"]
         name = str(choice) if choice else data if data in self.choices("budget") else "full"
+        if name not in self.choices("budget"):  # a recipe may name one too
+            raise UserError(
+                f"no budget is called {name!r}.{did_you_mean(name, self.choices('budget'))}"
+            )
         body = _load_yaml(_find([d / "budget" for d in self.conf], name))
         lines = list(body.get("overrides", []))
         for condition, more in body.get("only_with", {}).items():
@@ -308,7 +318,8 @@ def _quoted(text: str) -> str:
 
 def _yaml_names(folder: Path) -> Iterator[str]:
     for path in folder.rglob("*.yaml"):
-        yield path.relative_to(folder).with_suffix("").as_posix()
+        if path.is_file():
+            yield path.relative_to(folder).with_suffix("").as_posix()
 
 
 def _refuse_shadows(folders: Sequence[Path]) -> None:
@@ -324,6 +335,9 @@ def _find(folders: Sequence[Path], name: str) -> Path:
 
 def _load_yaml(path: Path) -> dict[str, Any]:
     try:
-        return OmegaConf.to_container(OmegaConf.load(path)) or {}  # type: ignore[return-value]
-    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        tree = OmegaConf.to_container(OmegaConf.load(path)) or {}
+        if not isinstance(tree, dict):
+            raise UserError(f"{path}: a file of settings holds 'name: value', not a list")
+        return tree  # type: ignore[return-value]
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None

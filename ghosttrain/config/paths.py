@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,13 @@ def shipped(folder: str) -> Path:
     """Return `conf` or `recipes`: inside the package in a wheel, beside it in a checkout."""
     inside = PACKAGE / folder
     return inside if inside.is_dir() else PACKAGE.parent / folder
+
+
+def expanded(path: str | Path) -> Path:
+    """Return `path` with `~` replaced by the user's home; `~nobody` stays as it is, and will not be
+    found.
+    """
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

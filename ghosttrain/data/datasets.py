@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import Data
 from ghosttrain.data.decode import (
     BIT_DEPTH,
@@ -196,7 +197,7 @@ def _root(data: Data) -> Path:
         raise UserError(
             f"data={data.name} needs its folder: type data.root=/path, which holds {holds}{also}"
         )
-    path = Path(root).expanduser()
+    path = expanded(root)
     if not path.is_dir():
         raise UserError(f"data.root={root} is no folder: type data.root=/path, which holds {holds}")
     return path

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.lock import locked
+from ghosttrain.config.paths import expanded
 from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.codecs import Codec, make_codec
 
@@ -80,12 +81,12 @@ class About:
 
 def is_store(folder: str | Path) -> bool:
     """Whether there are stored answers, or at least their beginning, in `folder`."""
-    return (Path(folder).expanduser() / "about.json").is_file()
+    return (expanded(folder) / "about.json").is_file()
 
 
 def refuse_foreign(folder: str | Path) -> None:
     """Raise UserError where a folder that is no store yet holds something else."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if is_store(folder) or not folder.is_dir():
         return
     if any(path.name not in _OWN and not path.name.startswith(".") for path in folder.iterdir()):
@@ -104,7 +105,7 @@ def create(folder: str | Path, about: About, tables: Mapping[str, Tensor], setti
     Raises:
         UserError: the folder holds something, or cannot be written; the codec does not fit.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     about = replace(about, fingerprint=_as_json(about.fingerprint), notes=_as_json(about.notes))
     codec = make_codec(about.codec, about.num_classes, about.widths, tables)
     packed = save({name: x.cpu() for name, x in codec.tables.items()})
@@ -128,7 +129,7 @@ def open_store(folder: str | Path) -> Store:
     Raises:
         UserError: no folder, no store in it, one of another version, or a damaged one.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not folder.is_dir():
         raise UserError(f"targets.dir={folder} is no folder: {_how_to_store(folder)}")
     if not is_store(folder):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.paths import utf8_name
+from ghosttrain.config.paths import expanded, utf8_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import read_config, replacing
 from ghosttrain.models.files import other_normalisation
@@ -137,7 +137,7 @@ def load_run(folder: str | Path, weights: Which = "ema") -> nn.Module:
     Raises:
         UserError: no run there, or nothing saved yet, or an unknown `weights`.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     config = read_config(folder)
     if weights not in ("ema", "raw", "fused"):
         raise UserError(f"weights={weights!r}: choose 'ema', 'raw' or 'fused'")
@@ -205,12 +205,12 @@ def fuse_run(folder: str | Path, out: str | None = None, library: str | None = N
         UserError: no run there, or nothing to fuse, or the file cannot be written, or `library`
             has no such network.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     config = read_config(folder)
     model = load_run(folder, "ema")
     fused = load_run(folder, "fused")
     name = f"model.{library}" if library else "model.fused"
-    path = Path(out).expanduser() if out else folder / f"{name}.safetensors"
+    path = expanded(out) if out else folder / f"{name}.safetensors"
     if library is not None:
         return _write_for(library, model, fused, path)
     size, chans = config.data.eval_size, config.data.in_chans

@@ -30,6 +30,7 @@ from ghosttrain import __version__
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.identity import fingerprint, result_settings, run_name
 from ghosttrain.config.lock import locked
+from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import Config
 
 RESULT_KEYS = {"headline", "weights", "best", "model", "seconds", "images_per_second", "steps"}
@@ -39,7 +40,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 def run_folder(config: Config) -> Path:
     """Return the folder of this run; the same settings always give the same folder."""
-    return Path(config.run.root).expanduser().resolve() / run_name(config)
+    return expanded(config.run.root).resolve() / run_name(config)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from typing import IO
 
 from ghosttrain.config.compose import Composed, compose, override_run
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import Launch
 from ghosttrain.engine.folder import (
     check_same_run,
@@ -113,7 +114,7 @@ def store_answers(
             )
         saved = read_config(folder).model_copy(update={"launch": Launch()})
         config = override_run(saved, overrides, STORE_MAY_CHANGE, "store")
-        targets = config.targets.model_copy(update={"dir": str(folder.expanduser().resolve())})
+        targets = config.targets.model_copy(update={"dir": str(expanded(folder).resolve())})
         config = config.model_copy(update={"targets": targets})
     else:
         config = compose(overrides, config_dir, trains=False).config

