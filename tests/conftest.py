@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+THREADS = int(os.environ.get("TEST_THREADS", "1"))
+"""Threads of this process and of those that tests start: rounding may depend on their number."""
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,11 +28,11 @@ class Outcome:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _threads() -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(before)
 

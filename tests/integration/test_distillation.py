@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -129,10 +128,7 @@ t.save_state = save
 from ghosttrain.cli import main
 main({arguments!r})
 """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the same rounding
-    done = subprocess.run(
-        [sys.executable, "-c", killed], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
     assert ghosttrain(*arguments).code == 0
     assert torch.equal(weights(run), weights(tmp_path / "whole"))
@@ -279,8 +275,7 @@ def test_ranks_get_the_same_answers(ghosttrain, stored, tmp_path):
              "train.sync_bn=true"]  # fmt: skip
     command = [sys.executable, "-m", "ghosttrain", *stored, *still, "launch.nproc=2",
                f"run.root={tmp_path / 'two'}"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert ghosttrain(*stored, *still, f"run.root={tmp_path / 'one'}").code == 0
     one, two = train_rows(tmp_path / "one"), train_rows(tmp_path / "two")
@@ -290,7 +285,6 @@ def test_ranks_get_the_same_answers(ghosttrain, stored, tmp_path):
 def test_a_killed_cache_goes_on_and_writes_no_file_twice(stored, tmp_path):
     command = [sys.executable, "-m", "ghosttrain", "cache", *stored, *WRITE,
                "targets.codec=logits:8", "targets.shard_size=4"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed_at_the_fourth_file = (
         "import os, sys; from pathlib import Path; from ghosttrain.cli import main\n"
         "replace, seen = Path.replace, []\n"
@@ -301,11 +295,11 @@ def test_a_killed_cache_goes_on_and_writes_no_file_twice(stored, tmp_path):
         "main(sys.argv[1:])\n"
     )
     killed = [sys.executable, "-c", killed_at_the_fourth_file, *command[3:]]
-    assert subprocess.run(killed, stdout=subprocess.DEVNULL, env=environment).returncode == -9
+    assert subprocess.run(killed, stdout=subprocess.DEVNULL).returncode == -9
     draws = tmp_path / "store" / "draws"
     before = {path: path.stat().st_mtime_ns for path in draws.rglob("*.targets")}
     assert len(before) == 3 and len(list(draws.rglob(".*.part"))) == 1
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"wrote {30 - len(before)} files" in done.stdout
     assert len(list(draws.rglob("*.targets"))) == 30
@@ -319,8 +313,7 @@ def test_two_ranks_write_each_file_once(ghosttrain, stored, tmp_path):
     assert ghosttrain("cache", *alone, *write).code == 0
     command = [sys.executable, "-m", "ghosttrain", "cache", *stored, *write, "launch.nproc=2",
                "launch.device=cpu"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "wrote 8 files" in done.stdout
     one, two = open_store(tmp_path / "alone"), open_store(tmp_path / "store")

@@ -38,7 +38,7 @@ def test_build_install_and_two_steps(tmp_path):
 
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
     run(*pip, "--target", str(site), str(wheel), cwd=home)
-    isolated = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    isolated = {"PYTHONPATH": str(site)}
     where = run(
         sys.executable, "-c", "import ghosttrain; print(ghosttrain.__file__)", cwd=home, **isolated
     )
