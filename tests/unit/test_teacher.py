@@ -520,6 +520,11 @@ def test_answers_without_a_relation_to_the_labels_are_refused() -> None:
         except UserError:
             pass
     assert passed <= 6  # expected: at most 1 %; P(X > 6) of 200 is .0045
+    worse = score(
+        *sample(IMBALANCED, 0.45)
+    )  # it knows something, but a constant is right more often
+    assert worse.chance + 0.1 < worse.top1 < 353 / 512
+    assert "would be right on 353" in refusal(lambda: refuse_chance(worse, 3))
     answers, labels = sample(IMBALANCED, 1.0)
     shifted = (answers + 1) % 3  # the classes in another order
     assert "always answering the most frequent class would be right on 353" in refusal(
