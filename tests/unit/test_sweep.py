@@ -1,0 +1,53 @@
+"""What a sweep does with a cell that fails, and with Ctrl-C."""
+
+import errno
+
+import pytest
+
+from ghosttrain.study import sweep
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    """Let each cell do what the list says: raise, or return an exit code; keep the seeds run."""
+    seeds: list[int] = []
+
+    def answer(*outcomes):
+        left = iter(outcomes)
+
+        def launch(composed):
+            seeds.append(composed.config.seed)
+            outcome = next(left)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(sweep, "launch", launch)
+        return seeds
+
+    return answer
+
+
+def test_ctrl_c_ends_the_sweep(cells, ghosttrain, tmp_path):
+    seeds = cells(0, KeyboardInterrupt(), 0)
+    outcome = ghosttrain("-m", "seed=1,2,3", f"run.root={tmp_path}")
+    assert outcome.code == 130 and seeds == [1, 2]
+    assert outcome.err.strip().startswith("ghosttrain: interrupted; the same command goes on")
+
+
+def test_a_cell_that_fails_is_named_and_the_others_run(cells, ghosttrain, tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", "last.pt")
+    seeds = cells(0, 137, full, RuntimeError("a bug"), 2)  # 137: killed by signal 9
+    outcome = ghosttrain("-m", "seed=range(1,6)", f"run.root={tmp_path}")
+    assert outcome.code == 1 and seeds == [1, 2, 3, 4, 5]
+    assert "ghosttrain: error: last.pt: No space left on device; make room" in outcome.err
+    assert outcome.err.count("Traceback") == 1 and "RuntimeError: a bug" in outcome.err
+    failed = [line for line in outcome.err.splitlines() if "failed: " in line]
+    for line, (seed, code) in zip(failed, ((2, 137), (3, 2), (4, 1), (5, 2)), strict=True):
+        assert f"seed={seed} " in line and line.endswith(f"(exit code {code})")
+
+
+def test_nothing_starts_before_every_cell_is_checked(cells, ghosttrain, tmp_path):
+    seeds = cells()
+    outcome = ghosttrain("-m", "seed=1,2", "train.epochs=1,0", f"run.root={tmp_path}")
+    assert outcome.code == 2 and "train.epochs=0" in outcome.err and not seeds
