@@ -1,0 +1,96 @@
+"""What a resumed or finished run says about other data."""
+
+import pytest
+from conftest import make_images
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Config, Data
+from ghosttrain.data.datasets import build_datasets
+from ghosttrain.engine.same_data import (
+    changes,
+    listings,
+    note_on_result,
+    went_on,
+    without_classes,
+)
+
+
+def data(classes=("cat", "dog"), train=(1437, "t"), held_out=(360, "h")) -> dict:
+    halves = {"train": train, "held_out": held_out}
+    return {
+        key: {"classes": [*classes], "images": n, "digest": f"{digest} {classes}"}
+        for key, (n, digest) in halves.items()
+    } | {"accepted": []}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (data(), []),
+        (data(classes=("dog", "zebra")), ["classes differ: 'cat' -> 'zebra'"]),
+        (data(classes=("ant", "cat", "dog")), ["classes differ: 2 -> 3, 'ant' is new"]),
+        (data(classes=("dog",)), ["classes differ: 2 -> 1, 'cat' is gone"]),
+        (
+            data(classes=("a", "b", "c", "d")),
+            ["classes differ: 2 -> 4, 'cat' is gone, 'dog' is gone, ..."],
+        ),
+        (data(train=(1440, "t")), ["training images: 1,437 -> 1,440"]),
+        (data(held_out=(360, "x")), ["file names or labels of the held-out images differ"]),
+        (
+            data(train=(1437, "x"), held_out=(361, "x")),
+            [
+                "file names or labels of the training images differ",
+                "held-out images: 360 -> 361",
+            ],
+        ),
+        (
+            data(classes=("cow", "dog"), train=(3, "t")),
+            ["classes differ: 'cat' -> 'cow'", "training images: 1,437 -> 3"],
+        ),
+    ],
+)
+def test_every_difference_is_said_once(now, said):
+    assert changes(data(), now) == said
+
+
+def test_a_resumed_run_refuses_other_data_or_keeps_a_record():
+    saved = {"data": data(), "step": 30, "optimizer": {"state": {}}}
+    assert went_on(saved, data(), "refuse") == data()
+    assert went_on({"step": 30, "optimizer": {}}, data(), "refuse") == data()  # an older version
+    more = data(train=(1440, "t"))
+    with pytest.raises(UserError, match=r"1,437 -> 1,440\): .*data.changed=accept .*run.fresh"):
+        went_on(saved, more, "refuse")
+    first = went_on(saved, more, "accept")
+    assert first["accepted"] == ["data changed after step 30: training images: 1,437 -> 1,440"]
+    later = {"data": first, "step": 50, "optimizer": {"state": {}}}
+    assert went_on(later, more, "refuse")["accepted"] == first["accepted"]
+    second = went_on(later, data(), "accept")["accepted"]
+    assert second == [
+        *first["accepted"],
+        "data changed after step 50: training images: 1,440 -> 1,437",
+    ]
+
+
+def test_what_cannot_be_accepted_says_why():
+    saved = {"data": data(), "step": 30, "optimizer": {"state": {}}}
+    with pytest.raises(UserError, match=r"run.fresh=true \(it cannot .* has 2 outputs\)"):
+        went_on(saved, data(classes=("a", "cat", "dog")), "accept")
+    done = saved | {"optimizer": {}}
+    with pytest.raises(UserError, match="has taken all its steps"):
+        went_on(done, data(train=(1440, "t")), "accept")
+    assert went_on(done, data(held_out=(361, "h")), "accept")["accepted"]
+
+
+def test_a_finished_run_says_that_its_data_are_others(tmp_path):
+    make_images(tmp_path / "d", classes=2, train=2, val=1)
+    config = Config(data=Data(name="folder", root=str(tmp_path / "d")))
+    result = {"data": without_classes(listings(*build_datasets(config.data)))}
+    assert "classes" not in result["data"]["train"]
+    assert note_on_result(config, result) is None
+    (tmp_path / "d" / "train" / "class1" / "0.JPEG").unlink()
+    line = str(note_on_result(config, result))
+    assert "(training images: 4 -> 3); run.fresh=true trains anew" in line
+    (tmp_path / "d" / "val").rename(tmp_path / "d" / "gone")
+    assert "its data cannot be compared" in str(note_on_result(config, result))
+    assert note_on_result(Config(), result) is None  # digits: embedded
+    assert note_on_result(config, {}) is None  # of an earlier version
