@@ -86,7 +86,7 @@ def read_config(folder: Path) -> Config:
     try:
         return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).partition(" [type=")[0]
         raise UserError(
             f"{path} cannot be read ({reason}): type the command of this run with --cfg job > "
             f"{shlex.quote(str(path))}"

@@ -32,7 +32,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
     Raises:
         UserError: no run there, or a setting that would make it another model.
     """
-    saved = read_config(folder)
+    saved, result = read_config(folder), read_result(folder)
     alone = saved.model_copy(update={"launch": Launch()})  # however many processes trained it
     config = override_run(alone, overrides, MAY_CHANGE)
     if config.launch.nproc > 1 and "WORLD_SIZE" not in os.environ:
@@ -64,7 +64,6 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
         batches = held_out_batches(loader, len(held_out), batch)
         table, difference = evaluate(models, batches, device)
     if distributed.rank() == 0:
-        result = read_result(folder)
         notes = [*held_out.notes]
         listing = (result or {}).get("data", {}).get("held_out")
         if listing and listing["digest"] != held_out.listing()["digest"]:

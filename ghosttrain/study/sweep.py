@@ -11,7 +11,7 @@ import traceback
 
 from ghosttrain.config.compose import cells, compose
 from ghosttrain.config.errors import mistake
-from ghosttrain.engine.folder import read_result, run_folder
+from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.launch import launch
 from ghosttrain.study.report import report
 
@@ -23,8 +23,7 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         KeyboardInterrupt: Ctrl-C ends the sweep, not only the cell that runs.
     """
     runs = [compose(cell, config_dir) for cell in cells(overrides, config_dir)]
-    folders = [run_folder(run.config) for run in runs]
-    failed = []
+    done, failed = [], []
     for number, run in enumerate(runs, start=1):
         print(f"\n=== {number}/{len(runs)}: {' '.join(run.arguments)}", flush=True)
         try:
@@ -38,7 +37,8 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
             code = 1 if said is None else 2
         if code:
             failed.append(f"{' '.join(run.arguments)} (exit code {code})")
-    done = [folder for folder in folders if read_result(folder) is not None]
+        else:
+            done.append(run_folder(run.config))
     if done:
         print(f"\n=== {len(done)} of {len(runs)} runs finished\n" + report(done))
     for line in failed:

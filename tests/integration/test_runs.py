@@ -190,6 +190,13 @@ def test_a_sweep_runs_what_is_missing_and_reports(ghosttrain, tiny, tmp_path):
     assert [r.stat().st_mtime_ns for r in results] == times
     assert wider.out.count("\nfinished: ") == 2
 
+    whole = results[0].read_bytes()  # a damaged one fails alone
+    results[0].write_bytes(whole[:60])
+    damaged = ghosttrain(*sweep)
+    assert damaged.code == 1 and "1 of 2 runs finished" in damaged.out
+    assert "result.json is damaged" in damaged.err and "failed: " in damaged.err
+    results[0].write_bytes(whole)
+
     table = ghosttrain("report", tmp_path)
     tops = [
         json.loads(r.read_text())["weights"]["ema"]["top1"] for r in tmp_path.rglob("result.json")
