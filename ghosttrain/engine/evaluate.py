@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ghosttrain.data.loader import Batch, Loader
 from ghosttrain.data.order import eval_batches, eval_indices
@@ -69,9 +69,10 @@ def evaluate(
         for images, labels, *_ in batches:
             logits = {name: model(images).float() for name, model in models.items()}
             for row, answer in zip(counts, logits.values(), strict=True):
-                best = answer.topk(min(5, answer.shape[1])).indices
-                hit = best == labels[:, None]
-                row += torch.stack([hit[:, 0].sum(), hit.sum(), labels.new_tensor(len(labels))])
+                better = classes_before(answer, labels)
+                row[0] += (better < 1).sum()
+                row[1] += (better < 5).sum()
+                row[2] += len(labels)
             if "ema" in logits and "fused" in logits:
                 largest = torch.maximum(largest, (logits["ema"] - logits["fused"]).abs().max())
     for name, model in models.items():
@@ -82,3 +83,20 @@ def evaluate(
     for name, (first, five, n) in zip(models, counts.tolist(), strict=True):
         table[name] = {"top1": 100 * first / max(n, 1), "top5": 100 * five / max(n, 1), "n": n}
     return table, largest.item()
+
+
+def classes_before(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how many classes (B,) stand before the label of each image, the best first.
+
+    Of equal logits the class of the lower number is first, as `argmax` has it; `topk` would leave
+    the order open. Where a label's logit or another one is NaN, that class is before the label.
+
+    Args:
+        logits: (B, K).
+        labels: (B,) int64.
+    """
+    own = logits.gather(1, labels[:, None])
+    lower = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    # Not `logits > own`: every comparison with a NaN is false, and no NaN may count as a hit.
+    before = ~(logits <= own) | ((logits == own) & lower)
+    return before.sum(dim=1)
