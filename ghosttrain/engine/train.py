@@ -292,7 +292,9 @@ def objective(
     distill = config.distill
     output = forward(images)
     logits, projected = output if isinstance(output, tuple) else (output, None)
-    logits = logits.float()
+    # At least float32, whatever autocast says; a network in float64 keeps its precision.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.to(logits.dtype)
     label = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
     losses = {"label": at(distill.label_weight, progress) * label}
     if answer is None:
