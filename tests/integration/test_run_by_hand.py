@@ -1,0 +1,119 @@
+"""A whole run, from the command line to its files, equals the loop written out in by_hand.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import by_hand
+import pytest
+import torch
+from by_hand import Plain
+from conftest import only_run
+from safetensors.torch import load_file
+
+from ghosttrain.engine import train
+from ghosttrain.engine.checkpoint import load_state
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("squares")
+    by_hand.make_images(root)
+    return root
+
+
+@pytest.fixture(params=[0.0, 0.5], ids=["no dropout", "dropout"])
+def dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(classes, request.param))
+    return request.param
+
+
+def rows(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def test_losses_rates_weights_averages_and_accuracies(images, dropout, tmp_path) -> None:
+    assert by_hand.run(images, tmp_path) == 0
+    losses, raw, average = by_hand.loop(images, dropout)
+    run = only_run(tmp_path)
+    train_rows = rows(run, "train")
+    assert [row["step"] for row in train_rows] == list(range(1, by_hand.STEPS + 1))
+    rates = [by_hand.lr_of(step) for step in range(by_hand.STEPS)]
+    assert [row["lr"] for row in train_rows] == pytest.approx(rates, rel=1e-12)
+    assert [row["loss"] for row in train_rows] == pytest.approx(losses, rel=1e-5)  # float32 sums
+    assert len({row["loss"] for row in train_rows}) == by_hand.STEPS
+
+    saved = load_state(run / "checkpoints" / "last.pt")
+    # The images of a run are float32, those of the loop float64.
+    assert by_hand.difference(saved["student"], raw) < 1e-6
+    assert by_hand.difference(saved["ema"]["model"], average) < 1e-6
+    assert by_hand.difference(raw, average) > 1e-3  # they can be told apart
+    assert by_hand.difference(load_file(run / "model.safetensors"), average) < 1e-6
+
+    result = json.loads((run / "result.json").read_text())
+    weights = {"raw": raw, "ema": average, "fused": average}
+    expected = {name: by_hand.accuracy(images, state) for name, state in weights.items()}
+    assert result["weights"] == expected
+    assert dropout or expected["raw"] != expected["ema"]
+    assert (result["steps"], result["headline"]) == (by_hand.STEPS, "ema")
+    last = rows(run, "eval")[-1]
+    assert last["raw_top1"] == expected["raw"]["top1"]
+    assert last["ema_top1"] == expected["ema"]["top1"]
+
+
+def test_the_best_average_is_kept_with_its_epoch(images, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(classes))
+    tops = iter([(50, 10), (20, 60), (80, 60), (10, 30), (70, 40)])  # raw and EMA, epoch by epoch
+    real, averages = train.evaluate, []
+
+    def evaluate(models, batches, device):
+        table, difference = real(models, batches, device)
+        if "fused" not in models:
+            averages.append({k: v.clone() for k, v in models["ema"].state_dict().items()})
+            table["raw"]["top1"], table["ema"]["top1"] = next(tops)
+        return table, difference
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert by_hand.run(images, tmp_path) == 0
+    run = only_run(tmp_path)
+    best = load_file(run / "checkpoints" / "best.safetensors")
+    assert by_hand.difference(best, averages[1]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["best"] == {"top1": 60, "epoch": 2}
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "sgd"])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    images, tmp_path, monkeypatch, optimizer, epochs
+) -> None:
+    """Bit for bit, with dropout and augmentation: weights, average, metrics, the best epoch."""
+    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(classes, 0.5))
+    settings = [f"optim={optimizer}", "augment=compact"]
+    assert by_hand.run(images, tmp_path / "whole", *settings) == 0
+    real, saved = train.save_state, []
+
+    def save_state(path, state):
+        real(path, state)
+        saved.append(state["step"])
+        if len(saved) == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_state", save_state)
+    assert by_hand.run(images, tmp_path / "cut", *settings) == 130
+    monkeypatch.setattr(train, "save_state", real)
+    assert by_hand.run(images, tmp_path / "cut", *settings) == 0
+
+    whole, cut = only_run(tmp_path / "whole"), only_run(tmp_path / "cut")
+    for name in ("model.safetensors", "checkpoints/best.safetensors"):
+        assert by_hand.difference(load_file(whole / name), load_file(cut / name)) == 0
+    one, two = (load_state(run / "checkpoints" / "last.pt") for run in (whole, cut))
+    assert all(torch.equal(one["student"][k], two["student"][k]) for k in one["student"])
+    assert one["best"] == two["best"] and one["ema"]["updates"] == two["ema"]["updates"]
+
+    def without_times(run: Path) -> list[dict]:
+        return [row | {"images_per_second": 0} for k in ("train", "eval") for row in rows(run, k)]
+
+    assert without_times(whole) == without_times(cut)
