@@ -241,18 +241,6 @@ def test_report_says_which_settings_tell_rows_apart_in_their_order(ghosttrain, t
         assert f"{top1:.2f}" in row
 
 
-def test_losses_are_those_of_the_golden_file(ghosttrain, tiny, tmp_path):
-    """20 steps of a small run; the file is rewritten by hand when the numerics change on
-    purpose."""
-    assert (
-        ghosttrain(*tiny, "train.epochs=7", "train.max_steps=20", "tracker.log_every=1").code == 0
-    )
-    rows = [json.loads(r) for r in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    losses = [round(r["loss"], 5) for r in rows if r["kind"] == "train"]
-    golden = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
-    assert losses == pytest.approx(golden, rel=0.02)  # other CPUs sum in other orders
-
-
 @pytest.mark.parametrize("extra", ["train.precision=bf16", "data.in_chans=1"])
 def test_other_numerics(ghosttrain, tiny, extra):
     grey = ["data.mean=[0.5]", "data.std=[0.25]"] * (extra == "data.in_chans=1")
