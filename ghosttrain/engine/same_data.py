@@ -37,19 +37,20 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def went_on(saved: Mapping[str, Any], now: Listings, changed: str) -> Listings:
-    """Return the listings of a resumed run, with every change that was accepted on the way.
+def compared(saved: Mapping[str, Any] | None, now: Listings, changed: str) -> Listings:
+    """Return the listings of a run, with every change that was accepted on the way.
 
     Args:
-        saved: its checkpoint (one of an earlier version holds no listings).
+        saved: the checkpoint that it resumes from (one of an earlier version holds no listings);
+            None: it begins.
         now: listings of the data as they are.
         changed: `data.changed`.
 
     Raises:
         UserError: the data are not those of the checkpoint.
     """
-    before = saved.get("data")
-    if before is None:
+    before = saved.get("data") if saved is not None else None
+    if saved is None or before is None:
         return now
     found = "; ".join(changes(before, now))
     if not found:

@@ -81,9 +81,7 @@ def train(config: Config | None, notes: list[str]) -> None:
     classes, n = train_set.classes, len(train_set)
     last = run / "checkpoints" / "last.pt"
     saved = load_state(last) if last.is_file() else None
-    data = same_data.listings(train_set, held_out)
-    if saved is not None:
-        data = same_data.went_on(saved, data, config.data.changed)
+    data = same_data.compared(saved, same_data.listings(train_set, held_out), config.data.changed)
     plan = make_plan(config, n, ranks)
     answers = ready_answers(config, train_set, device)
     train_images = train_loader(

@@ -8,9 +8,9 @@ from ghosttrain.config.schema import Config, Data
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.engine.same_data import (
     changes,
+    compared,
     listings,
     note_on_result,
-    went_on,
     without_classes,
 )
 
@@ -55,16 +55,17 @@ def test_every_difference_is_said_once(now, said):
 
 def test_a_resumed_run_refuses_other_data_or_keeps_a_record():
     saved = {"data": data(), "step": 30, "optimizer": {"state": {}}}
-    assert went_on(saved, data(), "refuse") == data()
-    assert went_on({"step": 30, "optimizer": {}}, data(), "refuse") == data()  # an older version
+    assert compared(saved, data(), "refuse") == data()
+    assert compared(None, data(), "refuse") == data()
+    assert compared({"step": 30, "optimizer": {}}, data(), "refuse") == data()  # an older version
     more = data(train=(1440, "t"))
     with pytest.raises(UserError, match=r"1,437 -> 1,440\): .*data.changed=accept .*run.fresh"):
-        went_on(saved, more, "refuse")
-    first = went_on(saved, more, "accept")
+        compared(saved, more, "refuse")
+    first = compared(saved, more, "accept")
     assert first["accepted"] == ["data changed after step 30: training images: 1,437 -> 1,440"]
     later = {"data": first, "step": 50, "optimizer": {"state": {}}}
-    assert went_on(later, more, "refuse")["accepted"] == first["accepted"]
-    second = went_on(later, data(), "accept")["accepted"]
+    assert compared(later, more, "refuse")["accepted"] == first["accepted"]
+    second = compared(later, data(), "accept")["accepted"]
     assert second == [
         *first["accepted"],
         "data changed after step 50: training images: 1,440 -> 1,437",
@@ -74,11 +75,11 @@ def test_a_resumed_run_refuses_other_data_or_keeps_a_record():
 def test_what_cannot_be_accepted_says_why():
     saved = {"data": data(), "step": 30, "optimizer": {"state": {}}}
     with pytest.raises(UserError, match=r"run.fresh=true \(it cannot .* has 2 outputs\)"):
-        went_on(saved, data(classes=("a", "cat", "dog")), "accept")
+        compared(saved, data(classes=("a", "cat", "dog")), "accept")
     done = saved | {"optimizer": {}}
     with pytest.raises(UserError, match="has taken all its steps"):
-        went_on(done, data(train=(1440, "t")), "accept")
-    assert went_on(done, data(held_out=(361, "h")), "accept")["accepted"]
+        compared(done, data(train=(1440, "t")), "accept")
+    assert compared(done, data(held_out=(361, "h")), "accept")["accepted"]
 
 
 def test_a_finished_run_says_that_its_data_are_others(tmp_path):
