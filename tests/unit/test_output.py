@@ -82,8 +82,9 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(args):
     """`--help | head`: exit code 0, nothing on stderr, not even from Python's own end."""
     read, write = os.pipe()
     os.close(read)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     done = subprocess.run(
-        [*COMMAND, *args], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *args], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, env=buffered
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")

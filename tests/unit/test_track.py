@@ -109,8 +109,11 @@ def test_a_resumed_run_forgets_the_rows_of_steps_that_run_again(tmp_path):
     with started(tmp_path, step=20) as tracker:
         assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
         tracker.log("train", 30, ROW)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+        tracker.log("eval", 30, {"ema_top1": 1.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30, 30]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+    Tracker(Config(), tmp_path, 30, 100, evaluates_first=True)  # its last evaluation runs again
+    assert [row["kind"] for row in read_metrics(tmp_path)] == ["train"] * 3
 
 
 def test_lines_that_are_no_rows_are_left_out(tmp_path):
@@ -250,7 +253,7 @@ def test_a_service_that_fails_is_switched_off_with_one_line(tmp_path, capsys, at
     assert len(read_metrics(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("title", ["$broken^", "猫 Straße caf\udce9"])
+@pytest.mark.parametrize("title", ["$\\broken^$", "猫 Straße caf\udce9"])
 def test_curves_of_any_name(tmp_path, title):
     with started(tmp_path) as tracker:
         tracker.log("train", 10, ROW)
