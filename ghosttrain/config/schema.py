@@ -322,9 +322,9 @@ class Tracker(Settings):
     """Where metrics go, besides the run folder."""
 
     wandb: Literal["off", "online", "offline"] = Field("off", json_schema_extra=RESULT_NEUTRAL)
-    """Weights & Biases mode."""
+    """Weights & Biases mode; WANDB_MODE and WANDB_DISABLED of the environment can only lower it."""
     project: str = Field("ghosttrain", json_schema_extra=RESULT_NEUTRAL)
-    """Weights & Biases project."""
+    """Weights & Biases project; WANDB_PROJECT of the environment counts where this is not set."""
     tensorboard: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
     """Write TensorBoard events into the run folder."""
     log_every: int = Field(10, ge=1, json_schema_extra=RESULT_NEUTRAL)
