@@ -37,9 +37,9 @@ def test_ctrl_c_ends_the_sweep(cells, ghosttrain, tmp_path):
 
 def test_a_cell_that_fails_is_named_and_the_others_run(cells, ghosttrain, tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device", "last.pt")
-    seeds = cells(0, 137, full, RuntimeError("a bug"), 2)  # 137: killed by signal 9
-    outcome = ghosttrain("-m", "seed=range(1,6)", f"run.root={tmp_path}")
-    assert outcome.code == 1 and seeds == [1, 2, 3, 4, 5]
+    seeds = cells(137, full, RuntimeError("a bug"), 2)  # 137: killed by signal 9
+    outcome = ghosttrain("-m", "seed=range(2,6)", f"run.root={tmp_path}")
+    assert outcome.code == 1 and seeds == [2, 3, 4, 5]
     assert "ghosttrain: error: last.pt: No space left on device; make room" in outcome.err
     assert outcome.err.count("Traceback") == 1 and "RuntimeError: a bug" in outcome.err
     failed = [line for line in outcome.err.splitlines() if "failed: " in line]
