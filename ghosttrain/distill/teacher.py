@@ -309,7 +309,7 @@ def refuse_chance(found: Score, num_classes: int, who: str = "the teacher") -> N
     if hits > majority and p <= LEAST_P:
         return
     if hits <= majority:
-        why = f"always answering the most frequent class would be right on {majority}"
+        why = f"no better than always answering the most frequent class ({majority} right)"
     else:
         why = f"no better than guessing one of {num_classes} classes (p = {p:.2g})"
     raise UserError(

@@ -488,7 +488,9 @@ def test_a_teacher_that_always_says_the_same_never_passes(sizes: list[int]) -> N
     for label in range(len(sizes)):
         found = score(torch.full_like(labels, label), labels)
         assert found.chance == pytest.approx(sizes[label] / sum(sizes))
-        assert f"right on {max(sizes)}" in refusal(lambda f=found: refuse_chance(f, len(sizes)))
+        assert f"class ({max(sizes)} right)" in refusal(
+            lambda f=found: refuse_chance(f, len(sizes))
+        )
     almost = torch.full_like(labels, 0)
     almost[-1] = labels[-1]  # one image more than the constant answer
     assert "no better than guessing" in refusal(
@@ -524,10 +526,10 @@ def test_answers_without_a_relation_to_the_labels_are_refused() -> None:
         *sample(IMBALANCED, 0.45)
     )  # it knows something, but a constant is right more often
     assert worse.chance + 0.1 < worse.top1 < 353 / 512
-    assert "would be right on 353" in refusal(lambda: refuse_chance(worse, 3))
+    assert "most frequent class (353 right)" in refusal(lambda: refuse_chance(worse, 3))
     answers, labels = sample(IMBALANCED, 1.0)
     shifted = (answers + 1) % 3  # the classes in another order
-    assert "always answering the most frequent class would be right on 353" in refusal(
+    assert "always answering the most frequent class (353 right)" in refusal(
         lambda: refuse_chance(score(shifted, labels), 3)
     )
 
