@@ -1,10 +1,11 @@
 """Two small runs whose losses are kept in golden.json, and the accuracy of their saved weights.
 
 `learner` is a network of timm without batch norm, whose loss falls to less than half. It does not
-amplify rounding: between processors (AVX-512, AVX2, neither; 1 and 2 threads) its losses differed
-by 3e-7 at most, and every step is held to 1e-4. `student` is a GhostNetV3 with all its branches,
-taught by it. Its batch norms amplify a rounding error tenfold with every step: its first three
-steps are held to 1e-4, the others to 10 %.
+amplify rounding: between processors (AVX-512, AVX2, neither; 1 and 2 threads; with and without the
+C++ kernels) its losses differed by 2e-7 at most, and every step is held to 1e-4. `student` is a
+GhostNetV3 with all its branches, taught by it. Its batch norms amplify a rounding error tenfold
+with every step: the first two steps differed by 2e-6 at most and are held to 1e-4, the later ones
+by 2 % at most and are held to 10 %.
 
 When numbers change on purpose, make the file anew, and say why in the commit:
 
@@ -41,7 +42,7 @@ from ghosttrain.models.reparam import fuse
 GOLDEN = Path(__file__).with_name("golden.json")
 CLASSES, TRAIN, HELD_OUT, SIDE, CROP = 6, 16, 20, 50, 40
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.2)
-STUDENT_STEPS, STUDENT_WIDTH = 3, 0.1
+STUDENT_STEPS, STUDENT_WIDTH = 2, 0.1
 
 
 @dataclass
@@ -85,7 +86,6 @@ def trained(images: Path, root: Path, *settings: str) -> Run:
                 "data.workers=0",
                 "train.global_batch=32",
                 "optim.lr_batch=32",
-                "optim.lr=0.05",
                 "schedule.warmup_epochs=1",
                 "ema.decay=0.8",
                 "tracker.log_every=1",
@@ -109,6 +109,7 @@ def train_learner(images: Path, root: Path) -> Run:
         "distill=none",
         "model=timm",
         "model.name=test_convnext",
+        "optim.lr=0.05",
         "train.epochs=12",
         "augment.scale_min=0.5",
         "augment.randaugment_ops=0",
@@ -128,6 +129,7 @@ def train_student(images: Path, root: Path, teacher: Path) -> Run:
         f"teacher.mean={list(MEAN)}".replace(" ", ""),
         f"teacher.std={list(STD)}".replace(" ", ""),
         "distill=kl",
+        "optim.lr=0.01",
         "train.epochs=2",
     )
 
@@ -146,7 +148,9 @@ def networks(run: Run, make: Callable[[], nn.Module]) -> dict[str, nn.Module]:
 
 
 def measured(images: Path, network: nn.Module) -> dict[str, float]:
-    """Return top-1, top-5, n and the mean cross-entropy on the held-out images."""
+    """Return top-1, top-5, n and the mean cross-entropy on the held-out images, and how many of
+    them are so close to being a hit or a miss that rounding may decide.
+    """
     arrays, labels = [], []
     start = (SIDE - CROP) // 2
     for label, folder in enumerate(sorted((images / "val").iterdir())):
@@ -157,14 +161,16 @@ def measured(images: Path, network: nn.Module) -> dict[str, float]:
     x = ((np.stack(arrays) - MEAN) / STD).transpose(0, 3, 1, 2).astype(np.float32)
     with torch.no_grad():
         logits = network(torch.from_numpy(x)).double().numpy()
-    best = np.argsort(-logits, axis=1)
-    hits = best == np.array(labels)[:, None]
+    own = logits[range(len(labels)), labels]
+    others = logits[np.arange(CLASSES) != np.array(labels)[:, None]].reshape(len(labels), -1)
+    first, _, _, _, fifth = -np.sort(-others, axis=1).T
     log_sum = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
     return {
-        "top1": 100 * int(hits[:, :1].sum()) / len(labels),
-        "top5": 100 * int(hits[:, :5].sum()) / len(labels),
+        "top1": 100 * int((own > first).sum()) / len(labels),
+        "top5": 100 * int((own > fifth).sum()) / len(labels),
         "n": len(labels),
-        "cross_entropy": float((log_sum - logits[range(len(labels)), labels]).mean()),
+        "cross_entropy": float((log_sum - own).mean()),
+        "close": int((np.minimum(abs(own - first), abs(own - fifth)) < 1e-4).sum()),
     }
 
 
@@ -214,21 +220,27 @@ def test_the_student_starts_as_it_did(student: Run, golden: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("name", ["learner", "student"])
 def test_the_reported_accuracy_is_that_of_the_saved_weights(
-    images: Path, golden: dict[str, Any], name: str, request: pytest.FixtureRequest
+    images: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
     run = request.getfixturevalue(name)
     found = networks(run, {"learner": learner_network, "student": student_network}[name])
-    values = {which: measured(images, network) for which, network in found.items()}
-    reported = run.result["weights"]
     if name == "student":
-        assert measured(images, fuse(found["ema"])).items() >= reported.pop("fused").items()
-    assert reported.keys() == values.keys()
-    for which, value in values.items():
-        assert value.items() >= reported[which].items()
-    if name == "learner":
-        for which, value in values.items():
-            assert value == pytest.approx(golden["held_out"][which], rel=1e-4)
-        assert values["raw"] != values["ema"]
+        found["fused"] = fuse(found["ema"])
+    assert run.result["weights"].keys() == found.keys()
+    for which, network in found.items():
+        value, reported = measured(images, network), run.result["weights"][which]
+        per_image = 100 / value["n"]
+        assert reported["n"] == value["n"] and value["close"] <= 2
+        for key in ("top1", "top5"):
+            assert abs(reported[key] - value[key]) <= value["close"] * per_image + 1e-9
+
+
+def test_the_learners_accuracy_is_what_it_was(
+    images: Path, learner: Run, golden: dict[str, Any]
+) -> None:
+    for which, network in networks(learner, learner_network).items():
+        assert measured(images, network) == pytest.approx(golden["held_out"][which], rel=1e-4)
+    assert golden["held_out"]["raw"] != golden["held_out"]["ema"]
 
 
 def write() -> None:
