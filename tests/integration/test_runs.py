@@ -208,26 +208,6 @@ def test_a_sweep_runs_what_is_missing_and_reports(ghosttrain, tiny, tmp_path):
     assert ghosttrain("report", tmp_path / "absent").code == 2
 
 
-def test_accumulation_equals_one_large_batch_without_batch_statistics(ghosttrain, tiny, tmp_path):
-    """The sample order does not depend on micro_batch, and the accumulated loss is the mean."""
-    rows = {}
-    for micro in (16, 4):
-        root = tmp_path / str(micro)
-        assert (
-            ghosttrain(
-                *tiny[:-1], f"train.micro_batch={micro}", "train.max_steps=1", f"run.root={root}"
-            ).code
-            == 0
-        )
-        log = (only_run(root) / "log.txt").read_text()
-        rows[micro] = json.loads((only_run(root) / "metrics.jsonl").read_text().splitlines()[0])
-        assert (
-            f"batch: 16 = {micro} (seen by batch norm) x {16 // micro} accumulated x 1 process"
-            in log
-        )
-    assert rows[4]["loss"] == pytest.approx(rows[16]["loss"], rel=0.05)
-
-
 def test_report_says_which_settings_tell_rows_apart_in_their_order(ghosttrain, tiny, tmp_path):
     for lr in ("0.003", "0.001"):
         assert ghosttrain(*tiny, "train.max_steps=1", f"optim.lr={lr}").code == 0

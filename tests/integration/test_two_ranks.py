@@ -231,6 +231,15 @@ def test_what_they_report_is_what_one_process_reports(folder, whole) -> None:
         assert weights == reports[0][1]
 
 
+def test_the_log_says_how_the_batch_is_cut(folder, whole) -> None:
+    for name, line in {
+        "lamb": "batch: 12 = 12 (seen by batch norm) x 1 accumulated x 1 process,",
+        "lamb_accumulated": "batch: 12 = 3 (seen by batch norm) x 4 accumulated x 1 process,",
+        "two_ranks_accumulated": "batch: 12 = 3 (seen by batch norm) x 2 accumulated x 2 processes",
+    }.items():
+        assert line in (only_run(folder / name) / "log.txt").read_text(), name
+
+
 def test_each_rank_drops_out_by_a_seed_of_its_own(folder) -> None:
     name = "two_ranks_accumulated_dropout"
     ranks, micro_batch, dropout, _ = RUNS[name]
