@@ -151,7 +151,7 @@ def run_guard(tree: Path, tests: list[str], file: str = "", limit_s: float | Non
             os.killpg(process.pid, signal.SIGKILL)  # also what the tests started
         process.wait()
         running.discard(process.pid)
-    stopped = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.M)
+    stopped = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, flags=re.M)
     if process.returncode == 0:
         return ""
     if not stopped and process.returncode not in (2, 3) and process.returncode > 0:
@@ -203,7 +203,7 @@ def main(patterns: list[str]) -> int:
     if patterns:
         mutants = [m for m in mutants if any(fnmatchcase(m.name, p) for p in patterns)]
 
-    rows = read_table() if patterns else {}
+    rows = read_table()
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         trees: queue.Queue[Path] = queue.Queue()
         for number in range(WORKERS):
@@ -237,10 +237,9 @@ def main(patterns: list[str]) -> int:
                 for process in list(running):
                     os.killpg(process, signal.SIGKILL)
                 raise
-    if patterns:
-        write_table(rows)  # the others' rows stay
-    else:
-        write_table({name: rows[name] for name in order})
+            finally:
+                order += [name for name in rows if only_listed and name.startswith("drawn:")]
+                write_table({name: rows[name] for name in order if name in rows})
     return 0
 
 

@@ -28,6 +28,7 @@ STEPS = EPOCHS * STEPS_PER_EPOCH
 WARMUP, WARMUP_RATIO, MIN_RATIO = 2, 0.2, 0.05
 LR, LR_BATCH, DECAY, BETA1, BETA2, EPS = 0.1, 48, 0.1, 0.8, 0.95, 1e-5
 SMOOTHING, CLIP, EMA_DECAY = 0.2, 0.4, 0.35
+LABEL_WEIGHTS = 0.5, 2.0  # at the start of the run and at its end
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -88,6 +89,7 @@ def run(images: Path, root: Path, *settings: str) -> int:
                 f"train.global_batch={BATCH}",
                 f"train.epochs={EPOCHS}",
                 f"train.label_smoothing={SMOOTHING}",
+                f"distill.label_weight=[[0,{LABEL_WEIGHTS[0]}],[1,{LABEL_WEIGHTS[1]}]]",
                 f"optim.lr={LR}",
                 f"optim.lr_batch={LR_BATCH}",
                 f"optim.weight_decay={DECAY}",
@@ -133,6 +135,7 @@ def loop(
     micro_batch: int = BATCH,
     ranks: int = 1,
     batch_norm: bool = False,
+    ema_warmup: bool = True,
 ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Return the loss of every step, the weights after the last, and their average.
 
@@ -154,7 +157,9 @@ def loop(
     for step in range(STEPS):
         epoch, done = divmod(step, STEPS_PER_EPOCH)
         t = step + 1
-        d = min(EMA_DECAY, t / (9 + t))
+        d = min(EMA_DECAY, t / (9 + t)) if ema_warmup else EMA_DECAY
+        start, end = LABEL_WEIGHTS
+        weight = start + (end - start) * step / STEPS
         total = 0.0
         model.zero_grad()
         for rank in range(ranks):
@@ -167,7 +172,7 @@ def loop(
             for _ in range(BATCH // (micro_batch * ranks)):
                 batch = next(numbers)
                 log_q = model(x[batch]).log_softmax(1)
-                loss = -(targets[batch] * log_q).sum() / BATCH
+                loss = -weight * (targets[batch] * log_q).sum() / BATCH
                 loss.backward()
                 total += loss.item()
             for k, b in buffers.items():

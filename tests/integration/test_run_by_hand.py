@@ -35,8 +35,9 @@ def rows(run: Path, kind: str) -> list[dict]:
 
 
 def test_losses_rates_weights_averages_and_accuracies(images, dropout, tmp_path) -> None:
-    assert by_hand.run(images, tmp_path) == 0
-    losses, raw, average = by_hand.loop(images, dropout)
+    ema_warmup = dropout == 0
+    assert by_hand.run(images, tmp_path, f"ema.warmup={ema_warmup}") == 0
+    losses, raw, average = by_hand.loop(images, dropout, ema_warmup=ema_warmup)
     run = only_run(tmp_path)
     train_rows = rows(run, "train")
     assert [row["step"] for row in train_rows] == list(range(1, by_hand.STEPS + 1))
