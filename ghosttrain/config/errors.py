@@ -61,6 +61,20 @@ def mistake(error: BaseException) -> str | None:
     return " ".join(said.splitlines())
 
 
+def of_the_system(error: BaseException, path: str | os.PathLike[str]) -> OSError | None:
+    """Return the failure of the system for which reading the file `path` failed (no permission, no
+    memory, a failing disk), in a form that `mistake` knows; None where the file is to blame, also
+    where it is missing.
+    """
+    if isinstance(error, FileNotFoundError):
+        return None
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        return OSError(error.errno, error.strerror, os.fspath(path))
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # the second: torch
+        return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), os.fspath(path))
+    return None
+
+
 def did_you_mean(given: str, names: Iterable[str], limit: int = 12) -> str:
     """Return " Did you mean 'x'?" for a near miss, else " Choose from: a, b, c." (both start with a
     space).

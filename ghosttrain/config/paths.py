@@ -29,7 +29,11 @@ def expanded(path: str | Path) -> Path:
 def utf8_name(path: Path) -> Iterator[Path]:
     """Give a file a name that libraries which know only UTF-8 can open: its own, or inside this
     block a link to it.
+
+    Raises OSError where it cannot be opened: safetensors calls any reason for that "no such file".
     """
+    with open(path, "rb"):
+        pass
     try:
         str(path).encode()
         yield path

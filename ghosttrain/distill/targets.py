@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.errors import UserError, of_the_system
 from ghosttrain.config.lock import locked
 from ghosttrain.config.paths import expanded
 from ghosttrain.distill.answer import Answer
@@ -429,9 +429,11 @@ def _how_to_store(folder: Path) -> str:
     )
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    why = _why(error)
-    return UserError(f"{path} cannot be read ({why}): store anew in another targets.dir")
+def _damaged(path: Path, error: Exception) -> Exception:
+    """Return what to raise where a file of a store cannot be read."""
+    if cause := of_the_system(error, path):
+        return cause
+    return UserError(f"{path} cannot be read ({_why(error)}): store anew in another targets.dir")
 
 
 def _why(error: Exception) -> str:

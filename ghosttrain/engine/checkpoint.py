@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.errors import UserError, of_the_system
 from ghosttrain.config.paths import expanded, utf8_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import read_config, replacing
@@ -97,16 +97,21 @@ def load_state(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is damaged, or is no checkpoint of this project.
+        OSError: it cannot be read now: no permission, no memory, a failing disk.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler lets anything out: KeyError, struct.error
+        if cause := of_the_system(error, path):
+            raise cause from None
         raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())[:80]}); delete it to start this run "
-            "anew"
+            f"{path} is damaged ({' '.join(str(error).split())[:80]}); move it away to start this "
+            "run anew"
         ) from None
     if not isinstance(state, dict) or "student" not in state:
-        raise UserError(f"{path} is no checkpoint of ghosttrain; delete it to start this run anew")
+        raise UserError(
+            f"{path} is no checkpoint of ghosttrain; move it away to start this run anew"
+        )
     return state
 
 
@@ -176,12 +181,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         UserError: damaged, or not written by `save_weights`.
+        OSError: it cannot be read now: no permission, no memory, a failing disk.
     """
     try:
         with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             about = json.loads((file.metadata() or {})["ghosttrain"])
             return load_file(name), about
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, MemoryError) as error:
+        if cause := of_the_system(error, path):
+            raise cause from None
         raise UserError(
             f"{path} cannot be read as weights of ghosttrain: {' '.join(str(error).split())}"
         ) from None

@@ -26,7 +26,7 @@ from numpy import dtypes
 from safetensors import safe_open
 from torch import Tensor
 
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.errors import UserError, of_the_system
 from ghosttrain.config.paths import utf8_name
 
 State = dict[str, Tensor]
@@ -93,7 +93,8 @@ def read_file(path: Path, origin: str) -> Content:
     among nested mappings is taken, an EMA one before any other; `PREFIXES` that all names share and
     `COUNTERS` are removed.
 
-    Raises UserError where there is no such file, no weights in it, or a value that is not finite.
+    Raises UserError where there is no such file, no weights in it, or a value that is not finite;
+    OSError where the system cannot read it now.
     """
     if not path.is_file():
         raise UserError(f"{origin}: there is no such file.")
@@ -121,6 +122,8 @@ def _read(path: Path, origin: str) -> Any:
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on a damaged file torch's unpickler raises almost anything
+        if cause := of_the_system(error, path):
+            raise cause from None
         text = str(error)
         if found := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
             reason = f"it holds a {found[1]}, and reading that may run code"
@@ -138,7 +141,7 @@ def _state_dicts(content: Any, where: str = "", depth: int = 0) -> Iterator[tupl
 
     An optimizer's are left out: torch's number the parameters, and others say what they are.
     """
-    if not isinstance(content, Mapping) or depth > _DEPTH or "optim" in where.lower():
+    if not _is_mapping(content) or depth > _DEPTH or "optim" in where.lower():
         return
     names = [key for key in content if isinstance(key, str)]
     state = {
@@ -150,6 +153,13 @@ def _state_dicts(content: Any, where: str = "", depth: int = 0) -> Iterator[tupl
         yield where, state
     for key in names:
         yield from _state_dicts(content[key], f"{where}.{key}" if where else key, depth + 1)
+
+
+def _is_mapping(content: Any) -> bool:
+    """Whether `content` may hold state dicts; settings of OmegaConf do not, and to read them is to
+    resolve them, which fails where that needs the program that wrote them.
+    """
+    return isinstance(content, Mapping) and not isinstance(content, omegaconf.Container)
 
 
 def _elements(state: State) -> int:
@@ -177,7 +187,7 @@ def _refuse_not_finite(state: State, origin: str) -> None:
 
 def _contents(content: Any) -> str:
     """Say what stands in a file without weights."""
-    if not isinstance(content, Mapping):
+    if not _is_mapping(content):
         return f"it holds a {type(content).__name__}"
     if not content:
         return "it is empty"
@@ -228,6 +238,8 @@ def read_about(path: Path, origin: str) -> About:
         if "architecture" in metadata:
             return _about_packed({key: json.loads(text) for key, text in metadata.items()})
     except Exception as error:
+        if cause := of_the_system(error, path):
+            raise cause from None
         raise UserError(
             f"{origin} has damaged metadata ({type(error).__name__}: {error}): write it anew, or "
             "give weights without metadata."

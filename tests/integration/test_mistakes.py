@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_model(ghosttrain, tiny, tmp_path):
     torch.save(state, last)
     refused(ghosttrain(*named), "holds the weights of another model")
     last.write_bytes(b"PK\x03\x04 cut short")
-    refused(ghosttrain(*named), "is damaged", "delete it")
+    refused(ghosttrain(*named), "is damaged", "move it away")
 
 
 def test_a_folder_that_another_process_trains_in(ghosttrain, tiny, tmp_path):

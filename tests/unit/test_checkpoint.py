@@ -1,6 +1,7 @@
 """Checkpoints and weights files: what is saved loads again, what does not fit is refused, and a
 full disk costs nothing that was saved before."""
 
+import errno
 import json
 import resource
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.errors import UserError, mistake
 from ghosttrain.config.schema import PLAIN, Config, Data, Model
 from ghosttrain.engine.checkpoint import (
     can_fuse,
@@ -23,17 +24,18 @@ from ghosttrain.engine.checkpoint import (
     save_weights,
     without_start,
 )
+from ghosttrain.models import files
 
 
 @contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """Let writes fail beyond `size` bytes in a file, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+def limited(which: int, value: int) -> Iterator[None]:
+    """Lower a limit of this process: files beyond RLIMIT_FSIZE bytes fail as on a full disk."""
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (value, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(which, before)
 
 
 def small() -> nn.Module:
@@ -77,7 +79,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, said):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(UserError, match=said) as refusal:
         load_state(path)
-    assert "delete it to start this run anew" in str(refusal.value)
+    assert "move it away to start this run anew" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -89,6 +91,51 @@ def test_a_checkpoint_cut_anywhere_is_refused(tmp_path):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(UserError, match="is damaged"):
             load_state(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error; the disk"),
+        (MemoryError(), "Cannot allocate memory; another job"),
+        (None, "Cannot allocate memory; another job"),  # torch's own
+    ],
+)
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, error, said):
+    def fail(*args, **options):
+        if error is None:
+            torch.empty(2**58)
+        raise error
+
+    save_state(tmp_path / "last.pt", {"student": {}})
+    save_weights(tmp_path / "x.safetensors", small(), {})
+    monkeypatch.setattr(torch, "load", fail)
+    monkeypatch.setattr(files, "safe_open", fail)
+    for name, read in (
+        ("last.pt", load_state),
+        ("last.pt", files.read_state),
+        ("x.safetensors", files.read_state),
+        ("x.safetensors", lambda path: files.read_about(path, "x")),
+    ):
+        with pytest.raises(OSError) as failure:
+            read(tmp_path / name)
+        line = str(mistake(failure.value))
+        assert line.startswith(f"{tmp_path / name}: {said}") and "damaged" not in line
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_missing(tmp_path):
+    save_weights(tmp_path / "x.safetensors", small(), {})
+    failures = []
+    with limited(resource.RLIMIT_NOFILE, 3):
+        for read in (read_weights, files.read_state):
+            try:
+                read(tmp_path / "x.safetensors")
+            except (OSError, UserError) as error:
+                failures.append(error)
+    assert [str(mistake(error)) for error in failures] == [
+        f"{tmp_path / 'x.safetensors'}: Too many open files; allow more: ulimit -n 65536"
+    ] * 2
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -149,7 +196,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
     save_weights(best, small(), {})
     before = [path.read_bytes() for path in (last, best)]
     large = nn.Linear(500, 500)
-    with files_up_to(100_000):
+    with limited(resource.RLIMIT_FSIZE, 100_000):
         for size in (40_000, 400_000):  # fails in the middle, and when the rest is flushed
             state = {"student": {"x": torch.zeros(size), "y": torch.zeros(20)}}
             with pytest.raises(UserError, match=r"cannot write .*last.pt \(File too large\); what"):

@@ -108,6 +108,7 @@ def test_what_a_file_without_weights_holds_is_said(tmp_path: Path) -> None:
         "it holds a list": [torch.zeros(2)],
         "it is empty": {},
         "it holds a Tensor": torch.zeros(2),
+        "it holds a DictConfig": OmegaConf.create({"dir": "${x:y}"}),
     }  # fmt: skip
     for text, content in said.items():
         torch.save(content, path)
@@ -126,10 +127,21 @@ def test_what_a_file_without_weights_holds_is_said(tmp_path: Path) -> None:
         collections.defaultdict(list, {"top1": [1.0]}),
         collections.defaultdict(dict, x=collections.defaultdict(int, y=3)),
         OmegaConf.create({"lr": 0.1, "layers": [1, {"name": "x"}], "none": None, "on": True}),
+        OmegaConf.create({"dir": "${hydra:runtime.output_dir}", "seed": "???"}),
         [collections.Counter("aab"), {1, 2}, types.SimpleNamespace(a=1), slice(1, 2), range(3)],
         [datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc), datetime.timedelta(1)],
     ],
-    ids=["scalars", "arrays", "paths", "defaultdict", "nested", "omegaconf", "plain", "times"],
+    ids=[
+        "scalars",
+        "arrays",
+        "paths",
+        "defaultdict",
+        "nested",
+        "omegaconf",
+        "unresolved",
+        "plain",
+        "times",
+    ],
 )
 def test_plain_data_of_other_trainers_is_read_over(tmp_path: Path, beside: Any) -> None:
     torch.save({"state_dict": TENSORS, "beside": beside}, tmp_path / "x.pth")
