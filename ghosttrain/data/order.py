@@ -63,18 +63,21 @@ def steps_per_epoch(
 
 
 def _batch_that_trains(n: int, world: int, micro_batch: int | None) -> str:
-    """Say what to type: the largest batch (micro_batch x world x a power of two) that `n` images
-    hold ten times; with few images one that they hold at all.
+    """Say what to type: the largest batch (micro-batch x world x a power of two) that `n` images
+    hold ten times, of few images four times; never less than 8 where they hold it. A micro-batch
+    that is too large is halved.
     """
-    wanted = micro_batch or 2  # batch norm needs two images
-    fits = [m for m in (wanted, 2) if 10 * m * world <= n] or [m for m in (2, 1) if m * world <= n]
-    if not fits:
+    if n < world:
         return f"there are too few for {world} process{'es' * (world > 1)}; add images"
-    batch = fits[0] * world
-    while 20 * batch <= n:
+    most = min(n, max(n // 10, min(n // 4, 16), 8, 2 * world))
+    micro = micro_batch or 2  # batch norm needs two images
+    while micro * world > most:
+        micro = max(micro // 2, 2) if micro > 2 else 1
+    batch = micro * world
+    while 2 * batch <= most:
         batch *= 2
-    smaller = micro_batch not in (None, fits[0])
-    return f"type train.global_batch={batch}" + f" train.micro_batch={fits[0]}" * smaller
+    smaller = micro_batch not in (None, micro)
+    return f"type train.global_batch={batch}" + f" train.micro_batch={micro}" * smaller
 
 
 def train_batches(

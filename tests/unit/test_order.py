@@ -105,7 +105,7 @@ def test_resumes_at_any_step():
 
 def test_a_batch_larger_than_the_data_says_what_fits():
     with pytest.raises(
-        UserError, match=r"global_batch=64 .* 50 training images: type train.global_batch=4$"
+        UserError, match=r"global_batch=64 .* 50 training images: type train.global_batch=8$"
     ):
         train_batches(50, 0, 0, 64, 64)
     with pytest.raises(UserError, match="add images"):
@@ -118,14 +118,21 @@ def test_a_batch_larger_than_the_data_says_what_fits():
         (1970, 1, None, "type train.global_batch=128"),
         (1970, 3, None, "type train.global_batch=192"),
         (1970, 2, 32, "type train.global_batch=128"),
-        (1970, 2, 256, "type train.global_batch=128 train.micro_batch=2"),
-        (15, 1, None, "type train.global_batch=2"),
+        (1970, 2, 256, "type train.global_batch=128 train.micro_batch=64"),
+        (1437, 1, 512, "type train.global_batch=128 train.micro_batch=128"),
+        (1000, 1, 128, "type train.global_batch=64 train.micro_batch=64"),
+        (100, 1, None, "type train.global_batch=16"),
+        (39, 1, None, "type train.global_batch=8"),
+        (24, 2, 3, "type train.global_batch=6"),
+        (15, 1, None, "type train.global_batch=8"),
+        (3, 1, 3, "type train.global_batch=3"),
+        (2, 1, 3, "type train.global_batch=2 train.micro_batch=2"),
         (3, 2, 8, "type train.global_batch=2 train.micro_batch=1"),
         (1, 1, None, "type train.global_batch=1"),
         (1, 2, None, "there are too few for 2 processes; add images"),
     ],
 )
-def test_the_batch_that_is_named_gives_ten_steps_where_it_can(n, world, micro_batch, said):
+def test_the_batch_that_is_named_trains(n, world, micro_batch, said):
     with pytest.raises(UserError) as refusal:
         steps_per_epoch(n, 2048, world, micro_batch)
     assert str(refusal.value).endswith(f"{n:,} training images: {said}")
@@ -133,7 +140,8 @@ def test_the_batch_that_is_named_gives_ten_steps_where_it_can(n, world, micro_ba
     if typed:
         batch = typed["train.global_batch"]
         micro = typed.get("train.micro_batch", micro_batch or batch // world)
-        assert batch % (micro * world) == 0 and n // batch >= (10 if n >= 20 * world else 1)
+        steps = 10 if n >= 160 else 4 if n >= 32 * world else 1
+        assert batch % (micro * world) == 0 and n // batch >= steps
 
 
 def test_a_batch_that_does_not_divide_is_refused():
