@@ -55,7 +55,7 @@ def mistake(error: BaseException) -> str | None:
     elif isinstance(error, OSError) and error.errno in _MENDABLE:
         file = [] if error.filename is None else [os.fsdecode(error.filename)]
         said = ": ".join([*file, error.strerror or type(error).__name__])
-        said += f"; {hint}" if (hint := _MENDABLE[error.errno]) else ""
+        said += f"; {hint}" if (hint := remedy(error)) else ""
     else:
         return None
     return " ".join(said.splitlines())
@@ -73,6 +73,11 @@ def of_the_system(error: BaseException, path: str | os.PathLike[str]) -> OSError
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # the second: torch
         return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), os.fspath(path))
     return None
+
+
+def remedy(error: OSError) -> str:
+    """Return what mends an error of the system, "" where its own words say it."""
+    return _MENDABLE.get(error.errno or 0, "")
 
 
 def did_you_mean(given: str, names: Iterable[str], limit: int = 12) -> str:

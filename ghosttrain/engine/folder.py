@@ -27,13 +27,15 @@ from typing import Any, BinaryIO
 import yaml
 
 from ghosttrain import __version__
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.errors import UserError, remedy
 from ghosttrain.config.identity import fingerprint, result_settings, run_name
 from ghosttrain.config.lock import locked
 from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import Config
 
-RESULT_KEYS = {"headline", "weights", "best", "model", "seconds", "images_per_second", "steps"}
+RESULT_KEYS = {
+    *("headline", "weights", "best", "model", "seconds", "images_per_second", "steps", "data"),
+}
 """What every `result.json` holds."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -147,10 +149,13 @@ def opened(config: Config, notes: list[str]) -> Iterator[Path]:
             settings = yaml.safe_dump(kept.model_dump(mode="json"), sort_keys=False)
             write_text(folder / "config.yaml", settings)
             write_json(folder / "provenance.json", provenance())
-        except OSError as error:
+        except (OSError, UserError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
             raise UserError(
-                f"cannot write the run folder {folder}: {error.strerror or error}; "
-                "type run.root=/a/folder/you/may/write"
+                f"cannot write the run folder {folder}: {cause.strerror or cause}; "
+                + (remedy(cause) or "type run.root=/a/folder/you/may/write")
             ) from None
         yield folder
 
@@ -255,9 +260,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if not isinstance(cause, OSError):
             raise
         raise UserError(
-            f"cannot write {path} ({cause.strerror or cause}); what was saved before is intact: "
-            "make room there and type the same command again"
-        ) from None
+            f"cannot write {path} ({cause.strerror or cause}); "
+            + (remedy(cause) or f"{path.parent} must be a folder that you may write")
+        ) from cause
 
 
 def write_text(path: Path, text: str) -> None:

@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
     with limited(resource.RLIMIT_FSIZE, 100_000):
         for size in (40_000, 400_000):  # fails in the middle, and when the rest is flushed
             state = {"student": {"x": torch.zeros(size), "y": torch.zeros(20)}}
-            with pytest.raises(UserError, match=r"cannot write .*last.pt \(File too large\); what"):
+            with pytest.raises(UserError, match=r"cannot write .*last.pt \(File too large\); make"):
                 save_state(last, state)
         with pytest.raises(UserError, match=r"cannot write .*best.safetensors \(File too large\)"):
             save_weights(best, large, {})

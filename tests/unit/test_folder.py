@@ -115,6 +115,7 @@ def test_a_run_has_begun_when_a_step_was_kept(tmp_path, file, text, begun):
         (b"\xff\xfe\x00", "can't decode"),
         (b"[]", "has no attribute"),
         (b"{}", "it lacks best"),
+        (json.dumps(dict.fromkeys(RESULT_KEYS - {"data"}, 0)).encode(), "it lacks data"),
     ],
 )
 def test_a_damaged_result_is_one_line_that_says_what_to_do(tmp_path, content, said):
@@ -175,8 +176,28 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
             with pytest.raises(UserError, match="cannot write .*x.json .No space left.*room"):
                 write_json(path, [1])
         assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(UserError, match=r"cannot write .*absent/x.json .No such file"):
+    absent = r"cannot write .*absent/x.json .No such file.*absent must be a folder that you may"
+    with pytest.raises(UserError, match=absent):
         write_text(tmp_path / "absent" / "x.json", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "; make room, then type the same command"),
+        (errno.EROFS, "; type run.root=/a/folder/you/may/write"),
+        (errno.EIO, "; the disk or the network folder failed"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_says_what_mends_it(tmp_path, monkeypatch, number, said):
+    def fails(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(UserError) as refusal, opened(config(tmp_path, name="a"), []):
+        pass
+    line = str(refusal.value)
+    assert line.startswith(f"cannot write the run folder {tmp_path / 'a'}: ") and line.count(said)
 
 
 @pytest.mark.parametrize(
