@@ -73,8 +73,9 @@ class Journal:
     again with the next one: nothing is lost once there is room.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.unwritten = path, b""
+    def __init__(self, path: Path, first: Callable[[], object] | None = None) -> None:
+        """`first` is done before anything is written, and tried again until it succeeds."""
+        self.path, self.unwritten, self.first = path, b"", first
 
     def append(self, line: str) -> None:
         """Write a line, after those that are still to be written.
@@ -91,6 +92,9 @@ class Journal:
         Raises:
             OSError: it could not be written.
         """
+        if self.first is not None:
+            self.first()
+            self.first = None
         if self.unwritten:
             with open(self.path, "ab", buffering=0) as file:  # opened anew: it may have been moved
                 while self.unwritten:
@@ -122,8 +126,11 @@ class Tracker:
         if folder is None:
             return
         self.started, self.start_step, self.total = time.perf_counter(), start_step, total_steps
-        self.log_file, self.metrics = Journal(folder / LOG), Journal(folder / METRICS)
-        self._attempt(METRICS, lambda: forget_rows(folder, start_step, evaluates_first))
+        self.log_file = Journal(folder / LOG)
+        self.metrics = Journal(
+            folder / METRICS, first=lambda: forget_rows(folder, start_step, evaluates_first)
+        )
+        self._attempt(METRICS, self.metrics.flush)
         asked, mode = config.tracker.wandb, wandb_mode(config)
         if mode != "off":
             self._start_wandb(config, folder, mode)

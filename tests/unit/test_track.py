@@ -206,6 +206,24 @@ def test_files_that_cannot_be_written_are_said_once_and_made_up_for(tmp_path, ca
     ] == ["step 10", "step 20", "step 30"]
 
 
+def test_rows_of_steps_that_run_again_are_dropped_once_there_is_room(tmp_path, capsys, monkeypatch):
+    with started(tmp_path) as tracker:
+        for step in (10, 20):
+            tracker.log("train", step, ROW)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(track, "write_text", full)
+        tracker = started(tmp_path, step=10)
+        tracker.log("train", 20, ROW)
+        assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
+        assert capsys.readouterr().out.count("its rows are kept and tried again") == 1
+    tracker.log("train", 30, ROW)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
+
+
 def test_rows_that_are_lost_in_the_end_are_counted(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").mkdir()
     with started(tmp_path) as tracker:
