@@ -16,15 +16,28 @@ from ghosttrain.engine.folder import clock, has_begun, read_config, read_result
 
 
 def report(folders: list[Path]) -> str:
-    """Return a Markdown table, one row per group of runs that differ only in their seed.
+    """Return a Markdown table, one row per group of runs that differ only in their seed; below it
+    the runs that are not finished or cannot be read.
 
     Raises:
         UserError: a folder that is no run and holds none.
     """
     runs = sorted({run.resolve() for folder in folders for run in _runs(folder)})
-    finished = [
-        (read_config(run), result) for run in runs if (result := read_result(run)) is not None
-    ]
+    finished, below, starts = [], [], 0
+    for run in runs:
+        try:
+            config, result = read_config(run), read_result(run)
+        except UserError as error:
+            below.append(f"damaged: {error}")
+            continue
+        if result is not None:
+            finished.append((config, result))
+        elif has_begun(run):
+            below.append(f"not finished: {run}")
+        else:
+            starts += 1
+    if starts:
+        below.append(f"left out: {starts} start{'s' * (starts > 1)} of which no step was kept")
     rows: dict[tuple[str, str], list[tuple[Config, dict[str, Any]]]] = {}
     for config, result in finished:
         rows.setdefault((config.recipe, fingerprint(config)), []).append((config, result))
@@ -62,12 +75,7 @@ def report(folders: list[Path]) -> str:
         )
     lines = _markdown(table)
     lines += _differences([group[0][0] for _, group in ordered])
-    open_runs = [run for run in runs if read_result(run) is None]
-    lines += [
-        f"not finished: {run}" if has_begun(run) else f"not begun (no step was kept): {run}"
-        for run in open_runs
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *below])
 
 
 def _runs(folder: Path) -> list[Path]:

@@ -51,3 +51,13 @@ def test_nothing_starts_before_every_cell_is_checked(cells, ghosttrain, tmp_path
     seeds = cells()
     outcome = ghosttrain("-m", "seed=1,2", "train.epochs=1,0", f"run.root={tmp_path}")
     assert outcome.code == 2 and "train.epochs=0" in outcome.err and not seeds
+    assert outcome.err.startswith("ghosttrain: error: seed=1 train.epochs=0: train.epochs=0 is")
+
+
+def test_a_cell_that_a_glob_brought_can_be_left_out(cells, ghosttrain, tmp_path):
+    seeds = cells()
+    outcome = ghosttrain("-m", "model=glob(*m*)", f"run.root={tmp_path}")
+    assert outcome.code == 2 and "error: model=timm: model.name is missing" in outcome.err
+    assert outcome.err.endswith("to leave it out: 'model=glob(*m*,exclude=timm)'\n") and not seeds
+    alone = ghosttrain("-m", "seed=1", "train.epochs=0")  # one cell: nothing tells it apart
+    assert alone.err.startswith("ghosttrain: error: train.epochs=0 is")
