@@ -116,7 +116,6 @@ def _train(options: Options) -> int:
             return 0
         from ghosttrain.study.sweep import sweep
 
-        go_on_without()
         return sweep(options.overrides, options.config_dir)
     if int(os.environ.get("RANK", "0")) > 0:
         from ghosttrain.engine.train import train
@@ -132,7 +131,6 @@ def _train(options: Options) -> int:
         return 0
     from ghosttrain.engine.launch import launch
 
-    go_on_without()
     return launch(composed)
 
 
@@ -146,7 +144,8 @@ def _cache(options: Options) -> int:
     if sum(what.values()) > 1:
         raise UserError("choose one of --dry-run, --repair and --inspect")
     folder = Path(options.folders[0]) if options.folders else None
-    go_on_without()
+    if not (options.dry_run or options.inspect):
+        go_on_without()
     return store_answers(folder, options.overrides, options.config_dir, what)
 
 
@@ -242,12 +241,14 @@ ALLOWED = {
     "help": {"config_dir"},
 }
 """Verb -> the options that belong to it."""
+TAKE_FOLDERS = {"cache", "eval", "fuse", "report"}
 
 
 def parse(args: list[str]) -> tuple[str, Options]:
     """Split a command line into its verb and the rest.
 
-    The verb is the first word that is one: it may stand anywhere between the `key=value`.
+    The verb is the first word that is one: it may stand anywhere between the `key=value`. Of a verb
+    that takes folders, a word with `=` is one if it exists, or if no setting has a name like it.
 
     Raises:
         UserError: an unknown option, one without its value, one of another verb; two verbs.
@@ -280,9 +281,18 @@ def parse(args: list[str]) -> tuple[str, Options]:
     if verb is not None:
         words.remove(verb)
     for word in words:
-        if word in VERBS and not Path(word).exists():
+        if word in VERBS and not (verb in TAKE_FOLDERS and Path(word).exists()):
             raise UserError(f"two verbs, {verb!r} and {word!r}: type one")
     verb = verb or "train"
+    if verb in TAKE_FOLDERS:
+        groups = verb == "cache"  # the name of a group may hold a /
+        paths = [
+            word
+            for word in overrides
+            if Path(word).exists() or ("/" in word.partition("=")[0] and not groups)
+        ]
+        overrides = [word for word in overrides if word not in paths]
+        words += paths
     if found.get("cfg") not in (None, "job", "hydra", "all"):
         raise UserError(f"--cfg {found['cfg']}: choose job, hydra or all")
     for name in sorted(set(found) - ALLOWED.get(verb, set())):

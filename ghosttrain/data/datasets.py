@@ -171,6 +171,14 @@ def build_datasets(data: Data) -> tuple[Dataset, Dataset]:
     Raises:
         UserError: the data are not there, not complete, or their two halves do not fit each other.
     """
+    train, held_out = list_datasets(data)
+    if data.name != "digits":
+        train, held_out = (replace(d, notes=d.notes + look(d)) for d in (train, held_out))
+    return train, held_out
+
+
+def list_datasets(data: Data) -> tuple[Dataset, Dataset]:
+    """Return what `build_datasets` does, without a look into the images of a folder."""
     if data.name == "digits":
         return _digits(data.in_chans)
     root = _root(data)
@@ -181,7 +189,6 @@ def build_datasets(data: Data) -> tuple[Dataset, Dataset]:
             "and the loss is 0 from the start; add images of another class (of what it is not, for "
             "example)"
         )
-    train, held_out = (replace(d, notes=d.notes + look(d)) for d in (train, held_out))
     return train, held_out
 
 

@@ -32,6 +32,7 @@ from ghosttrain.engine.folder import (
     run_folder,
 )
 from ghosttrain.engine.same_data import note_on_result
+from ghosttrain.output import go_on_without
 
 STORE_MAY_CHANGE = (
     "data.root",
@@ -71,6 +72,7 @@ def launch(composed: Composed) -> int:
             distributed.broadcast(None)  # tells the other ranks that there is nothing to do
             distributed.stop()
         return 0
+    go_on_without()
     if alone and config.launch.nproc > 1:
         return spawn(composed.arguments, config.launch.nproc)
     notes = [f"  {line}" for line in composed.replaced]

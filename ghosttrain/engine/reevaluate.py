@@ -12,6 +12,7 @@ from ghosttrain.config.compose import override_run
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Launch
 from ghosttrain.engine.folder import read_config, read_result
+from ghosttrain.engine.same_data import renamed
 
 MAY_CHANGE = (
     "data.root",
@@ -49,12 +50,10 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
     distributed.start()
     device = distributed.pick_device(config.launch.device)
     held_out = build_datasets(config.data)[1]
-    if held_out.classes != classes_of(folder):
+    if (classes := classes_of(folder)) != held_out.classes:
         raise UserError(
-            f"{folder} was trained on {len(classes_of(folder))} classes, the images of "
-            f"data.root={config.data.root} "
-            f"have {len(held_out.classes)} (or others of the same number); name the data it was "
-            "trained for"
+            f"{held_out.source} has other classes than {folder} was trained on "
+            f"({renamed(classes, held_out.classes)}): type data.root=/the/data/it/was/trained/on"
         )
     forms: tuple[Which, ...] = ("raw", "ema", "fused") if can_fuse(config) else ("raw", "ema")
     models = {str(name): load_run(folder, name).to(device) for name in forms}
@@ -65,7 +64,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
         table, difference = evaluate(models, batches, device)
     if distributed.rank() == 0:
         notes = [*held_out.notes]
-        listing = (result or {}).get("data", {}).get("held_out")
+        listing = result["data"]["held_out"] if result else None
         if listing and listing["digest"] != held_out.listing()["digest"]:
             notes.append(
                 f"note: these are not the held-out images of the run ({listing['images']:,} then, "

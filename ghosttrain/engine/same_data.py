@@ -12,7 +12,7 @@ from typing import Any
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
-from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.data.datasets import Dataset, list_datasets
 
 Listings = dict[str, Any]
 """`train` and `held_out`: `Dataset.listing()`; `accepted`: changes that `data.changed=accept` let
@@ -28,30 +28,30 @@ def listings(train_set: Dataset, held_out: Dataset) -> Listings:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what differs between two listings, in words; [] if nothing does."""
     old, new = (each["train"].get("classes") for each in (before, now))
-    lines = [_renamed(old, new)] if old and new and old != new else []
+    lines = [renamed(old, new)] if old and new and old != new else []
+    names = "file names" if old else "class names, file names"  # `result.json` holds no classes
     for key, name in HALVES.items():
         if before[key]["images"] != now[key]["images"]:
             lines.append(f"{name} images: {before[key]['images']:,} -> {now[key]['images']:,}")
         elif before[key]["digest"] != now[key]["digest"] and not (lines and old):
-            lines.append(f"file names or labels of the {name} images differ")
+            lines.append(f"{names} or labels of the {name} images differ")
     return lines
 
 
-def compared(saved: Mapping[str, Any] | None, now: Listings, changed: str) -> Listings:
+def check_same_data(saved: Mapping[str, Any] | None, now: Listings, changed: str) -> Listings:
     """Return the listings of a run, with every change that was accepted on the way.
 
     Args:
-        saved: the checkpoint that it resumes from (one of an earlier version holds no listings);
-            None: it begins.
+        saved: the checkpoint that it resumes from; None: it begins.
         now: listings of the data as they are.
         changed: `data.changed`.
 
     Raises:
         UserError: the data are not those of the checkpoint.
     """
-    before = saved.get("data") if saved is not None else None
-    if saved is None or before is None:
+    if saved is None:
         return now
+    before = saved["data"]
     found = "; ".join(changes(before, now))
     if not found:
         return now | {"accepted": before["accepted"]}
@@ -80,10 +80,10 @@ def without_classes(data: Listings) -> Listings:
 
 def note_on_result(config: Config, result: Mapping[str, Any]) -> str | None:
     """Return a line if the data are not those that a finished run was trained on."""
-    if config.data.root is None or "data" not in result:  # embedded data cannot change
+    if config.data.root is None:  # embedded data cannot change
         return None
     try:
-        found = changes(result["data"], listings(*build_datasets(config.data)))
+        found = changes(result["data"], listings(*list_datasets(config.data)))
     except UserError as error:
         return f"note: its data cannot be compared with today's: {error}"
     if not found:
@@ -94,11 +94,13 @@ def note_on_result(config: Config, result: Mapping[str, Any]) -> str | None:
     )
 
 
-def _renamed(old: list[str], new: list[str]) -> str:
+def renamed(old: list[str], new: list[str]) -> str:
+    """Return in words what differs between two lists of classes that are not the same."""
     gone, come = ([c for c in a if c not in set(b)] for a, b in ((old, new), (new, old)))
     if len(gone) == len(come):
         pairs = [f"{a!r} -> {b!r}" for a, b in zip(gone, come, strict=True)]
     else:
         pairs = [f"{len(old):,} -> {len(new):,}"]
         pairs += [f"{c!r} is gone" for c in gone] + [f"{c!r} is new" for c in come]
+    pairs = pairs or ["their order"]
     return f"classes differ: {', '.join(pairs[:3])}" + ", ..." * (len(pairs) > 3)

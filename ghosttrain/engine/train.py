@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,11 +47,6 @@ from ghosttrain.optim.build import build_optimizer
 from ghosttrain.optim.ema import Ema
 from ghosttrain.optim.schedule import lr_at, set_lr
 
-DIVERGED = (
-    "training diverged; the checkpoint of the last epoch is kept; "
-    "try a lower optim.lr, optim.clip_grad=1 or train.precision=fp32"
-)
-
 NO_BEST = {"top1": -1.0, "epoch": 0}
 
 
@@ -81,7 +77,9 @@ def train(config: Config | None, notes: list[str]) -> None:
     classes, n = train_set.classes, len(train_set)
     last = run / "checkpoints" / "last.pt"
     saved = load_state(last) if last.is_file() else None
-    data = same_data.compared(saved, same_data.listings(train_set, held_out), config.data.changed)
+    data = same_data.check_same_data(
+        saved, same_data.listings(train_set, held_out), config.data.changed
+    )
     plan = make_plan(config, n, ranks)
     answers = ready_answers(config, train_set, device)
     train_images = train_loader(
@@ -118,15 +116,15 @@ def train(config: Config | None, notes: list[str]) -> None:
     step, seconds, best = 0, 0.0, NO_BEST
     if saved is not None:
         step, seconds, best = saved["step"], saved["seconds"], saved["best"]
-        if saved.get("data", data)["held_out"] != data["held_out"]:
+        if saved["data"]["held_out"] != data["held_out"]:
             best = NO_BEST  # it was measured on other images
         load_into(student, saved["student"], last)
-        projection.load_state_dict(saved.get("projection", {}))
+        projection.load_state_dict(saved["projection"])
         ema.load_state_dict(saved["ema"])
         if step < plan.total_steps:
             optimizer.load_state_dict(saved["optimizer"])
-        answers = answers.resumed(saved.get("answers", {}))
-        notes.append(f"resumed after epoch {step // plan.steps_per_epoch}, step {step}")
+        answers = answers.resumed(saved["answers"])
+        notes.append(f"resumed after epoch {plan.epochs_after(step)}, step {step}")
         notes += data["accepted"]
         saved = None  # its memory
 
@@ -213,13 +211,13 @@ def train(config: Config | None, notes: list[str]) -> None:
                 step += 1
                 if step % config.tracker.log_every == 0 or step == end:
                     row = meter.read() | {"lr": lr}
-                    check_finite(row, step)
+                    check_finite(row, step, last)
                     tracker.log("train", step, row)
 
             # -------------------------------------------------------- Save
             # Before the evaluation, which a resumed run repeats: it may fail.
             distributed.average_buffers(student, ema.model)
-            check_weights(student, ema.model, step)
+            check_weights(student, ema.model, step, last)
             seconds = time.perf_counter() - started
             if rank == 0:
                 state: dict[str, Any] = {
@@ -348,16 +346,23 @@ def mixed_precision(setting: str, device: torch.device) -> Callable[[], torch.au
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def check_finite(row: track.Row, step: int) -> None:
-    """Stop a run whose loss is NaN or infinite, while its last checkpoint is still good."""
+def check_finite(row: track.Row, step: int, last: Path) -> None:
+    """Stop a run whose loss is NaN or infinite, while its `last` checkpoint, if any, is good."""
     bad = [k for k, v in row.items() if v != v or abs(v) == float("inf")]
     if bad:
-        raise UserError(f"{bad[0]} is {row[bad[0]]} at step {step}: {DIVERGED}")
+        raise UserError(f"{bad[0]} is {row[bad[0]]} at step {step}: {_diverged(last)}")
 
 
-def check_weights(student: nn.Module, averaged: nn.Module, step: int) -> None:
+def check_weights(student: nn.Module, averaged: nn.Module, step: int, last: Path) -> None:
     """Never save weights that are NaN or infinite: a run could not go on from them."""
     tensors = [t.detach() for m in (student, averaged) for t in m.state_dict().values()]
     norm = nn.utils.get_total_norm([t.float() for t in tensors])
     if not norm.isfinite():
-        raise UserError(f"the weights are not finite at step {step}: {DIVERGED}")
+        raise UserError(f"the weights are not finite at step {step}: {_diverged(last)}")
+
+
+def _diverged(last: Path) -> str:
+    kept = " the checkpoint of the last epoch is kept;" if last.is_file() else ""
+    return (
+        f"training diverged;{kept} try a lower optim.lr, optim.clip_grad=1 or train.precision=fp32"
+    )

@@ -12,8 +12,11 @@ import pytest
 import torch
 from conftest import make_images, only_run
 from PIL import Image
+from torch import nn
 
+from ghosttrain.config.errors import UserError
 from ghosttrain.data.order import train_batches
+from ghosttrain.engine.train import check_finite, check_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -166,11 +169,29 @@ def test_a_folder_that_another_process_trains_in(ghosttrain, tiny, tmp_path):
         again = ghosttrain(*tiny, "train.max_steps=1", "run.name=mine", f"run.fresh={fresh}")
         refused(again, "another process", str(run))
     os.close(other)
-    assert ghosttrain(*tiny, "train.max_steps=1", "run.name=mine").code == 0
+    resumed = ghosttrain(*tiny, "train.max_steps=1", "run.name=mine")
+    assert resumed.code == 0
+    said = resumed.out  # of an epoch that did not end, one number in both lines
+    assert "resumed after epoch 1, step 1" in said and "epoch 1/1  held-out" in said
 
 
 def test_training_that_diverges_says_so(ghosttrain, tiny):
     refused(ghosttrain(*tiny, "optim=sgd", "optim.lr=1e30", "train.epochs=4"), "diverged")
+
+
+def test_a_checkpoint_is_kept_only_where_there_is_one(tmp_path):
+    last, bad = tmp_path / "last.pt", nn.Linear(2, 2)
+    nn.init.constant_(bad.weight, float("nan"))
+    for kept in (False, True):
+        last.write_bytes(b"") if kept else None
+        for check in (
+            lambda: check_finite({"loss": float("nan")}, 5, last),
+            lambda: check_weights(bad, bad, 5, last),
+        ):
+            with pytest.raises(UserError, match="at step 5: training diverged; ") as stopped:
+                check()
+            assert ("the checkpoint of the last epoch is kept" in str(stopped.value)) is kept
+    check_finite({"loss": 1.0}, 5, last)
 
 
 def test_weights_that_are_not_finite_are_never_saved(ghosttrain, tiny, tmp_path):
@@ -183,7 +204,7 @@ def test_weights_that_are_not_finite_are_never_saved(ghosttrain, tiny, tmp_path)
         "train.global_batch=48",
         "schedule.warmup_epochs=0",
     ]
-    refused(ghosttrain(*broken), "the weights are not finite at step 1")
+    refused(ghosttrain(*broken), "not finite at step 1: training diverged; try a lower optim.lr")
     assert not list(tmp_path.rglob("last.pt")) and not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -192,11 +213,11 @@ def test_a_run_without_a_finished_epoch(ghosttrain, tiny, tmp_path):
     run = only_run(tmp_path)
     for verb in ("eval", "fuse"):
         refused(ghosttrain(verb, run), "has no weights yet")
-    assert f"not begun (no step was kept): {run}" in ghosttrain("report", run).out
+    assert "left out: 1 start of which no step" in ghosttrain("report", run).out
 
 
 def test_batches_that_do_not_fit(ghosttrain, tiny):
-    refused(ghosttrain(*tiny, "train.global_batch=64"), "48", "train.global_batch=4")
+    refused(ghosttrain(*tiny, "train.global_batch=64"), "48", "train.global_batch=8")
     refused(ghosttrain(*tiny, "data.train_size=32", "train.max_steps=1"), "33")
 
 

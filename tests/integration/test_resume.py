@@ -140,7 +140,8 @@ def test_changed_data_are_refused_by_name_and_accepted_on_record(ghosttrain, own
     rename_class(images)
     noted = ghosttrain(*own)
     assert noted.code == 0
-    assert "not those it was trained on (file names or labels of the training" in noted.out
+    assert "not those it was trained on (class names, file names or labels of the" in noted.out
+    refused(ghosttrain("eval", run), "(classes differ: 'class0' -> 'zebra'): type data.root=")
     (run / "result.json").unlink()
     restore()
     drop_a_held_out_image(images)
@@ -156,7 +157,7 @@ def test_a_start_that_failed_before_its_first_step_gives_its_name_back(ghosttrai
     refused(ghosttrain(*named, "data.workers=1"), "class0", "3.JPEG")
     run = tmp_path / "runs" / "mine"
     assert not read_metrics(run) and not list(run.rglob("last.pt"))
-    assert f"not begun (no step was kept): {run}" in ghosttrain("report", run).out
+    assert "left out: 1 start of which no step" in ghosttrain("report", run).out
     bad.write_bytes(whole)
     other = ghosttrain(*named, "seed=7")
     assert other.code == 0, other.err

@@ -71,6 +71,20 @@ def test_a_folder_may_be_called_like_a_verb(tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     monkeypatch.chdir(tmp_path)
     assert parse(["report", "cache"])[1].folders == ["cache"]
+    with pytest.raises(UserError, match="two verbs, 'train' and 'cache': type one"):
+        parse(["train", "cache", "+recipe=x"])  # train takes none
+
+
+def test_a_folder_may_hold_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b", "lr=1,2", "optim"):
+        (tmp_path / name).mkdir()
+    for verb in ("eval", "fuse", "report"):
+        options = parse([verb, "lr=1,2", "seed=1", "runs/a=b"])[1]
+        assert options.folders == ["lr=1,2", "runs/a=b"] and options.overrides == ["seed=1"]
+    options = parse(["cache", "a=b", "mine/group=x", "optim=lamb"])[1]
+    assert options.folders == ["a=b"] and options.overrides == ["mine/group=x", "optim=lamb"]
+    assert parse(["a=b"])[1].overrides == ["a=b"]
 
 
 @pytest.mark.parametrize(

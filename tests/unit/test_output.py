@@ -3,6 +3,7 @@ gone, letters that a locale lacks.
 """
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from conftest import only_run
 
 from ghosttrain.cli import main
+from ghosttrain.engine import launch
+from ghosttrain.engine.folder import RESULT_KEYS
 from ghosttrain.output import Output, go_on_without, lasting_output, printable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +91,30 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(args):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_only_prints_ends_quietly_when_its_reader_has_seen_enough(tmp_path, monkeypatch):
+    """A finished run, and a look at stored answers: nothing goes on, so nothing is said of it."""
+    (tmp_path / "mine").mkdir()
+    tops, sizes = {"top1": 1.0, "top5": 5.0}, ("params_train", "macs_train", "eval_size")
+    result = dict.fromkeys(RESULT_KEYS, 0) | {"weights": {"ema": tops}, "best": tops | {"epoch": 1}}
+    (tmp_path / "mine" / "result.json").write_text(
+        json.dumps(result | {"model": dict.fromkeys(sizes, 1)})
+    )
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "stdout", shown := Broken(limit=20))
+    assert main([f"run.root={tmp_path}", "run.name=mine"]) == 0
+    assert shown.getvalue() == "" and err.getvalue() == ""
+
+    def look(*_: object) -> int:
+        print("longer than twenty letters")
+        return 0
+
+    monkeypatch.setattr(launch, "store_answers", look)
+    for flag, said in (("--inspect", ""), ("--dry-run", ""), ("--repair", "Broken pipe")):
+        assert main(["cache", "D", flag]) == 0
+        assert said in err.getvalue() and bool(err.getvalue()) is bool(said)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

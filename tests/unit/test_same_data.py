@@ -5,10 +5,11 @@ from conftest import make_images
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config, Data
+from ghosttrain.data import datasets
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.engine.same_data import (
     changes,
-    compared,
+    check_same_data,
     listings,
     note_on_result,
     without_classes,
@@ -27,6 +28,7 @@ def data(classes=("cat", "dog"), train=(1437, "t"), held_out=(360, "h")) -> dict
     ("now", "said"),
     [
         (data(), []),
+        (data(classes=("dog", "cat")), ["classes differ: their order"]),
         (data(classes=("dog", "zebra")), ["classes differ: 'cat' -> 'zebra'"]),
         (data(classes=("ant", "cat", "dog")), ["classes differ: 2 -> 3, 'ant' is new"]),
         (data(classes=("dog",)), ["classes differ: 2 -> 1, 'cat' is gone"]),
@@ -55,17 +57,16 @@ def test_every_difference_is_said_once(now, said):
 
 def test_a_resumed_run_refuses_other_data_or_keeps_a_record():
     saved = {"data": data(), "step": 30, "optimizer": {"state": {}}}
-    assert compared(saved, data(), "refuse") == data()
-    assert compared(None, data(), "refuse") == data()
-    assert compared({"step": 30, "optimizer": {}}, data(), "refuse") == data()  # an older version
+    assert check_same_data(saved, data(), "refuse") == data()
+    assert check_same_data(None, data(), "refuse") == data()
     more = data(train=(1440, "t"))
     with pytest.raises(UserError, match=r"1,437 -> 1,440\): .*data.changed=accept .*run.fresh"):
-        compared(saved, more, "refuse")
-    first = compared(saved, more, "accept")
+        check_same_data(saved, more, "refuse")
+    first = check_same_data(saved, more, "accept")
     assert first["accepted"] == ["data changed after step 30: training images: 1,437 -> 1,440"]
     later = {"data": first, "step": 50, "optimizer": {"state": {}}}
-    assert compared(later, more, "refuse")["accepted"] == first["accepted"]
-    second = compared(later, data(), "accept")["accepted"]
+    assert check_same_data(later, more, "refuse")["accepted"] == first["accepted"]
+    second = check_same_data(later, data(), "accept")["accepted"]
     assert second == [
         *first["accepted"],
         "data changed after step 50: training images: 1,440 -> 1,437",
@@ -75,23 +76,29 @@ def test_a_resumed_run_refuses_other_data_or_keeps_a_record():
 def test_what_cannot_be_accepted_says_why():
     saved = {"data": data(), "step": 30, "optimizer": {"state": {}}}
     with pytest.raises(UserError, match=r"run.fresh=true \(it cannot .* has 2 outputs\)"):
-        compared(saved, data(classes=("a", "cat", "dog")), "accept")
+        check_same_data(saved, data(classes=("a", "cat", "dog")), "accept")
     done = saved | {"optimizer": {}}
     with pytest.raises(UserError, match="has taken all its steps"):
-        compared(done, data(train=(1440, "t")), "accept")
-    assert compared(done, data(held_out=(361, "h")), "accept")["accepted"]
+        check_same_data(done, data(train=(1440, "t")), "accept")
+    assert check_same_data(done, data(held_out=(361, "h")), "accept")["accepted"]
 
 
-def test_a_finished_run_says_that_its_data_are_others(tmp_path):
+def test_a_finished_run_says_that_its_data_are_others(tmp_path, monkeypatch):
     make_images(tmp_path / "d", classes=2, train=2, val=1)
     config = Config(data=Data(name="folder", root=str(tmp_path / "d")))
     result = {"data": without_classes(listings(*build_datasets(config.data)))}
     assert "classes" not in result["data"]["train"]
+    monkeypatch.setattr(datasets, "look", lambda _: pytest.fail("it decodes images"))
     assert note_on_result(config, result) is None
+    for split in ("train", "val"):
+        (tmp_path / "d" / split / "class1").rename(tmp_path / "d" / split / "zebra")
+    line = str(note_on_result(config, result))
+    assert "(class names, file names or labels of the training images differ; " in line
+    for split in ("train", "val"):
+        (tmp_path / "d" / split / "zebra").rename(tmp_path / "d" / split / "class1")
     (tmp_path / "d" / "train" / "class1" / "0.JPEG").unlink()
     line = str(note_on_result(config, result))
     assert "(training images: 4 -> 3); run.fresh=true trains anew" in line
     (tmp_path / "d" / "val").rename(tmp_path / "d" / "gone")
     assert "its data cannot be compared" in str(note_on_result(config, result))
     assert note_on_result(Config(), result) is None  # digits: embedded
-    assert note_on_result(config, {}) is None  # of an earlier version
