@@ -47,7 +47,7 @@ from ghosttrain.config.names import (
 from ghosttrain.config.normalization import check_normalization
 from ghosttrain.config.paths import expanded
 from ghosttrain.config.policy import check_policy
-from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, Config
+from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, STUDENT_SOURCES, Config
 from ghosttrain.config.sizes import SIDES, check_sides, family
 
 
@@ -332,7 +332,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
     if not elsewhere and not expanded(str(model.weights)).exists():
         raise UserError(
             f"model.weights={model.weights}: no such file; give the path of a .safetensors or .pth "
-            f"file, the folder of a finished run, or one of {', '.join(NAMED_SOURCES)}"
+            f"file, the folder of a finished run, or one of {', '.join(STUDENT_SOURCES)}"
         )
     check_teacher(config.teacher, config.distill, chosen["teacher"], names.groups["teacher"])
     check_loss(config.distill)

@@ -107,8 +107,10 @@ PLAIN = Reparam(branches=1, scale=False, identity=False)
 """The published network without branches."""
 
 
-NAMED_SOURCES = ("hub", "digits", "efficientnet-lite")
-"""What `weights` may be beside a path."""
+STUDENT_SOURCES = ("hub", "efficientnet-lite")
+"""What `model.weights` may be beside a path."""
+NAMED_SOURCES = (*STUDENT_SOURCES, "digits")
+"""What the `weights` of a teacher may be beside a path."""
 
 
 class Pretrained(Settings):

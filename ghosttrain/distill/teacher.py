@@ -308,14 +308,17 @@ def refuse_chance(found: Score, num_classes: int, who: str = "the teacher") -> N
     p = binomial_tail(hits, n, max(found.chance, 1 / num_classes))
     if hits > majority and p <= LEAST_P:
         return
-    if hits <= majority:
-        why = f"no better than always answering the most frequent class ({majority} right)"
+    constant = f"no better than always answering the most frequent class ({majority} right)"
+    cause = ": its classes, their order or its normalisation are not the data's"
+    if p <= LEAST_P:  # then it knows the classes
+        why = f"more than guesses are, but it is {constant}"
+    elif hits <= majority:
+        why = constant + cause
     else:
-        why = f"no better than guessing one of {num_classes} classes (p = {p:.2g})"
+        why = f"no better than guessing one of {num_classes} classes (p = {p:.2g}){cause}"
     raise UserError(
-        f"{who} is right on {hits} of {n} training images, {why}: its classes, their order or its"
-        " normalisation are not the data's; give another teacher, type teacher=none distill=none,"
-        f" {take}"
+        f"{who} is right on {hits} of {n} training images, {why}; give another teacher, type"
+        f" teacher=none distill=none, {take}"
     )
 
 

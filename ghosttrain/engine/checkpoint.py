@@ -9,6 +9,7 @@ hold data, never code. The teacher is in none of them.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +22,7 @@ from ghosttrain.config.errors import UserError, of_the_system
 from ghosttrain.config.paths import expanded, utf8_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import read_config, replacing
-from ghosttrain.models.files import other_normalisation
+from ghosttrain.models.files import other_input_stride, other_normalisation
 from ghosttrain.models.layers import Student
 from ghosttrain.models.profile import count_macs, count_params
 from ghosttrain.models.registry import create_model, create_timm_model
@@ -31,28 +32,41 @@ from ghosttrain.models.weights import export_state, mismatch
 Which = Literal["ema", "raw", "fused"]
 
 
-def build_student(config: Config, num_classes: int) -> nn.Module:
-    """Return the student of `config`, freshly initialised or with `model.weights`."""
+def build_student(config: Config, classes: Sequence[str]) -> nn.Module:
+    """Return the student of `config`, freshly initialised or with `model.weights`.
+
+    `classes` are the names of the data's classes in the order of its labels.
+    """
     model, in_chans = config.model, config.data.in_chans
     student: Any
     if model.source == "timm":
         student = create_timm_model(
-            model.name, num_classes, in_chans, model.dropout, model.weights, new_classifier=True
+            model.name,
+            len(classes),
+            in_chans,
+            model.dropout,
+            model.weights,
+            new_classifier=True,
+            classes=classes,
         )
     else:
         student = create_model(
             model.name,
-            num_classes,
+            len(classes),
             in_chans,
             config.reparam,
             model.dropout,
             model.weights,
             input_stride=model.input_stride,
             new_classifier=True,
+            classes=classes,
         )
     if model.weights:
-        note = other_normalisation(student.weights_about, config.data.mean, config.data.std)
-        student.weights_note = "; ".join(filter(None, (student.weights_note, note)))
+        about, notes = student.weights_about, [student.weights_note]
+        if model.source == "ghosttrain":  # a timm model has no such setting
+            notes.append(other_input_stride(about, model.input_stride))
+        notes.append(other_normalisation(about, config.data.mean, config.data.std))
+        student.weights_note = "; ".join(filter(None, notes))
     return student
 
 
@@ -153,11 +167,11 @@ def load_run(folder: str | Path, weights: Which = "ema") -> nn.Module:
     final = folder / "model.safetensors"
     if weights == "ema" and final.is_file():
         state, about = read_weights(final)
-        model = build_student(without_start(config), len(about["classes"]))
+        model = build_student(without_start(config), about["classes"])
         load_into(model, state, final)
         return model.eval()
     saved = _last(folder)
-    model = build_student(without_start(config), len(saved["classes"]))
+    model = build_student(without_start(config), saved["classes"])
     load_into(model, saved["student"] if weights == "raw" else saved["ema"]["model"], folder)
     return model.eval()
 

@@ -96,7 +96,7 @@ def train(config: Config | None, notes: list[str]) -> None:
 
     # ---------------------------------------------------------------- Student, optimizer
     torch.manual_seed(config.seed)
-    student = build_student(config, len(classes))
+    student = build_student(config, classes)
     if config.model.source == "timm":
         check_timm_sides(student, config.model.name, len(classes), config.data, plan.micro_batch)
     student = student.to(device)

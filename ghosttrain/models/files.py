@@ -261,6 +261,20 @@ def other_normalisation(about: About, mean: Sequence[float], std: Sequence[float
     return f"they were trained with another normalisation than {given}: type {own} for theirs"
 
 
+def other_input_stride(about: About, input_stride: str) -> str:
+    """Return a note where weights were trained with another stride of the stem, else "".
+
+    All shapes are equal then, and the function is another. Weights of which nothing is known are
+    silent.
+    """
+    if about.source is None or about.input_stride == input_stride:
+        return ""
+    return (
+        f"they were trained with another stem than model.input_stride={input_stride}: type "
+        f"model.input_stride={about.input_stride} for theirs"
+    )
+
+
 def _about_run(values: Mapping[str, Any]) -> About:
     model, seen = values.get("model") or {}, values.get("input") or {}
     return About(

@@ -9,7 +9,7 @@ is one line in `STUDENTS` and one YAML in `conf/model/`; a new family is a modul
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
@@ -62,6 +62,7 @@ def create_model(
     fused: bool = False,
     input_stride: str = "standard",
     new_classifier: bool = False,
+    classes: Sequence[str] = (),
 ) -> nn.Module:
     """Build a student in training mode: images (B, in_chans, H, W) -> logits (B, num_classes).
 
@@ -76,6 +77,9 @@ def create_model(
       weights as they are, and folds weights of the training form (of the given `reparam`).
     - `new_classifier`: where `weights` have no classifier, or one of another number of classes,
       keep the new one and say so in `weights_note`; else they are refused.
+    - `classes`: names of the classes in the order of the logits. With `new_classifier`, and where
+      the file of weights names as many, its classifier is put in this order, or the new one is kept
+      where a name differs.
     - `input_stride`: "standard", or "small": the stem keeps the map, for images of 32x32 or so.
 
     Raises UserError for an unknown name or setting and for weights that do not fit.
@@ -100,12 +104,16 @@ def create_model(
     if fused and not holds_branches:
         settings = PLAIN  # every setting folds to the same shapes; the least to build
     if given is not None:
+        if given.about.source == "timm" and detect(state).dialect == "unknown":
+            raise _other_network(given, f"of {name}")
         _refuse_other_width(state, name, given.origin)
     model: Any = _build(name, num_classes, in_chans, settings, dropout, input_stride)
 
     def load(model: Any) -> None:
         assert given is not None
-        dialect, lacks = load_state(model, state, given.origin, new_classifier)
+        dialect, lacks = load_state(
+            model, state, given.origin, new_classifier, given.about.classes, classes
+        )
         model.weights_dialect, model.weights_about = dialect, given.about
         model.weights_note = "; ".join(filter(None, (given.note, note, lacks)))
 
@@ -170,13 +178,14 @@ def create_timm_model(
     dropout: float = 0.0,
     weights: str | Weights | None = None,
     new_classifier: bool = False,
+    classes: Sequence[str] = (),
     **options: Any,
 ) -> Any:
     """Build any timm model, randomly initialised or with weights, in training mode.
 
-    It is trained as it is: no branches, no fused form. `weights`, `new_classifier` and what is
-    known of the weights are as for `create_model`; `options` go to `timm.create_model`. Raises
-    UserError for a name that timm does not know and for weights that do not fit.
+    It is trained as it is: no branches, no fused form. `weights`, `new_classifier`, `classes`
+    and what is known of the weights are as for `create_model`; `options` go to `timm.create_model`.
+    Raises UserError for a name that timm does not know and for weights that do not fit.
     """
     _check_sizes(num_classes, in_chans, dropout)
     import timm
@@ -193,7 +202,9 @@ def create_timm_model(
         name, num_classes=num_classes, in_chans=in_chans, drop_rate=dropout, **options
     )
     if given is not None:
-        lacks = load_timm(model, given.state, name, given.origin, new_classifier)
+        lacks = load_timm(
+            model, given.state, name, given.origin, new_classifier, given.about.classes, classes
+        )
         model.weights_note = "; ".join(filter(None, (given.note, lacks)))
         model.weights_about = given.about
     return model
@@ -204,15 +215,17 @@ def _refuse_other_network(given: Weights, name: str) -> None:
     about = given.about
     if about.name is None:
         return
-    if about.source == "ghosttrain":
-        right = f"model={about.name}"
-    elif about.name.partition(".")[0] != name.partition(".")[0]:
-        right = f"model=timm model.name={about.name}"
-    else:
-        return
-    raise UserError(
-        f"{given.origin} holds the weights of {about.name}, not of timm's {name}: type {right}, or "
-        "give other weights."
+    if about.source == "ghosttrain" or about.name.partition(".")[0] != name.partition(".")[0]:
+        raise _other_network(given, f"of timm's {name}")
+
+
+def _other_network(given: Weights, wanted: str) -> UserError:
+    about = given.about
+    student = about.source == "ghosttrain"
+    right = f"model={about.name}" if student else f"model=timm model.name={about.name}"
+    return UserError(
+        f"{given.origin} holds the weights of {about.name}, not {wanted}: type {right}, or give "
+        "other weights."
     )
 
 

@@ -19,9 +19,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.paths import expanded
-from ghosttrain.config.schema import NAMED_SOURCES
+from ghosttrain.config.schema import NAMED_SOURCES, STUDENT_SOURCES
 from ghosttrain.models.files import About, State, read_about, read_file
 from ghosttrain.models.lite import lite_file, to_timm
+from ghosttrain.models.registry import STUDENTS
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -102,9 +103,10 @@ def weights_path(weights: str, name: str | None, setting: str, download: bool = 
     if path.is_dir():
         return _file_of_run(path, f"{setting}={weights}")
     if not path.is_file():
+        names = STUDENT_SOURCES if setting == "model.weights" else NAMED_SOURCES
         raise UserError(
             f"{setting}={weights}: no such file; give the path of a .safetensors or .pth file, the "
-            f"folder of a finished run, or one of {', '.join(NAMED_SOURCES)}"
+            f"folder of a finished run, or one of {', '.join(names)}"
         )
     return path
 
@@ -125,13 +127,17 @@ def weights_digest(weights: str, name: str | None) -> str | None:
 def published(name: str, setting: str) -> PretrainedCfg:
     """Return timm's description of model `name`, with or without a tag.
 
-    Raises UserError where timm knows neither the model nor the tag.
+    Raises UserError where timm knows neither the model nor the tag, or it is a student that only
+    this project has; `setting` is the dotted name of the setting that gives `name`.
     """
     import timm
     from timm.models import PretrainedCfg
 
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
+        if name in STUDENTS:
+            weights = f"{setting.removesuffix('name')}weights"
+            raise UserError(f"no weights of {name} are published: type {weights}=PATH")
         raise UserError(
             f"{setting}={name} is no timm model.{did_you_mean(architecture, timm.list_models())}"
         )

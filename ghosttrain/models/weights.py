@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,13 +58,20 @@ STUDENT_ENDS = Ends(("stem",), ("classifier",))
 
 
 def load_state(
-    model: Student, state: Mapping[str, Tensor], origin: str, new_classifier: bool = False
+    model: Student,
+    state: Mapping[str, Tensor],
+    origin: str,
+    new_classifier: bool = False,
+    known: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
 ) -> Loaded:
     """Load a state dict of any dialect into a student of the same family.
 
     Branches of the model that the file lacks start with gain 0, so that the function is the file's.
-    With `new_classifier` the model keeps its own where the file has none, or one of another number
-    of classes.
+    With `new_classifier` the model keeps its own where the file has none, or one of other classes;
+    a classifier of the same classes in another order is put in the model's. Classes are compared by
+    name where both are given: `known` are those of the file, `classes` those of the model, in the
+    order of the logits; else by their number.
     Raises UserError, naming `origin` (a file), for another family, for fused weights in a model
     with batch norms, and for what does not fit, key by key, as `fit_state` does.
     """
@@ -88,7 +95,7 @@ def load_state(
     if count := sum(key.endswith(".running_mean") for key in spare):
         notes.append(f"{count} branches that it lacks start with gain 0")
     if new_classifier:
-        state, note = _with_new_classifier(state, own, STUDENT_ENDS.classifier)
+        state, note = _with_new_classifier(state, own, STUDENT_ENDS.classifier, known, classes)
         notes += [note] if note else []
     form = None if there.dialect in ("ghosttrain", "unknown") else there.form
     fit_state(model, state, model.name, origin, spare, form)
@@ -96,12 +103,19 @@ def load_state(
 
 
 def load_timm(
-    network: nn.Module, state: State, name: str, origin: str, new_classifier: bool = False
+    network: nn.Module,
+    state: State,
+    name: str,
+    origin: str,
+    new_classifier: bool = False,
+    known: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
 ) -> str:
     """Load a state dict into a timm network; return what a reader should know about it.
 
     Names and shapes that do not fit are given to timm's own reader of that model first, which knows
-    the names that its authors gave. `new_classifier` and errors are as in `load_state`.
+    the names that its authors gave. `new_classifier`, `known`, `classes` and errors are as in
+    `load_state`.
     """
     own, ends = network.state_dict(), ends_of(network)
     state, note = part_of(state, own.keys())
@@ -117,7 +131,7 @@ def load_timm(
                 state = translated
     notes = [note] if note else []
     if new_classifier:
-        state, note = _with_new_classifier(state, own, ends.classifier)
+        state, note = _with_new_classifier(state, own, ends.classifier, known, classes)
         notes += [note] if note else []
     fit_state(network, state, name, origin, ends=ends)
     return "; ".join(notes)
@@ -154,9 +168,16 @@ def _body(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> State:
 
 
 def _with_new_classifier(
-    state: Mapping[str, Tensor], own: State, classifier: tuple[str, ...]
+    state: Mapping[str, Tensor],
+    own: State,
+    classifier: tuple[str, ...],
+    known: Sequence[str] | None,
+    classes: Sequence[str],
 ) -> tuple[State, str]:
-    """Return `state` with the model's own classifier where its is missing or has other classes."""
+    """Return `state` with a classifier of the model's classes, and a note.
+
+    It is the model's own where that of `state` is missing or has other classes.
+    """
     mine = {key: value for key, value in own.items() if _below(key, classifier)}
     theirs = {key: value for key, value in state.items() if _below(key, classifier)}
     new = _classes(mine, classifier)
@@ -165,11 +186,26 @@ def _with_new_classifier(
     if not theirs:
         return {**state, **mine}, f"it has no classifier, one of {new} starts at random"
     old = _classes(theirs, classifier)
-    if old in (None, new):
+    if old is None:
         return dict(state), ""
     rest = {key: value for key, value in state.items() if key not in theirs}
-    note = f"its classifier of {old} classes is left out, one of {new} starts at random"
-    return {**rest, **mine}, note
+    if old != new:
+        note = f"its classifier of {old} classes is left out, one of {new} starts at random"
+        return {**rest, **mine}, note
+    named = known is not None and len(known) == len(classes) == new
+    if known is None or not named or list(known) == list(classes):
+        return dict(state), ""
+    if set(known) != set(classes):
+        note = (
+            f"its classifier of other classes ({_first(known, 3)}) is left out, one of "
+            f"{_first(classes, 3)} starts at random"
+        )
+        return {**rest, **mine}, note
+    rows = [list(known).index(name) for name in classes]
+    layers = [f"{layer}.{leaf}" for layer in classifier for leaf in ("weight", "bias")]
+    sorted_rows = {key: value[rows] for key, value in theirs.items() if key in layers}
+    note = "the outputs of its classifier are put in the order of the data's classes"
+    return {**state, **sorted_rows}, note
 
 
 def _classes(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> int | None:
@@ -328,7 +364,7 @@ def _hint_for_shapes(
     return ""
 
 
-def _first(texts: list[str], limit: int = 6) -> str:
+def _first(texts: Sequence[str], limit: int = 6) -> str:
     more = f", and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
 

@@ -25,7 +25,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[0.0, 0.5], ids=["no dropout", "dropout"])
 def dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(classes, request.param))
+    monkeypatch.setattr(
+        train, "build_student", lambda _, classes: Plain(len(classes), request.param)
+    )
     return request.param
 
 
@@ -65,7 +67,7 @@ def test_losses_rates_weights_averages_and_accuracies(images, dropout, tmp_path)
 
 
 def test_the_best_average_is_kept_with_its_epoch(images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(classes))
+    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(len(classes)))
     tops = iter([(50, 10), (20, 60), (80, 60), (10, 30), (70, 40)])  # raw and EMA, epoch by epoch
     real, averages = train.evaluate, []
 
@@ -91,7 +93,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     images, tmp_path, monkeypatch, optimizer, epochs
 ) -> None:
     """Bit for bit, with dropout and augmentation: weights, average, metrics, the best epoch."""
-    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(classes, 0.5))
+    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(len(classes), 0.5))
     settings = [f"optim={optimizer}", "augment=compact"]
     assert by_hand.run(images, tmp_path / "whole", *settings) == 0
     real, saved = train.save_state, []

@@ -22,9 +22,19 @@ from safetensors.torch import save_file
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
+from ghosttrain.config.compose import compose
 from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import PLAIN, Config, Model
+from ghosttrain.engine.checkpoint import build_student, describe_weights, save_weights
 from ghosttrain.models import sources
-from ghosttrain.models.files import About, other_normalisation, part_of, read_file, read_state
+from ghosttrain.models.files import (
+    About,
+    other_input_stride,
+    other_normalisation,
+    part_of,
+    read_file,
+    read_state,
+)
 from ghosttrain.models.registry import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
 from ghosttrain.models.weights import load_state
@@ -364,7 +374,9 @@ def test_students_take_the_sources_of_teachers(
         assert "its classifier of 1000 classes is left out" in model.weights_note
         assert model.weights_about.mean == (0.485, 0.456, 0.406)
     message = refusal(lambda: create_model("shufflenetv2_050", 3, **options))
-    assert "model.name=shufflenetv2_050 is no timm model" in message
+    assert message == "no weights of shufflenetv2_050 are published: type model.weights=PATH"
+    message = refusal(lambda: sources.published("shufflenetv2_050", "teacher.name"))
+    assert message.endswith("type teacher.weights=PATH")
     message = refusal(lambda: create_model("ghostnetv3_050", 3, **options))
     assert "no weights of ghostnetv3_050 are published: type model.weights=PATH" in message
     options["weights"] = "efficientnet-lite"
@@ -390,6 +402,74 @@ def test_another_normalisation_is_said() -> None:
         "they were trained with another normalisation than data.mean=[0.5] data.std=[0.3]: type "
         "data.mean=[0.5] data.std=[0.25] for theirs"
     )
+
+
+def test_a_student_is_not_offered_the_shipped_teacher() -> None:
+    message = refusal(lambda: create_model(NAME, 10, 1, weights="digits"))
+    network = read_file(sources.DIGITS_FILE, "x").about.name
+    assert f"weights of {network}, not of {NAME}: type model=timm model.name={network}" in message
+    message = refusal(lambda: create_model(NAME, 10, 1, weights="none.pth"))
+    assert message.endswith("one of hub, efficientnet-lite")
+    message = refusal(lambda: compose(["train.epochs=1", "model.weights=none.pth"]))
+    assert message.endswith("one of hub, efficientnet-lite")
+
+
+@pytest.mark.parametrize(("source", "name"), [("timm", SMALL), ("ghosttrain", "mobilenetv2_050")])
+def test_a_classifier_is_matched_by_the_names_of_its_classes(
+    tmp_path: Path, source: Any, name: str
+) -> None:
+    def start(*classes: str) -> Any:
+        torch.manual_seed(1)
+        return build_student(config(str(tmp_path / "x.safetensors")), classes).eval()
+
+    def config(weights: str | None) -> Config:
+        return Config(model=Model(name=name, source=source, weights=weights), reparam=PLAIN)
+
+    def head(network: Any) -> Any:
+        return network.get_submodule("fc" if source == "timm" else "classifier")
+
+    torch.manual_seed(0)
+    classes = ["ant", "bee", "cat"]
+    theirs = build_student(config(None), classes).eval()
+    torch.nn.init.normal_(head(theirs).bias)
+    about = describe_weights(config(None), classes, "ema")
+    save_weights(tmp_path / "x.safetensors", theirs, about)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        same, moved = start(*classes), start("cat", "ant", "bee")
+        assert torch.equal(same(x), theirs(x)) and same.weights_note == ""
+        torch.testing.assert_close(moved(x), theirs(x)[:, [2, 0, 1]])
+    assert moved.weights_note == (
+        "the outputs of its classifier are put in the order of the data's classes"
+    )
+    other = start("ant", "bee", "dog")
+    assert other.weights_note == (
+        "its classifier of other classes (ant, bee, cat) is left out, one of ant, bee, dog starts "
+        "at random"
+    )
+    torch.manual_seed(1)
+    fresh = build_student(config(None), classes)
+    assert torch.equal(head(other).weight, head(fresh).weight)
+    first = next(iter(theirs.state_dict()))
+    assert torch.equal(other.state_dict()[first], theirs.state_dict()[first])
+
+
+def test_another_stem_of_the_weights_is_said(tmp_path: Path) -> None:
+    def config(stride: Any, weights: str | None = None) -> Config:
+        model = Model(name="mobilenetv2_050", input_stride=stride, weights=weights)
+        return Config(model=model, reparam=PLAIN)
+
+    path = tmp_path / "x.safetensors"
+    about = describe_weights(config("small"), ["ant", "bee"], "ema")
+    save_weights(path, build_student(config("small"), ["ant", "bee"]), about)
+    for stride, said in (
+        ("small", ""),
+        ("standard", "they were trained with another stem than model.input_stride=standard: type "
+        "model.input_stride=small for theirs"),
+    ):  # fmt: skip
+        student: Any = build_student(config(stride, str(path)), ["ant", "bee"])
+        assert student.weights_note == said
+    assert other_input_stride(About(), "small") == "", "nothing is known"
 
 
 def test_the_folder_of_a_run_is_its_result(tmp_path: Path) -> None:
