@@ -75,10 +75,11 @@ def test_every_form_folds_to_the_size_of_the_folded_plain_network(name):
             assert (count_params(fused), count_macs(fused, 64)) == size
 
 
-def test_mobilenetv2_starts_with_the_spread_of_timms_weights():
+def test_mobilenetv2_starts_with_the_spread_of_timms_convolutions():
+    """The classifier starts smaller: test_models.py."""
     model = create_model("mobilenetv2_100", reparam="none")
     ours, theirs = (
-        [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        [m for m in net.modules() if isinstance(m, nn.Conv2d)]
         for net in (model, PUBLISHED["mobilenetv2_100"]())
     )
     compared = 0
@@ -88,9 +89,6 @@ def test_mobilenetv2_starts_with_the_spread_of_timms_weights():
             assert own.weight.std().item() == pytest.approx(other.weight.std().item(), rel=0.15)
             compared += 1
     assert compared > 40
-    bound = 1000**-0.5
-    assert 0.99 * bound < model.classifier.weight.abs().max() <= bound
-    assert not model.classifier.bias.any()
 
 
 # --- which layers have branches -----------------------------------------------------------------
