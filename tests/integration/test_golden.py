@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from ghosttrain import create_model
+from ghosttrain import create_model, load_run
 from ghosttrain.cli import main
 from ghosttrain.models.reparam import fuse
 
@@ -233,6 +234,17 @@ def test_the_reported_accuracy_is_that_of_the_saved_weights(
         assert reported["n"] == value["n"] and value["close"] <= 2
         for key in ("top1", "top5"):
             assert abs(reported[key] - value[key]) <= value["close"] * per_image + 1e-9
+
+
+def test_load_run_gives_the_saved_weights(learner: Run, tmp_path: Path) -> None:
+    unfinished = tmp_path / "run"
+    shutil.copytree(learner.folder, unfinished)
+    (unfinished / "model.safetensors").unlink()
+    for name, network in networks(learner, learner_network).items():
+        for folder in (learner.folder, unfinished):
+            state = load_run(folder, weights=name).state_dict()
+            for key, tensor in network.state_dict().items():
+                assert torch.equal(state[key], tensor), (name, folder, key)
 
 
 def test_the_learners_accuracy_is_what_it_was(

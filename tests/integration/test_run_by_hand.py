@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import by_hand
@@ -13,7 +14,7 @@ from conftest import only_run
 from safetensors.torch import load_file
 
 from ghosttrain.engine import train
-from ghosttrain.engine.checkpoint import load_state
+from ghosttrain.engine.checkpoint import load_state, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,35 @@ def test_losses_rates_weights_averages_and_accuracies(images, dropout, tmp_path)
     assert last["ema_top1"] == expected["ema"]["top1"]
 
 
+@pytest.mark.parametrize("dropout", [0.0], indirect=True)
+def test_a_broken_held_out_image_is_said_before_the_first_step(
+    images, dropout, tmp_path, capsys
+) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "val" / "class0" / "0.png").write_bytes(b"no image")
+    assert by_hand.run(tmp_path / "images", tmp_path / "runs") == 2
+    assert "val/class0/0.png" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_student_has_the_memory_format_of_the_settings(
+    images, tmp_path, monkeypatch, channels_last
+) -> None:
+    students = []
+
+    def build_student(config, classes):
+        students.append(Plain(classes))
+        return students[0]
+
+    monkeypatch.setattr(train, "build_student", build_student)
+    settings = [f"train.channels_last={channels_last}", "train.max_steps=1"]
+    assert by_hand.run(images, tmp_path, *settings) == 0
+    weight = students[0].conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert weight.is_contiguous() != channels_last
+
+
 def test_the_best_average_is_kept_with_its_epoch(images, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(len(classes)))
     tops = iter([(50, 10), (20, 60), (80, 60), (10, 30), (70, 40)])  # raw and EMA, epoch by epoch
@@ -81,8 +111,11 @@ def test_the_best_average_is_kept_with_its_epoch(images, tmp_path, monkeypatch) 
     monkeypatch.setattr(train, "evaluate", evaluate)
     assert by_hand.run(images, tmp_path) == 0
     run = only_run(tmp_path)
-    best = load_file(run / "checkpoints" / "best.safetensors")
-    assert by_hand.difference(best, averages[1]) == 0
+    for name, average in (("checkpoints/best", averages[1]), ("model", averages[4])):
+        state, about = read_weights(run / f"{name}.safetensors")
+        assert by_hand.difference(state, average) == 0
+        assert about["classes"] == [f"class{label}" for label in range(by_hand.CLASSES)]
+        assert about["form"] == "ema"
     result = json.loads((run / "result.json").read_text())
     assert result["best"] == {"top1": 60, "epoch": 2}
 

@@ -57,13 +57,23 @@ def one_rank(rank: int, folder: Path) -> None:
     distributed.start()
     torch.save(answers_of(rank), folder / f"{rank}.pt")
     distributed.stop()
+    images: list[int] = []
+    add = Meter.add
+
+    def counting_add(meter: Meter, losses: dict[str, Tensor], count: int) -> None:
+        images.append(count)
+        add(meter, losses, count)
+
+    Meter.add = counting_add
     for name, (_, micro_batch, dropout, optimizer) in RUNS.items():
         os.environ["GHOSTTRAIN_RENDEZVOUS"] = f"file://{folder}/store_{name}"
         dtype = torch.float32 if optimizer == "sgd" else torch.float64
         student = partial(Plain, dropout=dropout, dtype=dtype, batch_norm="batch_norm" in name)
         train.build_student = lambda _, classes, student=student: student(len(classes))
         given = settings(name, micro_batch, optimizer)
+        images.clear()
         assert by_hand.run(folder / "images", folder / name, *given) == 0
+        (folder / f"{name}{rank}.json").write_text(json.dumps(images))
 
 
 def answers_of(rank: int) -> dict[str, Any]:
@@ -240,6 +250,14 @@ def test_the_log_says_how_the_batch_is_cut(folder, whole) -> None:
         "two_ranks_accumulated": "batch: 12 = 3 (seen by batch norm) x 2 accumulated x 2 processes",
     }.items():
         assert line in (only_run(folder / name) / "log.txt").read_text(), name
+
+
+def test_the_images_of_all_ranks_are_counted(folder) -> None:
+    for name, (ranks, micro_batch, *_) in RUNS.items():
+        for rank in range(ranks):
+            images = json.loads((folder / f"{name}{rank}.json").read_text())
+            assert set(images) == {micro_batch * ranks}, name
+            assert sum(images) == by_hand.STEPS * by_hand.BATCH, name
 
 
 def test_each_rank_drops_out_by_a_seed_of_its_own(folder) -> None:

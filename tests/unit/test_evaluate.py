@@ -49,6 +49,13 @@ def test_seven_classes_by_hand() -> None:
     assert difference == 0
 
 
+def test_counts_are_kept_where_the_models_are_whatever_the_default_device() -> None:
+    model, given = Table([[0.0, 1.0], [1.0, 0.0]]), list(batches([1, 1], 2))
+    with torch.device("meta"):
+        table, difference = evaluate({"ema": model, "fused": model}, given, CPU)
+    assert table["ema"] == {"top1": 50, "top5": 100, "n": 2} and difference == 0
+
+
 @pytest.mark.parametrize("classes", [1, 2, 3, 5])
 def test_up_to_five_classes_all_are_among_the_five_best(classes: int) -> None:
     rows = [[float(k == (i + 1) % classes) for k in range(classes)] for i in range(4)]

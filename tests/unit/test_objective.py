@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ghosttrain.config.schema import Augment, Config, Distill, Train
 from ghosttrain.data.augment import mix_batch
 from ghosttrain.data.loader import Batch
+from ghosttrain.distill import losses as distill_losses
 from ghosttrain.distill.answer import Answer
 from ghosttrain.engine.train import mixed, mixed_precision, objective
 
@@ -153,6 +154,28 @@ def test_the_features_term_is_one_minus_the_mean_cosine() -> None:
     assert losses["features"] == close(term)
     assert losses["loss"] == close(label_term(SOFT, 0.1) + LOSSES["kl"] + term)
     assert "features" not in terms(distill, output, teacher())  # an answer without features
+
+
+def test_short_features_count_as_of_length_1e_4() -> None:
+    """So that the gradient stays bounded as their direction vanishes."""
+    distill = Distill(name="kl", features_weight=1.0)
+    for length in (1e-3, 1e-6):
+        short = PROJECTED / np.linalg.norm(PROJECTED, axis=1, keepdims=True) * length
+        output = (torch.from_numpy(STUDENT), torch.from_numpy(short))
+        cosines = (short * TEACHERS).sum(1) / np.linalg.norm(TEACHERS, axis=1) / max(length, 1e-4)
+        losses = terms(distill, output, teacher(TEACHERS))
+        assert losses["features"] == close(1 - cosines.mean())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_computed_where_its_logits_are(name: str) -> None:
+    """Whatever the default device: here one that computes nothing."""
+    parts = {"alpha": 0.5, "beta": 3.0} if name in ("dkd", "dist") else {}
+    distill = Distill(name=name, temperature=2.0, **parts)
+    student, labels = torch.from_numpy(STUDENT), torch.from_numpy(LABELS)
+    with torch.device("meta"):
+        loss = distill_losses.LOSSES[name](student, teacher().logits, labels, 2.0, distill)
+    assert loss.item() == close(LOSSES[name])
 
 
 def test_weights_and_temperature_follow_the_run() -> None:
