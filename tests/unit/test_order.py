@@ -163,3 +163,13 @@ def test_evaluation_counts_every_image_once(n, world):
 def test_batches_are_made_as_they_are_asked_for():
     batches = train_batches(1 << 20, 0, 0, 1024, 1024)
     assert [len(b) for b in islice(batches, 2)] == [1024, 1024]
+
+
+def test_one_process_is_meant_where_none_is_named():
+    assert list(eval_indices(4)) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="type train.global_batch=1$"):
+        steps_per_epoch(1, 4)
+    with pytest.raises(UserError, match="too few for 1 process; add images"):
+        steps_per_epoch(0, 4)
+    with pytest.raises(UserError, match="too few for 2 processes; add images"):
+        steps_per_epoch(1, 4, world=2)
