@@ -16,7 +16,8 @@ import shlex
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,20 @@ class Dataset:
     in_chans: int
     """3 (RGB) or 1 (grey)."""
     _: KW_ONLY
-    notes: tuple[str, ...] = ()
-    """What the user should hear about these data, a line each: what was left out and why."""
+    left_out: tuple[str, ...] = ()
+    """What lies beside the images and is not used, and why: a line each."""
     bit_depth: int = BIT_DEPTH
     """Bits that the values of 16-bit images use."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should hear about these data, a line each. Decodes a few images when it is
+        first asked for: ranks that print nothing need not.
+        """
+        return self.left_out + look(self)
 
     def open(self, index: int) -> Image.Image:
         """Return image `index` with its size known; `decode.to_pixels` gives its pixels."""
@@ -168,17 +176,11 @@ class FolderDataset(Dataset):
 def build_datasets(data: Data) -> tuple[Dataset, Dataset]:
     """Return (training images, held-out images); the split never depends on a seed.
 
+    No image is decoded.
+
     Raises:
         UserError: the data are not there, not complete, or their two halves do not fit each other.
     """
-    train, held_out = list_datasets(data)
-    if data.name != "digits":
-        train, held_out = (replace(d, notes=d.notes + look(d)) for d in (train, held_out))
-    return train, held_out
-
-
-def list_datasets(data: Data) -> tuple[Dataset, Dataset]:
-    """Return what `build_datasets` does, without a look into the images of a folder."""
     if data.name == "digits":
         return _digits(data.in_chans)
     root = _root(data)
@@ -346,7 +348,7 @@ def _scan(folder: Path, classes: list[str], data: Data, left_out: _LeftOut) -> D
         labels,
         data.in_chans,
         np.array(names),
-        notes=left_out.notes(folder),
+        left_out=left_out.notes(folder),
         bit_depth=data.bit_depth,
         max_pixels=data.max_pixels,
     )

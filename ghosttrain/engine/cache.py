@@ -101,7 +101,9 @@ def cache(
 
     teacher, about_teacher = ready_teacher(config, train_set, device)
     asking = Asking(config, train_set, teacher, device)
-    _say("\n".join([f"data: {train_set.describe()}", *(f"  {n}" for n in train_set.notes)]))
+    _say(f"data: {train_set.describe()}")
+    for note in train_set.notes if distributed.rank() == 0 else ():
+        _say(f"  {note}")
     _say(f"teacher: {about_teacher}")
     found: Store | None = None
     with ExitStack() as lock:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
-from ghosttrain.data.datasets import Dataset, list_datasets
+from ghosttrain.data.datasets import Dataset, build_datasets
 
 Listings = dict[str, Any]
 """`train` and `held_out`: `Dataset.listing()`; `accepted`: changes that `data.changed=accept` let
@@ -83,7 +83,7 @@ def note_on_result(config: Config, result: Mapping[str, Any]) -> str | None:
     if config.data.root is None:  # embedded data cannot change
         return None
     try:
-        found = changes(result["data"], listings(*list_datasets(config.data)))
+        found = changes(result["data"], listings(*build_datasets(config.data)))
     except UserError as error:
         return f"note: its data cannot be compared with today's: {error}"
     if not found:

@@ -144,12 +144,12 @@ def train(config: Config | None, notes: list[str]) -> None:
     started, meter = time.perf_counter() - seconds, track.Meter()
     student.train()
     with train_images, held_images, tracker:
-        for line in summary.head(
-            config, plan, run, train_set, held_out, student, answers.about, device, notes
-        ):
-            tracker.say(line)
-        for line in tracker.about():
-            tracker.say(line)
+        if rank == 0:
+            head = summary.head(
+                config, plan, run, train_set, held_out, student, answers.about, device, notes
+            )
+            for line in [*head, *tracker.about()]:
+                tracker.say(line)
         try_first_batch(student, held_images, len(held_out), eval_batch)
         row: track.Row = {}
         while True:
