@@ -63,6 +63,19 @@ def ghosttrain(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return run
 
 
+def refusal(call: Callable[[], object], *parts: str) -> str:
+    """Return the one line with which a call refuses, after checking what it must hold."""
+    from ghosttrain.config.errors import UserError
+
+    with pytest.raises(UserError) as raised:
+        call()
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 3 classes: 16 training and 7 held-out JPEG files each, telling classes by

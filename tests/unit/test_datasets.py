@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import count_calls
+from conftest import count_calls, refusal
 from PIL import Image
 
 from ghosttrain.config.errors import UserError
@@ -21,12 +21,7 @@ CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
 def refused(data, *parts):
-    with pytest.raises(UserError) as raised:
-        build_datasets(data)
-    message = str(raised.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
+    refusal(lambda: build_datasets(data), *parts)
 
 
 # --- digits -----------------------------------------------------------------------------------
