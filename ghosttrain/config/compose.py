@@ -106,7 +106,7 @@ def compose(
         recipe = "+".join(layer.name for layer in (*bases, *ablations)) or "none"
         store = ConfigStore.instance()
         store.store(name="schema", node=Config().model_dump(mode="json"))
-        with _one_line():
+        with _as_mistakes():
             node = OmegaConf.create(values | {"recipe": recipe, "budget": budget.name})
         name = re.sub(r"[^A-Za-z0-9_+]", ".", recipe)
         store.store(group="layers", name=name, node=node, package="_global_")
@@ -233,13 +233,13 @@ def _merged(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hydra(overrides: list[str]) -> dict[str, Any]:
-    with _one_line():
+    with _as_mistakes():
         tree = hydra_compose("config", overrides=overrides)
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
+def _as_mistakes() -> Iterator[None]:
     """Turn what Hydra and OmegaConf refuse into a line for the user."""
     try:
         yield

@@ -61,18 +61,17 @@ def mistake(error: BaseException) -> str | None:
     return " ".join(said.splitlines())
 
 
-def of_the_system(error: BaseException, path: str | os.PathLike[str]) -> OSError | None:
-    """Return the failure of the system for which reading the file `path` failed (no permission, no
-    memory, a failing disk), in a form that `mistake` knows; None where the file is to blame, also
+def raise_if_of_the_system(error: BaseException, path: str | os.PathLike[str]) -> None:
+    """Raise, in a form that `mistake` knows, the failure of the system (no permission, no memory, a
+    failing disk) for which reading the file `path` failed. Return where the file is to blame, also
     where it is missing.
     """
     if isinstance(error, FileNotFoundError):
-        return None
+        return
     if isinstance(error, OSError) and error.errno in _MENDABLE:
-        return OSError(error.errno, error.strerror, os.fspath(path))
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # the second: torch
-        return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), os.fspath(path))
-    return None
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), os.fspath(path)) from None
 
 
 def remedy(error: OSError) -> str:

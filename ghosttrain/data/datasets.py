@@ -30,11 +30,11 @@ from ghosttrain.config.schema import Data
 from ghosttrain.data.decode import (
     BIT_DEPTH,
     MAX_PIXELS,
+    image_remedy,
     is_deep_colour,
     open_image,
     read_file,
     reduction,
-    remedy,
     stated_depth,
     suffixes,
     to_pixels,
@@ -536,7 +536,9 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:  # the file itself may be intact
-            raise UserError(f"cannot read {path} ({error.strerror}): {remedy(error)}") from error
+            raise UserError(
+                f"cannot read {path} ({error.strerror}): {image_remedy(error)}"
+            ) from error
         raise UserError(f"cannot read {path} ({error}): fetch it again") from error
     magic = bytes([0, 0, 8, dims])  # 8: unsigned bytes
     if raw[:4] != magic:

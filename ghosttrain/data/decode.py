@@ -76,7 +76,7 @@ def read_file(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror or error}): {remedy(error)}"
+            f"cannot read {path} ({error.strerror or error}): {image_remedy(error)}"
         ) from error
 
 
@@ -209,7 +209,7 @@ def _decoding(path: str) -> Iterator[None]:
         ) from error
 
 
-def remedy(error: OSError) -> str:
+def image_remedy(error: OSError) -> str:
     """Return what helps when a file of images cannot be read."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return TOO_MANY_FILES

@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ghosttrain.config.errors import UserError, of_the_system
+from ghosttrain.config.errors import UserError, raise_if_of_the_system
 from ghosttrain.config.lock import locked
 from ghosttrain.config.paths import expanded
 from ghosttrain.distill.answer import Answer
@@ -429,10 +429,9 @@ def _how_to_store(folder: Path) -> str:
     )
 
 
-def _damaged(path: Path, error: Exception) -> Exception:
-    """Return what to raise where a file of a store cannot be read."""
-    if cause := of_the_system(error, path):
-        return cause
+def _damaged(path: Path, error: Exception) -> UserError:
+    """Return what to raise where a file of a store is damaged; OSError where the system failed."""
+    raise_if_of_the_system(error, path)
     return UserError(f"{path} cannot be read ({_why(error)}): store anew in another targets.dir")
 
 

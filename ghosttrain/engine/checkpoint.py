@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ghosttrain.config.errors import UserError, of_the_system
+from ghosttrain.config.errors import UserError, raise_if_of_the_system
 from ghosttrain.config.paths import expanded, utf8_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import read_config, replacing
@@ -116,8 +116,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler lets anything out: KeyError, struct.error
-        if cause := of_the_system(error, path):
-            raise cause from None
+        raise_if_of_the_system(error, path)
         raise UserError(
             f"{path} is damaged ({' '.join(str(error).split())[:80]}); move it away to start this "
             "run anew"
@@ -202,8 +201,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             about = json.loads((file.metadata() or {})["ghosttrain"])
             return load_file(name), about
     except (OSError, SafetensorError, KeyError, ValueError, MemoryError) as error:
-        if cause := of_the_system(error, path):
-            raise cause from None
+        raise_if_of_the_system(error, path)
         raise UserError(
             f"{path} cannot be read as weights of ghosttrain: {' '.join(str(error).split())}"
         ) from None

@@ -26,7 +26,7 @@ from numpy import dtypes
 from safetensors import safe_open
 from torch import Tensor
 
-from ghosttrain.config.errors import UserError, of_the_system
+from ghosttrain.config.errors import UserError, raise_if_of_the_system
 from ghosttrain.config.paths import utf8_name
 
 State = dict[str, Tensor]
@@ -122,8 +122,7 @@ def _read(path: Path, origin: str) -> Any:
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on a damaged file torch's unpickler raises almost anything
-        if cause := of_the_system(error, path):
-            raise cause from None
+        raise_if_of_the_system(error, path)
         text = str(error)
         if found := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
             reason = f"it holds a {found[1]}, and reading that may run code"
@@ -238,8 +237,7 @@ def read_about(path: Path, origin: str) -> About:
         if "architecture" in metadata:
             return _about_packed({key: json.loads(text) for key, text in metadata.items()})
     except Exception as error:
-        if cause := of_the_system(error, path):
-            raise cause from None
+        raise_if_of_the_system(error, path)
         raise UserError(
             f"{origin} has damaged metadata ({type(error).__name__}: {error}): write it anew, or "
             "give weights without metadata."
