@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from PIL import Image
 THREADS = int(os.environ.get("TEST_THREADS", "1"))
 """Threads of this process and of those that tests start: rounding may depend on their number."""
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# Ignored in what a script starts with `&` or nohup, and inherited by what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
