@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data.imagenet_info import ImageNetInfo
 
-from ghosttrain.config.schema import Augment, Data, Teacher
+from ghosttrain.config.schema import AugmentConfig, DataConfig, TeacherConfig
 from ghosttrain.data.augment import normalise, train_transform
 from ghosttrain.distill.answer import Answer, concatenated
 from ghosttrain.distill.codecs import candidates, make_codec, measure
@@ -29,12 +29,12 @@ photos = [Image.fromarray(photo) for photo in load_sample_images().images]
 if spec := importlib.util.find_spec("skimage"):
     folder = Path(str(spec.origin)).parent / "data"
     photos += [Image.open(folder / name).convert("RGB") for name in PHOTOS]
-data = Data()
-cfg = Teacher(name="tf_efficientnet_lite2", weights="efficientnet-lite")
+data = DataConfig()
+cfg = TeacherConfig(name="tf_efficientnet_lite2", weights="efficientnet-lite")
 teacher = build_teacher(cfg, ImageNetInfo("imagenet-1k").label_names(), data, "cpu")
 assert teacher is not None
 (view,) = teacher.views
-transform = train_transform(data, Augment(), [view])
+transform = train_transform(data, AugmentConfig(), [view])
 mean, std = torch.tensor(data.mean), torch.tensor(data.std)
 
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models import moments
 from ghosttrain.models.collapse import synchronize
 from ghosttrain.models.registry import create_model
@@ -156,7 +156,7 @@ def layers(device: torch.device) -> list[str]:
     for C_in, C_out, k, stride, groups in ((64, 64, 1, 1, 1), (96, 24, 1, 1, 1), (24, 96, 1, 1, 1),
                                            (96, 96, 3, 1, 96), (96, 96, 5, 2, 96)):  # fmt: skip
         torch.manual_seed(0)
-        rep = RepConv2d(C_in, C_out, k, stride, groups, reparam=Reparam()).to(device)
+        rep = RepConv2d(C_in, C_out, k, stride, groups, reparam=ReparamConfig()).to(device)
         rep = rep.to(memory_format=torch.channels_last)
         for norm in rep.norms():
             nn.init.uniform_(norm.weight, 0.5, 1.5)

@@ -10,14 +10,23 @@ import re
 from collections.abc import Sequence
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import NAMED_SOURCES, Augment, Distill, Pretrained, Targets, Teacher
+from ghosttrain.config.schema import (
+    NAMED_SOURCES,
+    AugmentConfig,
+    DistillConfig,
+    PretrainedConfig,
+    TargetsConfig,
+    TeacherConfig,
+)
 
 TWO_PARTS = ("dkd", "dist")
 """Losses of two parts, weighted by alpha and beta."""
 _CODEC = re.compile(r"auto|topk:[1-9]\d*|(features|logits):([2-8]|16)")
 
 
-def check_teacher(teacher: Teacher, distill: Distill, chosen: str, choices: Sequence[str]) -> None:
+def check_teacher(
+    teacher: TeacherConfig, distill: DistillConfig, chosen: str, choices: Sequence[str]
+) -> None:
     """Refuse a loss without a teacher, and a teacher that is one network and several.
 
     `chosen` is the file of the group `teacher`, `choices` are all there are.
@@ -44,7 +53,7 @@ def check_teacher(teacher: Teacher, distill: Distill, chosen: str, choices: Sequ
             f"distill={distill.name} needs a teacher: type teacher=NAME "
             f"({', '.join(n for n in choices if n != 'none')}) or distill=none"
         )
-    alone = [f"teacher.{name}" for name in Pretrained.model_fields if getattr(teacher, name)]
+    alone = [f"teacher.{name}" for name in PretrainedConfig.model_fields if getattr(teacher, name)]
     if members and alone:
         raise UserError(
             f"{' and '.join(alone)} set up a single teacher, teacher.members "
@@ -57,25 +66,25 @@ def check_teacher(teacher: Teacher, distill: Distill, chosen: str, choices: Sequ
                 f"teacher.members.{name} is no network yet: type teacher.members."
                 f"{name}.name=MODEL (any timm model), or .weights=FILE of a network trained here"
             )
-    if not members and teacher.average != Teacher().average:
+    if not members and teacher.average != TeacherConfig().average:
         raise UserError(
             f"teacher.average={teacher.average} would do nothing: it is for teacher=ensemble, and "
             "teacher.members is empty"
         )
 
 
-def _is_named(network: Pretrained) -> bool:
+def _is_named(network: PretrainedConfig) -> bool:
     """Whether settings say which network it is, or name a file that may say so itself."""
     return bool(network.name) or network.weights not in (None, *NAMED_SOURCES)
 
 
-def check_loss(distill: Distill) -> None:
+def check_loss(distill: DistillConfig) -> None:
     """Refuse settings that this loss would never read, and a loss that lacks one it reads.
 
     Raises:
         UserError: naming the setting and what to type.
     """
-    name, default = distill.name, Distill()
+    name, default = distill.name, DistillConfig()
     for key in ("alpha", "beta"):
         value = getattr(distill, key)
         if value is None and name in TWO_PARTS:
@@ -99,7 +108,7 @@ def check_loss(distill: Distill) -> None:
             )
 
 
-def check_targets(targets: Targets, distill: Distill, augment: Augment) -> None:
+def check_targets(targets: TargetsConfig, distill: DistillConfig, augment: AugmentConfig) -> None:
     """Refuse stored answers that cannot be right, or would not be read.
 
     Raises:
@@ -114,7 +123,7 @@ def check_targets(targets: Targets, distill: Distill, augment: Augment) -> None:
     if targets.dir is None:
         for key in ("epochs", "codec", "shard_size"):
             value = getattr(targets, key)
-            if value != getattr(Targets(), key):
+            if value != getattr(TargetsConfig(), key):
                 raise UserError(
                     f"targets.{key}={value} would do nothing without a store of answers: type "
                     "targets.dir=FOLDER too (python -m ghosttrain cache writes one)"

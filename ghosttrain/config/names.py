@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import field_of, flatten, unflatten
 from ghosttrain.config.paths import expanded, shipped
-from ghosttrain.config.schema import Config, Member
+from ghosttrain.config.schema import Config, MemberConfig
 
 MEMBERS = "teacher.members"
 KEYS = tuple(key for key in flatten(Config().model_dump(mode="json")) if key != MEMBERS)
@@ -253,7 +253,7 @@ def settings_near(key: str) -> list[str]:
     """Return the names of all settings; those of an ensemble's member by the name in `key`."""
     parts = key.split(".")
     member = parts[2] if key.startswith(f"{MEMBERS}.") else parts[-2] if len(parts) > 2 else "a"
-    return [*KEYS, *(f"{MEMBERS}.{member}.{name}" for name in Member.model_fields)]
+    return [*KEYS, *(f"{MEMBERS}.{member}.{name}" for name in MemberConfig.model_fields)]
 
 
 def parse_override(parser: OverridesParser, text: str) -> Override:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Data, Teacher
+from ghosttrain.config.schema import DataConfig, TeacherConfig
 
 
-def check_normalization(data: Data, teacher: Teacher) -> None:
+def check_normalization(data: DataConfig, teacher: TeacherConfig) -> None:
     """Refuse means outside [0, 1] and standard deviations outside (0, 1] of data, teacher, members.
 
     Pixels lie in [0, 1], so their mean does, and their standard deviation is at most 0.5; 1 stands

@@ -7,10 +7,10 @@ asks again for whoever builds an `Augment` in Python.
 from __future__ import annotations
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Augment
+from ghosttrain.config.schema import AugmentConfig
 
 
-def check_policy(augment: Augment) -> None:
+def check_policy(augment: AugmentConfig) -> None:
     """Refuse Mixup and CutMix under every policy but `with_mixup`.
 
     Source: the abstract of GhostNetV3 (https://arxiv.org/abs/2404.11202) reports that both lower

@@ -53,7 +53,7 @@ ScheduledPositive = Annotated[float | Points, BeforeValidator(partial(_scheduled
 """The same, above 0."""
 
 
-class Settings(BaseModel):
+class Section(BaseModel):
     """Base of all settings: frozen, no unknown names, no silent conversions, no NaN or infinity."""
 
     model_config = ConfigDict(
@@ -61,7 +61,7 @@ class Settings(BaseModel):
     )
 
 
-class Model(Settings):
+class ModelConfig(Section):
     """Which network is trained."""
 
     name: str = "ghostnetv3_100"
@@ -77,7 +77,7 @@ class Model(Settings):
     """Stride of the stem: `standard` 2, as published; `small` 1, for images of 32x32 or so."""
 
 
-class Reparam(Settings):
+class ReparamConfig(Section):
     """Training-time branches of every re-parameterized convolution; all of them fuse into one
     convolution.
     """
@@ -102,8 +102,8 @@ class Reparam(Settings):
     `branches` on CUDA."""
 
 
-FULL = Reparam()
-PLAIN = Reparam(branches=1, scale=False, identity=False)
+FULL = ReparamConfig()
+PLAIN = ReparamConfig(branches=1, scale=False, identity=False)
 """The published network without branches."""
 
 
@@ -113,7 +113,7 @@ NAMED_SOURCES = (*STUDENT_SOURCES, "digits")
 """What the `weights` of a teacher may be beside a path."""
 
 
-class Pretrained(Settings):
+class PretrainedConfig(Section):
     """One pretrained network that teaches."""
 
     name: str | None = None
@@ -130,7 +130,7 @@ class Pretrained(Settings):
     """Channel standard deviations the teacher was trained with; null: as for `mean`."""
 
 
-class Member(Pretrained):
+class MemberConfig(PretrainedConfig):
     """One network of an ensemble."""
 
     weight: float = Field(1.0, gt=0)
@@ -140,12 +140,12 @@ class Member(Pretrained):
 MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-class Teacher(Pretrained):
+class TeacherConfig(PretrainedConfig):
     """The distillation teacher: always pretrained, frozen, in eval mode. One network, or several:
     `teacher=ensemble teacher.members.A.name=... teacher.members.B.name=...`.
     """
 
-    members: dict[MemberName, Member] = {}
+    members: dict[MemberName, MemberConfig] = {}
     """The networks of an ensemble by a name of your choice, each with the settings of a teacher
     (name, weights, input_size, mean, std) and its `weight`."""
     average: Literal["probability", "logit"] = "probability"
@@ -164,7 +164,7 @@ class Teacher(Pretrained):
     as are fastest."""
 
 
-class Distill(Settings):
+class DistillConfig(Section):
     """How the student learns from the teacher, beside the labels. A weight or temperature is a
     number or a schedule: `[[0,0],[0.1,1]]` rises linearly over the first tenth of the run.
     """
@@ -188,7 +188,7 @@ class Distill(Settings):
     projection of the student's; 0 is off."""
 
 
-class Targets(Settings):
+class TargetsConfig(Section):
     """The teacher's answers, stored once (`python -m ghosttrain cache`) and read in training."""
 
     dir: str | None = None
@@ -205,7 +205,7 @@ class Targets(Settings):
     """Images in one file of the store. Used when storing."""
 
 
-class Data(Settings):
+class DataConfig(Section):
     """Images and labels; what an image looks like when it reaches the network."""
 
     name: Literal["digits", "folder", "imagenet", "idx"] = "digits"
@@ -247,7 +247,7 @@ class Data(Settings):
     `accept`: go on with these, and record it."""
 
 
-class Augment(Settings):
+class AugmentConfig(Section):
     """Training augmentation. Draws are a pure function of (augment.seed, epoch, sample index)."""
 
     policy: Literal["compact", "with_mixup", "none"] = "compact"
@@ -278,7 +278,7 @@ class Augment(Settings):
     """CutMix: Beta parameter; 0 is off. Only with `policy=with_mixup`."""
 
 
-class Optim(Settings):
+class OptimConfig(Section):
     """The optimizer. Norm weights and biases get no weight decay."""
 
     name: Literal["lamb", "sgd", "adamw"] = "lamb"
@@ -299,7 +299,7 @@ class Optim(Settings):
     """Clip the global gradient norm to this value; null is off."""
 
 
-class Schedule(Settings):
+class ScheduleConfig(Section):
     """Learning rate over the run, changed every optimizer step."""
 
     name: Literal["cosine", "constant"] = "cosine"
@@ -311,7 +311,7 @@ class Schedule(Settings):
     """Last learning rate of the cosine, as a share of the peak."""
 
 
-class Ema(Settings):
+class EmaConfig(Section):
     """Exponential moving average of the weights: what is evaluated, reported and deployed."""
 
     decay: float = Field(0.9999, ge=0, lt=1)
@@ -320,7 +320,7 @@ class Ema(Settings):
     """Decay min(decay, (1 + t) / (10 + t)) at update t, so that short runs are averaged too."""
 
 
-class Tracker(Settings):
+class TrackerConfig(Section):
     """Where metrics go, besides the run folder."""
 
     wandb: Literal["off", "online", "offline"] = Field("off", json_schema_extra=RESULT_NEUTRAL)
@@ -333,7 +333,7 @@ class Tracker(Settings):
     """Optimizer steps between two rows of metrics.jsonl."""
 
 
-class Launch(Settings):
+class LaunchConfig(Section):
     """Processes and devices."""
 
     nproc: int = Field(1, ge=1, json_schema_extra=RESULT_NEUTRAL)
@@ -342,7 +342,7 @@ class Launch(Settings):
     """`auto` takes CUDA if there is one."""
 
 
-class Train(Settings):
+class TrainConfig(Section):
     """Length, batch and numerics of the run."""
 
     epochs: int = Field(300, ge=1)
@@ -370,7 +370,7 @@ class Train(Settings):
     """Images per forward pass and rank in evaluation; null: the micro-batch."""
 
 
-class Run(Settings):
+class RunConfig(Section):
     """The run folder."""
 
     root: str = Field("runs", json_schema_extra=RESULT_NEUTRAL)
@@ -382,7 +382,7 @@ class Run(Settings):
     """Move an existing run folder of this name aside and start anew."""
 
 
-class Config(Settings):
+class Config(Section):
     """One run, complete."""
 
     recipe: str = "none"
@@ -391,17 +391,17 @@ class Config(Settings):
     """Name of the budget that was applied; set by the composer."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights, the sample order and dropout."""
-    model: Model = Model()
-    reparam: Reparam = Reparam()
-    teacher: Teacher = Teacher()
-    distill: Distill = Distill()
-    targets: Targets = Targets()
-    data: Data = Data()
-    augment: Augment = Augment()
-    optim: Optim = Optim()
-    schedule: Schedule = Schedule()
-    ema: Ema = Ema()
-    train: Train = Train()
-    tracker: Tracker = Tracker()
-    launch: Launch = Launch()
-    run: Run = Run()
+    model: ModelConfig = ModelConfig()
+    reparam: ReparamConfig = ReparamConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    distill: DistillConfig = DistillConfig()
+    targets: TargetsConfig = TargetsConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema: EmaConfig = EmaConfig()
+    train: TrainConfig = TrainConfig()
+    tracker: TrackerConfig = TrackerConfig()
+    launch: LaunchConfig = LaunchConfig()
+    run: RunConfig = RunConfig()

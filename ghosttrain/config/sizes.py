@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Data, Model
+from ghosttrain.config.schema import DataConfig, ModelConfig
 
 
 class Sides(NamedTuple):
@@ -39,7 +39,7 @@ def family(name: str) -> str:
     return name.rpartition("_")[0]
 
 
-def check_sides(model: Model, data: Data, micro_batch: int) -> None:
+def check_sides(model: ModelConfig, data: DataConfig, micro_batch: int) -> None:
     """Refuse images too small for the student `model.name`, and for batches of one image.
 
     Raises:

@@ -28,7 +28,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from ghosttrain.config.policy import check_policy
-from ghosttrain.config.schema import Augment, Data
+from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.decode import reduction, to_pixels, without_pillows_limit
 from ghosttrain.data.order import mix
 
@@ -73,7 +73,7 @@ class Draw:
 
 
 def draw(
-    augment: Augment, flip: bool, width: int, height: int, draw_number: int, index: int
+    augment: AugmentConfig, flip: bool, width: int, height: int, draw_number: int, index: int
 ) -> Draw:
     """Draw the augmentation of one image.
 
@@ -129,7 +129,7 @@ def _centred(width: float, height: float) -> Box:
     return (1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2
 
 
-def _crop_box(rng: Random, augment: Augment, aspect: float) -> Box:
+def _crop_box(rng: Random, augment: AugmentConfig, aspect: float) -> Box:
     """Draw an area and a log-uniform width / height (section 6 of https://arxiv.org/abs/1409.4842).
 
     Boxes that do not fit are drawn again; after ten of them, the largest central box of a permitted
@@ -160,7 +160,7 @@ def _erase_box(rng: Random, probability: float) -> Box | None:
     return None
 
 
-def _rand_augment(rng: Random, augment: Augment) -> tuple[tuple[str, float], ...]:
+def _rand_augment(rng: Random, augment: AugmentConfig) -> tuple[tuple[str, float], ...]:
     """RandAugment (https://arxiv.org/abs/1909.13719) as timm's `rand-m9-mstd0.5-inc1` varies it.
 
     Every operation is skipped with probability 1/2, its magnitude has Gaussian noise, and all
@@ -326,7 +326,9 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 # --- what the loader calls ------------------------------------------------------------------------
 
 
-def train_transform(data: Data, augment: Augment, views: Sequence[View] = ()) -> Transform:
+def train_transform(
+    data: DataConfig, augment: AugmentConfig, views: Sequence[View] = ()
+) -> Transform:
     """Return the augmentation of one image: for the student with S = `data.train_size`, then for
     each of `views`, all by the same draw.
 
@@ -342,7 +344,7 @@ def train_transform(data: Data, augment: Augment, views: Sequence[View] = ()) ->
     return partial(_train_sample, data, augment, (student, *views))
 
 
-def eval_transform(data: Data, views: Sequence[View] = ()) -> Transform:
+def eval_transform(data: DataConfig, views: Sequence[View] = ()) -> Transform:
     """Return the centre crop of one image: for the student with S = `data.eval_size`, then for each
     of `views`; nothing random.
 
@@ -354,8 +356,8 @@ def eval_transform(data: Data, views: Sequence[View] = ()) -> Transform:
 
 
 def _train_sample(
-    data: Data,
-    augment: Augment,
+    data: DataConfig,
+    augment: AugmentConfig,
     views: tuple[View, ...],
     opened: Callable[[], Image.Image],
     draw_number: int,
@@ -378,7 +380,7 @@ def _train_sample(
 
 
 def _eval_sample(
-    data: Data,
+    data: DataConfig,
     views: tuple[View, ...],
     opened: Callable[[], Image.Image],
     draw_number: int,
@@ -415,7 +417,7 @@ def mix_batch(
     images: Tensor,
     labels: Tensor,
     num_classes: int,
-    augment: Augment,
+    augment: AugmentConfig,
     draw_number: int,
     indices: Sequence[int],
 ) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from PIL import Image
 
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.paths import expanded
-from ghosttrain.config.schema import Data
+from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.decode import (
     BIT_DEPTH,
     MAX_PIXELS,
@@ -173,7 +173,7 @@ class FolderDataset(Dataset):
         return self.names.tobytes()
 
 
-def build_datasets(data: Data) -> tuple[Dataset, Dataset]:
+def build_datasets(data: DataConfig) -> tuple[Dataset, Dataset]:
     """Return (training images, held-out images); the split never depends on a seed.
 
     No image is decoded.
@@ -194,7 +194,7 @@ def build_datasets(data: Data) -> tuple[Dataset, Dataset]:
     return train, held_out
 
 
-def _root(data: Data) -> Path:
+def _root(data: DataConfig) -> Path:
     root = data.root or (os.environ.get("IMAGENET_DIR") if data.name == "imagenet" else None)
     holds = {
         "idx": f"{data.train_split}-images-idx3-ubyte[.gz]",
@@ -243,7 +243,7 @@ def _digits(in_chans: int) -> tuple[Dataset, Dataset]:
 # --- folders --------------------------------------------------------------------------------------
 
 
-def _folder(data: Data, root: Path) -> tuple[Dataset, Dataset]:
+def _folder(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     train_dir, val_dir = (_split(root, split, key) for split, key in _splits(data))
     left_out = _LeftOut(), _LeftOut()
     classes, val_classes = _classes(train_dir, left_out[0]), _classes(val_dir, left_out[1])
@@ -263,7 +263,7 @@ def _folder(data: Data, root: Path) -> tuple[Dataset, Dataset]:
     return train, _scan(val_dir, classes, data, left_out[1])
 
 
-def _splits(data: Data) -> tuple[tuple[str, str], tuple[str, str]]:
+def _splits(data: DataConfig) -> tuple[tuple[str, str], tuple[str, str]]:
     return (data.train_split, "train_split"), (data.val_split, "val_split")
 
 
@@ -325,7 +325,7 @@ def _classes(folder: Path, left_out: _LeftOut) -> list[str]:
     return sorted(classes, key=os.fsencode)
 
 
-def _scan(folder: Path, classes: list[str], data: Data, left_out: _LeftOut) -> Dataset:
+def _scan(folder: Path, classes: list[str], data: DataConfig, left_out: _LeftOut) -> Dataset:
     """List the images of all classes, at any depth, as torchvision's ImageFolder does."""
     names: list[bytes] = []
     counts = []
@@ -486,7 +486,7 @@ def look(dataset: Dataset) -> tuple[str, ...]:
 # --- IDX files ------------------------------------------------------------------------------------
 
 
-def _idx(data: Data, root: Path) -> tuple[Dataset, Dataset]:
+def _idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     """Read the files of MNIST's page (http://yann.lecun.com/exdb/mnist/), plain or gzipped.
 
     The classes are the values that occur among the training labels.

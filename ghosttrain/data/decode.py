@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Data
+from ghosttrain.config.schema import DataConfig
 
 FORMATS = (
     "JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "PCX",
@@ -26,8 +26,8 @@ FORMATS = (
 )  # fmt: skip
 """What may be opened, by Pillow's names. Pillow knows more: it starts Ghostscript for EPS, and has
 formats of fonts, icons, videos and stars."""
-BIT_DEPTH: int = Data.model_fields["bit_depth"].default
-MAX_PIXELS: int = Data.model_fields["max_pixels"].default
+BIT_DEPTH: int = DataConfig.model_fields["bit_depth"].default
+MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 _AGAIN = "then run the same command again"
 
 

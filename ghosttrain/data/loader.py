@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Augment, Data
+from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import Transform, View, eval_transform, normalise, train_transform
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.decode import TOO_MANY_FILES
@@ -72,7 +72,7 @@ class Loader:
         self,
         dataset: Dataset,
         transform: Transform,
-        data: Data,
+        data: DataConfig,
         device: torch.device,
         channels_last: bool = False,
         views: Sequence[View] = (),
@@ -163,8 +163,8 @@ class Loader:
 
 def train_loader(
     dataset: Dataset,
-    data: Data,
-    augment: Augment,
+    data: DataConfig,
+    augment: AugmentConfig,
     device: torch.device,
     channels_last: bool = False,
     views: Sequence[View] = (),
@@ -190,7 +190,7 @@ def train_loader(
 
 def eval_loader(
     dataset: Dataset,
-    data: Data,
+    data: DataConfig,
     device: torch.device,
     channels_last: bool = False,
     views: Sequence[View] = (),

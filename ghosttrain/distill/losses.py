@@ -6,7 +6,7 @@ the labels, which is torch's (`F.cross_entropy` takes hard and soft labels, and 
 Every loss takes logits (B, K) of student and teacher, K of 2 or more, and returns a scalar: the
 mean over the batch. It is computed in float32 (float64 stays float64) whatever the inputs and
 autocast say, and has no gradient towards the teacher. A new one is a function, its line in the
-registry, its name in `schema.Distill` and its file in conf/distill/:
+registry, its name in `schema.DistillConfig` and its file in conf/distill/:
 
     def logit_mse(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
         return F.mse_loss(*_wide(student_BK, teacher_BK))
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ghosttrain.config.schema import Distill, Points
+from ghosttrain.config.schema import DistillConfig, Points
 
-Loss = Callable[[Tensor, Tensor, Tensor, float, Distill], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, float, DistillConfig], Tensor]
 """(student logits (B, K), teacher logits (B, K), labels (B,) int64, temperature, settings) -> loss;
 of the settings it reads alpha and beta only."""
 
@@ -181,7 +181,7 @@ def _wide(
     return student.to(dtype), teacher.detach().to(dtype)
 
 
-def _parts(settings: Distill) -> tuple[float, float]:
+def _parts(settings: DistillConfig) -> tuple[float, float]:
     """Return alpha and beta; ValueError where the settings lack one."""
     alpha, beta = settings.alpha, settings.beta
     if alpha is None or beta is None:

@@ -63,7 +63,7 @@ class Loaded:
 
 
 def load_pretrained(
-    cfg: schema.Pretrained, key: str, classes: Sequence[str], in_chans: int
+    cfg: schema.PretrainedConfig, key: str, classes: Sequence[str], in_chans: int
 ) -> Loaded:
     """Return the network of `cfg` with its weights, for images of `in_chans` channels.
 
@@ -129,19 +129,19 @@ def load_pretrained(
     )
 
 
-def networks(cfg: schema.Teacher) -> dict[str, schema.Pretrained]:
+def networks(cfg: schema.TeacherConfig) -> dict[str, schema.PretrainedConfig]:
     """Return the networks of a teacher by name: its members in the order of their names (in any
     other, the same ensemble would be another one to a store), or "teacher" alone.
     """
     return {name: cfg.members[name] for name in sorted(cfg.members)} or {"teacher": cfg}
 
 
-def weights_digest(cfg: schema.Pretrained) -> str | None:
+def weights_digest(cfg: schema.PretrainedConfig) -> str | None:
     """Return the SHA-256 of the file of weights; None where it is not on this machine."""
     return sources.weights_digest(cfg.weights, cfg.name) if cfg.weights else None
 
 
-def as_asked(cfg: schema.Pretrained) -> schema.Pretrained:
+def as_asked(cfg: schema.PretrainedConfig) -> schema.PretrainedConfig:
     """Return the settings with what they leave open filled in from what the file says itself.
 
     Unchanged where it says nothing or is not on this machine.
@@ -155,7 +155,7 @@ def as_asked(cfg: schema.Pretrained) -> schema.Pretrained:
     return cfg.model_copy(update={field: getattr(about, field) for field in left_open(cfg)})
 
 
-def left_open(cfg: schema.Pretrained) -> list[str]:
+def left_open(cfg: schema.PretrainedConfig) -> list[str]:
     """Return which settings of a network are left to what its file, or timm, says."""
     return [f for f in ("name", "input_size", "mean", "std") if getattr(cfg, f) is None]
 
@@ -163,7 +163,7 @@ def left_open(cfg: schema.Pretrained) -> list[str]:
 # --- Which network it is -------------------------------------------------------------------------
 
 
-def _network_name(cfg: schema.Pretrained, key: str, about: About) -> str:
+def _network_name(cfg: schema.PretrainedConfig, key: str, about: About) -> str:
     """Return the name of the network: the one that is typed, or the one that its file says."""
     if cfg.weights == "digits":
         return str(about.name)
@@ -238,7 +238,7 @@ def _timm(name: str, count: int, chans: int, given: Weights, size: int | None) -
 # --- What it sees --------------------------------------------------------------------------------
 
 
-def _view(cfg: schema.Pretrained, given: Weights, name: str) -> tuple[dict[str, Any], str]:
+def _view(cfg: schema.PretrainedConfig, given: Weights, name: str) -> tuple[dict[str, Any], str]:
     """Return how the network is asked, and who says so of the size.
 
     The settings count before what is known of the weights, and that before timm's configuration.

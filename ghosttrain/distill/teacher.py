@@ -198,9 +198,9 @@ class Teacher(nn.Module):
 
 
 def build_teacher(
-    cfg: schema.Teacher,
+    cfg: schema.TeacherConfig,
     classes: Sequence[str],
-    data: schema.Data,
+    data: schema.DataConfig,
     device: torch.device | str,
 ) -> Teacher | None:
     """Return the teacher of `cfg` on `device`; None where no teacher is named.

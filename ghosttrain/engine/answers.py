@@ -147,7 +147,7 @@ def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> t
     return teacher, _describe(cfg, teacher, scores)
 
 
-def _describe(cfg: schema.Teacher, teacher: Teacher, scores: list[Score]) -> str:
+def _describe(cfg: schema.TeacherConfig, teacher: Teacher, scores: list[Score]) -> str:
     shares = [f", top-1 {100 * found.top1:.1f} %" for found in scores]
     parts = [
         f"{member.name} ({one.weights}), {member.view[0]} px {member.size_note}, "
@@ -278,7 +278,7 @@ def fingerprint(config: Config, train_set: Dataset) -> dict[str, Any]:
     }
 
 
-def absent(network: schema.Pretrained) -> str:
+def absent(network: schema.PretrainedConfig) -> str:
     """Return what stands for the digest of weights that are not on this machine."""
     return f"not on this machine: {network.weights}"
 

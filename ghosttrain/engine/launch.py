@@ -21,7 +21,7 @@ from typing import IO
 from ghosttrain.config.compose import Composed, compose, override_run
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.paths import expanded
-from ghosttrain.config.schema import Launch
+from ghosttrain.config.schema import LaunchConfig
 from ghosttrain.engine.folder import (
     check_same_run,
     made_by_other_code,
@@ -114,7 +114,7 @@ def store_answers(
                 f"{folder} is no store of answers: it has no about.json; python -m ghosttrain cache"
                 f" +recipe=NAME targets.dir={folder} targets.epochs=N makes one"
             )
-        saved = read_config(folder).model_copy(update={"launch": Launch()})
+        saved = read_config(folder).model_copy(update={"launch": LaunchConfig()})
         config = override_run(saved, overrides, STORE_MAY_CHANGE, "store")
         targets = config.targets.model_copy(update={"dir": str(expanded(folder).resolve())})
         config = config.model_copy(update={"targets": targets})

@@ -10,7 +10,7 @@ from typing import Any
 
 from ghosttrain.config.compose import override_run
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Launch
+from ghosttrain.config.schema import LaunchConfig
 from ghosttrain.engine.folder import read_config, read_result
 from ghosttrain.engine.same_data import renamed
 
@@ -34,7 +34,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
         UserError: no run there, or a setting that would make it another model.
     """
     saved, result = read_config(folder), read_result(folder)
-    alone = saved.model_copy(update={"launch": Launch()})  # however many processes trained it
+    alone = saved.model_copy(update={"launch": LaunchConfig()})  # however many processes trained it
     config = override_run(alone, overrides, MAY_CHANGE)
     if config.launch.nproc > 1 and "WORLD_SIZE" not in os.environ:
         from ghosttrain.engine.launch import spawn

@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models.layers import ConvBN, SqueezeExcite, Student, make_divisible
 from ghosttrain.models.reparam import RepConv2d, make_stem
 
@@ -78,7 +78,7 @@ class GhostModule(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        reparam: Reparam,
+        reparam: ReparamConfig,
         relu: bool = False,
         attention: bool = False,
     ) -> None:
@@ -115,7 +115,7 @@ class GhostBottleneck(nn.Module):
         kernel_size: int,
         stride: int,
         *,
-        reparam: Reparam,
+        reparam: ReparamConfig,
         squeeze_excite: bool,
         attention: bool,
     ) -> None:
@@ -158,7 +158,7 @@ class GhostNet(Student):
         width: float,
         num_classes: int,
         in_chans: int,
-        reparam: Reparam,
+        reparam: ReparamConfig,
         dropout: float,
         input_stride: str,
     ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Literal, NamedTuple
 
-from ghosttrain.config.schema import FULL, PLAIN, Reparam
+from ghosttrain.config.schema import FULL, PLAIN, ReparamConfig
 from ghosttrain.models.mobilenetv2 import STAGES
 
 Dialect = Literal["ghosttrain", "fused", "timm", "official", "torchvision", "deployed", "unknown"]
@@ -28,7 +28,7 @@ class Layout(NamedTuple):
     """Entry of the state dict by which the layout is recognised."""
     paths: Mapping[str, str] = {}
     """Module path here -> there; paths that are not in it are the same."""
-    form: Reparam = PLAIN
+    form: ReparamConfig = PLAIN
     """Branches of the networks there."""
     networks: Mapping[str, str] = {}
     """Width of a student -> name of the network there, for layouts that are written."""

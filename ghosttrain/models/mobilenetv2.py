@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models.layers import ConvBN, Student, make_divisible, start_small
 from ghosttrain.models.reparam import RepConv2d, make_stem, share_gain
 
@@ -49,7 +49,7 @@ class InvertedResidual(nn.Module):
         stride: int,
         expansion: int,
         *,
-        reparam: Reparam,
+        reparam: ReparamConfig,
     ) -> None:
         super().__init__()
         mid = in_channels * expansion
@@ -76,7 +76,7 @@ class MobileNetV2(Student):
         width: float,
         num_classes: int,
         in_chans: int,
-        reparam: Reparam,
+        reparam: ReparamConfig,
         dropout: float,
         input_stride: str,
     ) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.schema import FULL, PLAIN, Reparam
+from ghosttrain.config.schema import FULL, PLAIN, ReparamConfig
 from ghosttrain.config.sizes import SIDES, family
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def create_model(
     name: str,
     num_classes: int = 1000,
     in_chans: int = 3,
-    reparam: str | Mapping[str, Any] | Reparam = "full",
+    reparam: str | Mapping[str, Any] | ReparamConfig = "full",
     dropout: float = 0.0,
     weights: str | Weights | None = None,
     fused: bool = False,
@@ -67,7 +67,7 @@ def create_model(
     """Build a student in training mode: images (B, in_chans, H, W) -> logits (B, num_classes).
 
     - `reparam`: "full" (3 branches, scale, identity), "none" (the plain published network), or
-      settings of `config.schema.Reparam`.
+      settings of `config.schema.ReparamConfig`.
     - `dropout`: probability before the classifier.
     - `weights`: file of a state dict in any dialect of `weights.py`, another source of
       `sources.py`, or what `open_weights` returned; the model's `weights_dialect` says which it
@@ -130,7 +130,7 @@ def _build(
     name: str,
     num_classes: int,
     in_chans: int,
-    reparam: Reparam,
+    reparam: ReparamConfig,
     dropout: float = 0.0,
     input_stride: str = "standard",
 ) -> Any:
@@ -229,20 +229,20 @@ def _other_network(given: Weights, wanted: str) -> UserError:
     )
 
 
-def as_reparam(reparam: str | Mapping[str, Any] | Reparam) -> Reparam:
+def as_reparam(reparam: str | Mapping[str, Any] | ReparamConfig) -> ReparamConfig:
     """Return settings for "full", "none", a mapping of fields, or settings themselves."""
-    if isinstance(reparam, Reparam):
+    if isinstance(reparam, ReparamConfig):
         return reparam
     if isinstance(reparam, str):
         if reparam not in REPARAM:
             raise UserError(f"reparam={reparam!r} is unknown.{did_you_mean(reparam, REPARAM)}")
         return REPARAM[reparam]
     try:
-        return Reparam(**reparam)
+        return ReparamConfig(**reparam)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        names = Reparam.model_fields
+        names = ReparamConfig.model_fields
         hint = "" if field in names else did_you_mean(field, names)
         raise UserError(f"reparam.{field}={first['input']!r}: {first['msg']}.{hint}") from None
 

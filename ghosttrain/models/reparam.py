@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import PLAIN, Reparam
+from ghosttrain.config.schema import PLAIN, ReparamConfig
 from ghosttrain.models import collapse
 from ghosttrain.models.layers import BatchNorm, ConvBN
 
@@ -42,7 +42,7 @@ class RepConv2d(nn.Module):
         stride: int = 1,
         groups: int = 1,
         *,
-        reparam: Reparam,
+        reparam: ReparamConfig,
     ) -> None:
         super().__init__()
         depthwise = groups == in_channels > 1
@@ -92,7 +92,7 @@ class RepConv2d(nn.Module):
 
 
 def make_stem(
-    in_chans: int, channels: int, input_stride: str, reparam: Reparam
+    in_chans: int, channels: int, input_stride: str, reparam: ReparamConfig
 ) -> ConvBN | RepConv2d:
     """Return the first 3x3 convolution of a student: (B, in_chans, H, W) -> (B, channels, H', W').
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models.layers import ConvBN, Student, start_small
 from ghosttrain.models.reparam import RepConv2d, make_stem, share_gain
 
@@ -46,7 +46,7 @@ class ShuffleBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, *, reparam: Reparam
+        self, in_channels: int, out_channels: int, stride: int, *, reparam: ReparamConfig
     ) -> None:
         super().__init__()
         half = out_channels // 2
@@ -91,7 +91,7 @@ class ShuffleNetV2(Student):
         channels: tuple[int, int, int, int],
         num_classes: int,
         in_chans: int,
-        reparam: Reparam,
+        reparam: ReparamConfig,
         dropout: float,
         input_stride: str,
     ) -> None:

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Data
+from ghosttrain.config.schema import DataConfig
 
 
-def check_timm_sides(model: nn.Module, name: str, num_classes: int, data: Data, batch: int) -> None:
+def check_timm_sides(
+    model: nn.Module, name: str, num_classes: int, data: DataConfig, batch: int
+) -> None:
     """Ask `model` about an empty image of every side.
 
     Args:
@@ -69,7 +71,7 @@ def _remedy(model: nn.Module, sides: Mapping[str, int]) -> str:
     return f": it is made for {own}x{own} pixels, type " + " ".join(f"{k}={own}" for k in sides)
 
 
-def _sees_one_value(model: nn.Module, data: Data) -> bool:
+def _sees_one_value(model: nn.Module, data: DataConfig) -> bool:
     """Whether a batch norm in training mode has a single value per channel of one image."""
     try:
         without_values = copy.deepcopy(model).to("meta").train()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models.files import State, part_of
 from ghosttrain.models.layers import Student
 from ghosttrain.models.layouts import FULL, LAYOUTS, PLAIN, Dialect, Layout, detect
@@ -298,7 +298,7 @@ def fit_state(
     name: str,
     origin: str,
     spare: Mapping[str, Tensor] = {},
-    form: Reparam | None = None,
+    form: ReparamConfig | None = None,
     ends: Ends = STUDENT_ENDS,
 ) -> None:
     """Load `state` into `model` if all names and shapes agree.
@@ -369,7 +369,7 @@ def _first(texts: Sequence[str], limit: int = 6) -> str:
     return ", ".join(texts[:limit]) + more
 
 
-def form_of(state: Mapping[str, Tensor]) -> Reparam | None:
+def form_of(state: Mapping[str, Tensor]) -> ReparamConfig | None:
     """Return the settings that give the branches of a training form; None if it is none."""
     layers: dict[str, set[str]] = {}
     sides: dict[str, int] = {}
@@ -384,7 +384,7 @@ def form_of(state: Mapping[str, Tensor]) -> Reparam | None:
         return PLAIN
     names = set[str]().union(*layers.values())
     in_blocks = {sides.get(layer) for layer in rich - {"stem"}}
-    return Reparam(
+    return ReparamConfig(
         branches=len(names - {"scale", "identity"}),
         scale="scale" in names,
         identity="identity" in names,
@@ -394,7 +394,7 @@ def form_of(state: Mapping[str, Tensor]) -> Reparam | None:
     )
 
 
-def _spell(form: Reparam) -> str:
+def _spell(form: ReparamConfig) -> str:
     settings = form.model_dump(exclude={"engine"})
     return " ".join(f"reparam.{name}={str(value).lower()}" for name, value in settings.items())
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from ghosttrain.config.schema import Optim
+from ghosttrain.config.schema import OptimConfig
 from ghosttrain.optim.groups import param_groups
 from ghosttrain.optim.lamb import Lamb
 
 
-def build_optimizer(cfg: Optim, model: nn.Module) -> Optimizer:
+def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     """Return the optimizer of the model's trainable parameters, at `cfg.lr`.
 
     Norm parameters and biases are not decayed. SGD is Nesterov's where it has momentum, and its

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ghosttrain.config.schema import Optim, Schedule
+from ghosttrain.config.schema import OptimConfig, ScheduleConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-def lr_at(step: int, total_steps: int, warmup_steps: int, peak: float, cfg: Schedule) -> float:
+def lr_at(
+    step: int, total_steps: int, warmup_steps: int, peak: float, cfg: ScheduleConfig
+) -> float:
     """Return the learning rate of optimizer step `step`: first 0, last `total_steps - 1`.
 
     Linear from `warmup_lr_ratio * peak` at step 0 to `peak` at step `warmup_steps`; from there half
@@ -34,7 +36,7 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, peak: float, cfg: Sche
     return peak * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
 
 
-def scaled_lr(cfg: Optim, global_batch: int) -> float:
+def scaled_lr(cfg: OptimConfig, global_batch: int) -> float:
     """Return the peak learning rate for `global_batch` images a step: `cfg.lr` is for `lr_batch`.
 
     LAMB and AdamW scale with the square root of the batch (You et al.,

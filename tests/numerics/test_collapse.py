@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ghosttrain import native
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models import collapse, moments
 from ghosttrain.models.registry import create_model
 from ghosttrain.models.reparam import RepConv2d, using_engine
@@ -47,7 +47,7 @@ Results = dict[str, Tensor]
 def layer(kind: str, form: tuple[int, bool, bool] = FORMS[0], seed: int = 0) -> RepConv2d:
     torch.manual_seed(seed)
     branches, scale, identity = form
-    settings = Reparam(branches=branches, scale=scale, identity=identity, engine="branches")
+    settings = ReparamConfig(branches=branches, scale=scale, identity=identity, engine="branches")
     rep = RepConv2d(*LAYERS[kind], reparam=settings)
     for bn in rep.norms():
         nn.init.uniform_(bn.weight, -0.5, 1.5)
@@ -332,7 +332,7 @@ def test_bf16_errs_at_most_twice_as_much_as_the_branches(kind, how):
 
 def small_network() -> nn.Sequential:
     torch.manual_seed(0)
-    settings = Reparam(engine="branches")
+    settings = ReparamConfig(engine="branches")
 
     def rep(*shape: int) -> RepConv2d:
         return RepConv2d(*shape, reparam=settings)
@@ -489,7 +489,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
 def synced_network() -> nn.Module:
     """Every form, and a batch norm alone."""
     torch.manual_seed(0)
-    settings = Reparam(engine="branches")
+    settings = ReparamConfig(engine="branches")
     return nn.Sequential(
         RepConv2d(3, 12, 3, 2, reparam=settings),
         nn.BatchNorm2d(12),

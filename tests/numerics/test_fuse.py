@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models import ghostnet, mobilenetv2, shufflenetv2
 from ghosttrain.models.layers import ConvBN
 from ghosttrain.models.registry import STUDENTS, create_model
 from ghosttrain.models.reparam import RepConv2d, fuse
 
 FORMS = [
-    Reparam(engine="branches", branches=n, scale=scale, identity=identity)
+    ReparamConfig(engine="branches", branches=n, scale=scale, identity=identity)
     for n, scale, identity in itertools.product((1, 2, 3), (False, True), (False, True))
 ]
 FULL, PLAIN = FORMS[-1], FORMS[0]
@@ -199,5 +199,5 @@ def test_a_fused_model_trains_and_fuses_to_an_equal_copy(family):
 
 
 def test_frozen_branches_fuse_to_a_trainable_convolution():
-    rep = RepConv2d(4, 4, 3, reparam=Reparam()).requires_grad_(False)
+    rep = RepConv2d(4, 4, 3, reparam=ReparamConfig()).requires_grad_(False)
     assert all(p.requires_grad for p in fuse(rep.eval()).parameters())

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 from torchdistill.losses import mid_level
 
-from ghosttrain.config.schema import Distill
+from ghosttrain.config.schema import DistillConfig
 from ghosttrain.distill import losses
 from ghosttrain.distill.losses import (
     LOSSES,
@@ -38,7 +38,7 @@ B, K = 6, 11
 NAMES = list(LOSSES)
 TEMPERATURES = [1.0, 2.0, 4.0, 20.0]
 ALPHA, BETA = 1.5, 0.5
-SETTINGS = Distill(alpha=ALPHA, beta=BETA)
+SETTINGS = DistillConfig(alpha=ALPHA, beta=BETA)
 LABELS = torch.tensor([0, 3, 10, 7, 3, 5])
 FILES = sorted((Path(__file__).parents[2] / "conf" / "distill").glob("*.yaml"))
 
@@ -408,7 +408,7 @@ def test_a_schedule_is_linear_between_its_points(
 
 
 def test_a_schedule_as_it_is_written_in_the_settings() -> None:
-    settings = Distill(temperature=[[0, 4], [1, 1]], weight=2)
+    settings = DistillConfig(temperature=[[0, 4], [1, 1]], weight=2)
     assert at(settings.temperature, 0.25) == 3.25
     assert at(settings.weight, 0.25) == 2.0
 
@@ -475,14 +475,14 @@ def test_agreement_is_the_share_of_equal_best_classes(dtype: torch.dtype) -> Non
 
 
 def test_the_registry_holds_what_the_settings_allow() -> None:
-    names = set(get_args(Distill.model_fields["name"].annotation))
+    names = set(get_args(DistillConfig.model_fields["name"].annotation))
     assert names == {"none", *LOSSES}
 
 
 def test_every_loss_has_a_file_of_settings() -> None:
     assert {file.stem for file in FILES} == {"none", *LOSSES}
     for file in FILES:
-        settings = Distill(**yaml.safe_load(file.read_text()))
+        settings = DistillConfig(**yaml.safe_load(file.read_text()))
         assert settings.name == file.stem
         if settings.name != "none":
             student, teacher = logits()
@@ -495,7 +495,7 @@ def test_every_loss_has_a_file_of_settings() -> None:
 def test_a_loss_of_two_parts_names_the_weight_that_is_missing(name: str) -> None:
     student, teacher = logits()
     with pytest.raises(ValueError, match=f"{name} needs alpha and beta, got 1.0 and None"):
-        LOSSES[name](student, teacher, LABELS, 1.0, Distill(name=name, alpha=1.0))
+        LOSSES[name](student, teacher, LABELS, 1.0, DistillConfig(name=name, alpha=1.0))
 
 
 def test_the_example_of_the_module_works() -> None:

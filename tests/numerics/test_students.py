@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 from torchvision.models.shufflenetv2 import channel_shuffle
 
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models.layers import ConvBN
 from ghosttrain.models.profile import count_macs, count_params
 from ghosttrain.models.registry import REPARAM, create_model
@@ -37,7 +37,7 @@ PUBLISHED: dict[str, Callable[[], nn.Module]] = {
 }
 # One after the other: more branches, fewer kinds of them, fewer layers that have them.
 SETTINGS = [
-    Reparam(engine="branches", **fields)
+    ReparamConfig(engine="branches", **fields)
     for fields in (
         {},
         {"branches": 1},
@@ -97,7 +97,7 @@ def test_mobilenetv2_starts_with_the_spread_of_timms_convolutions():
 def with_branches(name: str, **fields: bool) -> dict[str, int]:
     """Number of layers with more than one branch: 1x1, depthwise, other."""
     with torch.device("meta"):
-        model = create_model(name, reparam=Reparam(**fields))
+        model = create_model(name, reparam=ReparamConfig(**fields))
     counts = {"pointwise": 0, "depthwise": 0, "stem": 0}
     for rep in (m for m in model.modules() if isinstance(m, RepConv2d)):
         conv = rep.branches[0].conv
@@ -157,7 +157,7 @@ def test_sides_of_the_maps(name, stride):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_every_student_trains_at_32x32(name):
-    model = create_model(name, 10, input_stride="small", reparam=Reparam(engine="branches"))
+    model = create_model(name, 10, input_stride="small", reparam=ReparamConfig(engine="branches"))
     model(images(2, 3, 32, 32)).square().sum().backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not dead
@@ -168,7 +168,7 @@ def test_every_student_trains_at_32x32(name):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_channels_last_maps_stay_so_forward_and_backward(name):
-    model = create_model(name, 2, reparam=Reparam(engine="branches", branches=2))
+    model = create_model(name, 2, reparam=ReparamConfig(engine="branches", branches=2))
     model = model.to(memory_format=torch.channels_last)
     forward, backward = {}, {}
 

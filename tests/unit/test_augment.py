@@ -19,7 +19,7 @@ from torchvision import transforms as tv
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.policy import check_policy
-from ghosttrain.config.schema import Augment, Data
+from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import (
     OPS,
     VERSION,
@@ -56,11 +56,11 @@ def draws(augment, n, flip=True, width=500, height=375):
 def test_a_draw_is_a_function_of_its_arguments_and_touches_no_global_state():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    first = draws(Augment(), 200)
+    first = draws(AugmentConfig(), 200)
     random.seed(2), np.random.seed(2), torch.manual_seed(2)
-    assert draws(Augment(), 200) == first
+    assert draws(AugmentConfig(), 200) == first
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    transform = train_transform(Data(train_size=16), Augment())
+    transform = train_transform(DataConfig(train_size=16), AugmentConfig())
     for i in range(40):
         transform(picture, 0, i)
     assert random.getstate() == before[0]
@@ -70,7 +70,7 @@ def test_a_draw_is_a_function_of_its_arguments_and_touches_no_global_state():
 
 def test_seed_draw_number_and_index_each_change_the_draw():
     seen = {
-        draw(Augment(seed=s), True, 50, 50, e, i).box
+        draw(AugmentConfig(seed=s), True, 50, 50, e, i).box
         for s in range(5)
         for e in range(5)
         for i in range(5)
@@ -79,23 +79,23 @@ def test_seed_draw_number_and_index_each_change_the_draw():
 
 
 def test_switching_one_ingredient_off_leaves_the_others():
-    full = draws(Augment(), 300)
+    full = draws(AugmentConfig(), 300)
     for augment, flip, off in (
-        (Augment(randaugment_ops=0), True, "ops"),
-        (Augment(erasing_prob=0.0), True, "erase"),
-        (Augment(), False, "flip"),
-        (Augment(scale_min=0.5), True, "box"),
+        (AugmentConfig(randaugment_ops=0), True, "ops"),
+        (AugmentConfig(erasing_prob=0.0), True, "erase"),
+        (AugmentConfig(), False, "flip"),
+        (AugmentConfig(scale_min=0.5), True, "box"),
     ):
         for a, b in zip(full, draws(augment, 300, flip), strict=True):
             for name in {"box", "flip", "ops", "erase"} - {off}:
                 assert getattr(a, name) == getattr(b, name)
     assert 110 < sum(d.flip for d in full) < 190
-    assert not any(d.flip for d in draws(Augment(), 300, flip=False))
+    assert not any(d.flip for d in draws(AugmentConfig(), 300, flip=False))
 
 
 def test_only_proportions_matter():
     for i in range(50):
-        small, large = (draw(Augment(), True, 500 * k, 375 * k, 0, i) for k in (1, 8))
+        small, large = (draw(AugmentConfig(), True, 500 * k, 375 * k, 0, i) for k in (1, 8))
         assert small == large
 
 
@@ -106,7 +106,7 @@ def test_crops_are_distributed_as_torchvisions(width, height):
     blank = torch.zeros(1, height, width)
     params = [tv.RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
     top, left, h, w = np.array(params, dtype=float).T
-    box = np.array([d.box for d in draws(Augment(), n, width=width, height=height)])
+    box = np.array([d.box for d in draws(AugmentConfig(), n, width=width, height=height)])
     w2, h2 = (box[:, 2] - box[:, 0]) * width, (box[:, 3] - box[:, 1]) * height
     jitter = np.random.default_rng(0).uniform(-0.5, 0.5, (2, n))  # torchvision's are whole pixels
     pairs = [(w * h, (w2 * h2).round()), ((w + jitter[0]) / (h + jitter[1]), w2 / h2)]
@@ -118,7 +118,7 @@ def test_crops_are_distributed_as_torchvisions(width, height):
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 20), (20, 1000), (7, 2000), (1, 1)])
 def test_images_that_no_crop_fits_keep_the_largest_central_one(width, height):
-    augment = Augment(scale_min=0.9)
+    augment = AugmentConfig(scale_min=0.9)
     _, _, h, w = tv.RandomResizedCrop.get_params(
         torch.zeros(1, height, width), [0.9, 1.0], [3 / 4, 4 / 3]
     )
@@ -133,13 +133,15 @@ def test_images_that_no_crop_fits_keep_the_largest_central_one(width, height):
 
 
 def test_scale_of_the_whole_image_and_one_ratio_keep_everything():
-    for d in draws(Augment(scale_min=1.0, ratio_min=1.0, ratio_max=1.0), 20, width=64, height=64):
+    for d in draws(
+        AugmentConfig(scale_min=1.0, ratio_min=1.0, ratio_max=1.0), 20, width=64, height=64
+    ):
         assert d.box == (0, 0, 1, 1)
 
 
 def test_erasing_takes_a_fiftieth_to_a_third_at_its_probability():
     n = 8000
-    boxes = [d.erase for d in draws(Augment(erasing_prob=0.25), n) if d.erase]
+    boxes = [d.erase for d in draws(AugmentConfig(erasing_prob=0.25), n) if d.erase]
     assert abs(len(boxes) / n - 0.25) < 0.02
     left, top, right, bottom = np.array(boxes).T
     area, ratio = (right - left) * (bottom - top), (right - left) / (bottom - top)
@@ -147,14 +149,14 @@ def test_erasing_takes_a_fiftieth_to_a_third_at_its_probability():
     assert 0.3 <= ratio.min() < 0.35 and 3 < ratio.max() <= 1 / 0.3 + 1e-9
     assert stats.kstest(area, stats.uniform(0.02, 1 / 3 - 0.02).cdf).statistic < 0.06
     assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1
-    assert all(d.erase for d in draws(Augment(erasing_prob=1.0), 500))
-    assert not any(d.erase for d in draws(Augment(erasing_prob=0.0), 500))
+    assert all(d.erase for d in draws(AugmentConfig(erasing_prob=1.0), 500))
+    assert not any(d.erase for d in draws(AugmentConfig(erasing_prob=0.0), 500))
 
 
 def test_randaugment_draws_every_operation_equally_often():
     n = 15_000
     counts = dict.fromkeys(OPS, 0)
-    for d in draws(Augment(erasing_prob=0.0), n):
+    for d in draws(AugmentConfig(erasing_prob=0.0), n):
         assert len(d.ops) <= 2
         for name, _ in d.ops:
             counts[name] += 1
@@ -164,7 +166,7 @@ def test_randaugment_draws_every_operation_equally_often():
 
 
 def test_policy_none_is_the_central_square():
-    d = draw(Augment(policy="none"), True, 200, 100, 3, 4)
+    d = draw(AugmentConfig(policy="none"), True, 200, 100, 3, 4)
     assert d == Draw(box=(0.25, 0.0, 0.75, 1.0))
 
 
@@ -194,7 +196,9 @@ BOUNDS = {
 def test_every_operation_survives_every_argument_it_can_draw(magnitude, std):
     # More than 20,000 draws of every operation at every magnitude, over the three deviations. All
     # whole-numbered arguments are applied, of the others the extremes and a few.
-    augment = Augment(randaugment_ops=200, randaugment_magnitude=magnitude, randaugment_std=std)
+    augment = AugmentConfig(
+        randaugment_ops=200, randaugment_magnitude=magnitude, randaugment_std=std
+    )
     drawn: dict[str, list[float]] = {name: [] for name in OPS}
     for d in draws(augment.model_copy(update={"erasing_prob": 0.0}), 1200):
         for name, argument in d.ops:
@@ -299,7 +303,7 @@ def test_cropping_and_resizing_agree_with_pillow(mode, interpolation, size):
 def test_a_draw_replayed_at_another_size_shows_the_same():
     image = picture(300, 200)
     for i in range(40):
-        d = draw(Augment(erasing_prob=0.0, scale_min=0.3), True, 300, 200, 0, i)
+        d = draw(AugmentConfig(erasing_prob=0.0, scale_min=0.3), True, 300, 200, 0, i)
         geometric = all(
             name in BOUNDS and name not in ("equalize", "sharpness") for name, _ in d.ops
         )
@@ -336,8 +340,10 @@ def test_operations_follow_in_order():
 @pytest.mark.parametrize("policy", ["compact", "with_mixup", "none"])
 @pytest.mark.parametrize(("in_chans", "mode"), [(3, "RGB"), (1, "L"), (3, "L"), (1, "RGB")])
 def test_training_transform_of_any_image(policy, in_chans, mode):
-    data = Data(train_size=24, in_chans=in_chans, mean=(0.5,) * in_chans, std=(0.2,) * in_chans)
-    transform = pickle.loads(pickle.dumps(train_transform(data, Augment(policy=policy))))
+    data = DataConfig(
+        train_size=24, in_chans=in_chans, mean=(0.5,) * in_chans, std=(0.2,) * in_chans
+    )
+    transform = pickle.loads(pickle.dumps(train_transform(data, AugmentConfig(policy=policy))))
     for i, (width, height) in enumerate([(50, 40), (8, 8), (1, 1), (300, 2), (24, 24)] * 12):
         (out,) = transform(partial(picture, width, height, mode), 2, i)
         assert (out.shape, out.dtype) == ((in_chans, 24, 24), torch.uint8)
@@ -348,8 +354,8 @@ def test_large_jpegs_give_the_same_crop_from_fewer_pixels(tmp_path):
     image = image.resize((100, 75)).resize((800, 600), Image.Resampling.BICUBIC)  # smooth
     image.save(tmp_path / "a.jpg", quality=95)
     image.save(tmp_path / "a.png")
-    augment = Augment(scale_min=0.3, randaugment_ops=0, erasing_prob=0.0)
-    transform = train_transform(Data(train_size=64), augment)
+    augment = AugmentConfig(scale_min=0.3, randaugment_ops=0, erasing_prob=0.0)
+    transform = train_transform(DataConfig(train_size=64), augment)
     for i in range(6):
         lazy = open_image(str(tmp_path / "a.jpg"))
         (from_jpeg,) = transform([lazy].pop, 0, i)
@@ -363,7 +369,7 @@ def test_large_jpegs_give_the_same_crop_from_fewer_pixels(tmp_path):
 @pytest.mark.parametrize(("width", "height"), [(90, 70), (70, 90), (64, 64), (301, 77), (20, 33)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_evaluation_agrees_with_torchvision(crop_pct, width, height, interpolation):
-    data = Data(eval_size=56, crop_pct=crop_pct, interpolation=interpolation)
+    data = DataConfig(eval_size=56, crop_pct=crop_pct, interpolation=interpolation)
     theirs = tv.Compose(
         [tv.Resize(int(56 / crop_pct), tv.InterpolationMode(interpolation)), tv.CenterCrop(56)]
     )
@@ -404,8 +410,10 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("name", ["RGB.jpg", "L.jpg", "RGB.png", "L.png"])
 def test_a_view_is_the_student_of_its_size_and_leaves_the_students_pixels(files, name, in_chans):
-    data = Data(train_size=64, in_chans=in_chans, mean=(0.4,) * in_chans, std=(0.2,) * in_chans)
-    augment = Augment(erasing_prob=0.5)
+    data = DataConfig(
+        train_size=64, in_chans=in_chans, mean=(0.4,) * in_chans, std=(0.2,) * in_chans
+    )
+    augment = AugmentConfig(erasing_prob=0.5)
     viewing = pickle.loads(pickle.dumps(train_transform(data, augment, VIEWS)))
     times = set()
     for i in range(12):
@@ -423,20 +431,24 @@ def test_a_view_is_the_student_of_its_size_and_leaves_the_students_pixels(files,
 
 def test_an_image_is_decoded_once_where_one_reduction_suffices_for_all(files):
     once, twice = Opened(files["RGB.jpg"]), Opened(files["RGB.jpg"])
-    whole = Augment(policy="none")
+    whole = AugmentConfig(policy="none")
     # 1200 pixels for the crop: reduced 4 times for 2 * 140, twice for 2 * 280.
-    train_transform(Data(train_size=140), whole, ((150, "bicubic"), (145, "bilinear")))(once, 0, 0)
-    train_transform(Data(train_size=140), whole, ((280, "bicubic"), (290, "bilinear")))(twice, 0, 0)
+    train_transform(DataConfig(train_size=140), whole, ((150, "bicubic"), (145, "bilinear")))(
+        once, 0, 0
+    )
+    train_transform(DataConfig(train_size=140), whole, ((280, "bicubic"), (290, "bilinear")))(
+        twice, 0, 0
+    )
     assert (once.times, twice.times) == (1, 2)
 
 
 def test_a_view_has_the_students_crop_flip_and_erased_box(files):
-    erased = Augment(erasing_prob=1.0, randaugment_ops=0)
-    intact = Augment(erasing_prob=0.0, randaugment_ops=0)  # the same draws but for the box
+    erased = AugmentConfig(erasing_prob=1.0, randaugment_ops=0)
+    intact = AugmentConfig(erasing_prob=0.0, randaugment_ops=0)  # the same draws but for the box
     opened, flips = Opened(files["RGB.jpg"]), set()
     for i in range(12):
         (student, view), (student_intact, view_intact) = (
-            train_transform(Data(train_size=64), augment, ((192, "bilinear"),))(opened, 0, i)
+            train_transform(DataConfig(train_size=64), augment, ((192, "bilinear"),))(opened, 0, i)
             for augment in (erased, intact)
         )
         boxes = [(student != student_intact).any(0), (view != view_intact).any(0)]
@@ -462,7 +474,7 @@ def agreement(student, view):
 
 @pytest.mark.parametrize("name", ["RGB.jpg", "L.png"])
 def test_views_of_evaluation_are_its_centre_crops_at_their_size(files, name):
-    data, opened = Data(eval_size=64, crop_pct=0.8), Opened(files[name])
+    data, opened = DataConfig(eval_size=64, crop_pct=0.8), Opened(files[name])
     transform = pickle.loads(pickle.dumps(eval_transform(data, VIEWS)))
     student, *views = transform(opened, 0, 0)
     assert opened.times == 1
@@ -493,7 +505,7 @@ def test_normalise_is_float64s_to_rounding():
 @pytest.mark.parametrize("policy", ["compact", "none"])
 @pytest.mark.parametrize(("key", "name"), [("mixup_alpha", "Mixup"), ("cutmix_alpha", "CutMix")])
 def test_mixing_is_refused_with_the_reason(policy, key, name):
-    augment = Augment(policy=policy, **{key: 0.2})
+    augment = AugmentConfig(policy=policy, **{key: 0.2})
     with pytest.raises(UserError) as raised:
         check_policy(augment)
     for part in (
@@ -505,14 +517,14 @@ def test_mixing_is_refused_with_the_reason(policy, key, name):
     ):
         assert part in str(raised.value)
     with pytest.raises(UserError):
-        train_transform(Data(), augment)
+        train_transform(DataConfig(), augment)
     with pytest.raises(UserError):
         mix_batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), 3, augment, 0, [0, 1])
 
 
 def test_mixing_is_allowed_where_it_is_named():
-    check_policy(Augment(policy="with_mixup", mixup_alpha=0.8, cutmix_alpha=1.0))
-    check_policy(Augment())
+    check_policy(AugmentConfig(policy="with_mixup", mixup_alpha=0.8, cutmix_alpha=1.0))
+    check_policy(AugmentConfig())
 
 
 def test_the_policy_is_checked_without_torch():
@@ -522,11 +534,11 @@ def test_the_policy_is_checked_without_torch():
 
 @pytest.mark.parametrize("name", ["compact", "with_mixup", "none"])
 def test_every_configuration_is_valid(name):
-    augment = Augment.model_validate(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    augment = AugmentConfig.model_validate(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
     check_policy(augment)
     assert augment.policy == name
     mixing = {"policy", "mixup_alpha", "cutmix_alpha"}
-    assert name == "none" or augment.model_dump(exclude=mixing) == Augment().model_dump(
+    assert name == "none" or augment.model_dump(exclude=mixing) == AugmentConfig().model_dump(
         exclude=mixing
     )
 
@@ -639,7 +651,7 @@ def golden_picture():
 def test_draws_stay_what_they_were():
     assert VERSION == GOLDEN_VERSION, "keep the draws and pixels of this version in this test"
     for (draw_number, index), (box, flip, ops, erase, noise_seed) in GOLDEN_DRAWS.items():
-        drawn = draw(Augment(), True, 500, 375, draw_number, index)
+        drawn = draw(AugmentConfig(), True, 500, 375, draw_number, index)
         # Logarithms and cosines may differ in their last bit.
         assert drawn.box == pytest.approx(box, abs=1e-12), CHANGED
         assert [name for name, _ in drawn.ops] == [name for name, _ in ops], CHANGED
@@ -653,7 +665,7 @@ def test_draws_stay_what_they_were():
 
 
 def test_pixels_stay_what_they_were():
-    transform = train_transform(Data(train_size=8), Augment())
+    transform = train_transform(DataConfig(train_size=8), AugmentConfig())
     for (draw_number, index), digits in GOLDEN_PIXELS.items():
         (out,) = transform(golden_picture, draw_number, index)
         before = np.frombuffer(bytes.fromhex(digits), np.uint8).reshape(8, 8, 3)
@@ -663,7 +675,7 @@ def test_pixels_stay_what_they_were():
 
 
 def test_operations_stay_what_they_were():
-    arguments = dict(draw(Augment(randaugment_ops=150), True, 500, 375, 0, 0).ops)
+    arguments = dict(draw(AugmentConfig(randaugment_ops=150), True, 500, 375, 0, 0).ops)
     image = Image.fromarray(np.asarray(golden_picture())[::8, ::10])
     assert arguments.keys() == GOLDEN_OPS.keys(), CHANGED
     for name, (argument, digits) in GOLDEN_OPS.items():
@@ -684,13 +696,13 @@ def batch(n=6, side=16, classes=5):
 
 def mixed(mixup, cutmix, number=0, indices=(4, 8, 15, 16, 23, 42)):
     images, labels, k = batch()
-    augment = Augment(policy="with_mixup", mixup_alpha=mixup, cutmix_alpha=cutmix)
+    augment = AugmentConfig(policy="with_mixup", mixup_alpha=mixup, cutmix_alpha=cutmix)
     return mix_batch(images, labels, k, augment, number, indices)
 
 
 def test_without_alphas_the_images_stay_and_the_targets_are_one_hot():
     images, labels, k = batch()
-    for augment in (Augment(), Augment(policy="with_mixup")):
+    for augment in (AugmentConfig(), AugmentConfig(policy="with_mixup")):
         out, targets = mix_batch(images, labels, k, augment, 0, range(6))
         assert out is images
         assert torch.equal(targets, torch.eye(k)[labels])
@@ -737,7 +749,7 @@ def test_a_view_is_mixed_as_the_students_images_are(scale):
     view = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     indices = (4, 8, 15, 16, 23, 42)
     for alphas in ({"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}):
-        augment = Augment(policy="with_mixup", **alphas)
+        augment = AugmentConfig(policy="with_mixup", **alphas)
         for number in range(30):
             student, targets = mix_batch(images, labels, k, augment, number, indices)
             mixed_view, of_view = mix_batch(view, labels, k, augment, number, indices)
@@ -758,7 +770,7 @@ def test_a_view_is_mixed_as_the_students_images_are(scale):
 def test_shares_of_mixup_follow_the_beta_distribution():
     images, labels = torch.zeros(2, 1, 1, 1), torch.tensor([0, 1])
     for alpha in (0.2, 0.8, 4.0):
-        augment = Augment(policy="with_mixup", mixup_alpha=alpha)
+        augment = AugmentConfig(policy="with_mixup", mixup_alpha=alpha)
         shares = [
             mix_batch(images, labels, 2, augment, e, [0, 1])[1][0, 0].item() for e in range(3000)
         ]
@@ -768,7 +780,7 @@ def test_shares_of_mixup_follow_the_beta_distribution():
 def test_mixing_leaves_the_callers_images_alone():
     images, labels, k = batch()
     for alphas in ({"mixup_alpha": 1.0}, {"cutmix_alpha": 1.0}):
-        mix_batch(images, labels, k, Augment(policy="with_mixup", **alphas), 0, range(6))
+        mix_batch(images, labels, k, AugmentConfig(policy="with_mixup", **alphas), 0, range(6))
         assert torch.equal(images, batch()[0])
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ghosttrain.config.errors import UserError, mistake
-from ghosttrain.config.schema import PLAIN, Config, Data, Model
+from ghosttrain.config.schema import PLAIN, Config, DataConfig, ModelConfig
 from ghosttrain.engine.checkpoint import (
     can_fuse,
     describe_weights,
@@ -166,9 +166,9 @@ def test_weights_must_be_of_this_model(tmp_path):
 
 def test_a_weights_file_says_what_it_is(tmp_path):
     config = Config(
-        model=Model(name="ghostnetv3_050", weights="start.pth"),
+        model=ModelConfig(name="ghostnetv3_050", weights="start.pth"),
         reparam=PLAIN,
-        data=Data(eval_size=96, mean=(0.1, 0.2, 0.3)),
+        data=DataConfig(eval_size=96, mean=(0.1, 0.2, 0.3)),
     )
     path = tmp_path / "x.safetensors"
     model = small()
@@ -216,6 +216,6 @@ class Unsavable:
 
 
 def test_a_run_goes_on_without_the_file_it_started_from():
-    config = Config(model=Model(weights="gone.pth", dropout=0.1))
-    assert without_start(config).model == Model(dropout=0.1)
-    assert can_fuse(config) and not can_fuse(Config(model=Model(name="x", source="timm")))
+    config = Config(model=ModelConfig(weights="gone.pth", dropout=0.1))
+    assert without_start(config).model == ModelConfig(dropout=0.1)
+    assert can_fuse(config) and not can_fuse(Config(model=ModelConfig(name="x", source="timm")))

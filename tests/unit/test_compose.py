@@ -10,7 +10,7 @@ import yaml
 from ghosttrain.config.compose import batch_split, cells, compose, override_run
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import fingerprint, flatten, result_settings, run_name, unflatten
-from ghosttrain.config.schema import Config, Member, Optim, Settings
+from ghosttrain.config.schema import Config, MemberConfig, OptimConfig, Section
 from ghosttrain.engine.folder import check_same_run, read_config
 from ghosttrain.help import help_text
 
@@ -245,12 +245,12 @@ def test_run_name_depends_on_what_changes_the_result_and_on_nothing_else():
 
 
 def test_a_setting_at_its_default_does_not_enter_the_hash():
-    class MoreOptim(Optim):
+    class MoreOptim(OptimConfig):
         nesterov: bool = True
 
     class Later(Config):
         optim: MoreOptim = MoreOptim()
-        extra: Settings = Settings()
+        extra: Section = Section()
 
     before = compose([*FULL, "optim=sgd"]).config
     saved = before.model_dump(mode="json")
@@ -344,8 +344,8 @@ def test_no_setting_of_branches_tells_runs_of_a_timm_model_apart():
 
 
 PAIR = {
-    "a": Member(name="tf_efficientnet_lite0", weights="efficientnet-lite", weight=2.0),
-    "2b": Member(name="resnet18", mean=(0.5, 0.5, 0.5)),
+    "a": MemberConfig(name="tf_efficientnet_lite0", weights="efficientnet-lite", weight=2.0),
+    "2b": MemberConfig(name="resnet18", mean=(0.5, 0.5, 0.5)),
 }
 
 
@@ -487,7 +487,7 @@ def test_a_broken_file_of_members_is_one_line(tmp_path):
 def test_a_sweep_over_members():
     grid = cells([*ENSEMBLE, "teacher.members.2b.name=/été x,y", "teacher.members.2b.weight=1,2"])
     found = [compose(cell).config.teacher.members["2b"] for cell in grid]
-    assert found == [Member(name="/été x,y", weight=weight) for weight in (1, 2)]
+    assert found == [MemberConfig(name="/été x,y", weight=weight) for weight in (1, 2)]
     both = cells([*ENSEMBLE, "teacher.members={a:{name:X}},{b:{name:Y}}"])
     assert [[*compose(cell).config.teacher.members] for cell in both] == [["a"], ["b"]]
 
@@ -511,7 +511,7 @@ def test_members_of_a_saved_run_may_be_changed_only_where_allowed():
     config = compose([*ENSEMBLE, *LITE]).config
     allowed = ("data.workers", "teacher.members.*.weights")
     moved = override_run(config, ["teacher.members.a.weights=/tmp/été x.pth"], allowed)
-    assert moved.teacher.members["a"] == Member(
+    assert moved.teacher.members["a"] == MemberConfig(
         name="tf_efficientnet_lite0", weights="/tmp/été x.pth"
     )
     for refused in ("teacher.members.b.weights=hub", "teacher.members.a.weight=2"):

@@ -13,7 +13,7 @@ from conftest import count_calls, refusal
 from PIL import Image
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Data
+from ghosttrain.config.schema import DataConfig
 from ghosttrain.data import datasets
 from ghosttrain.data.datasets import ArrayDataset, FolderDataset, build_datasets
 
@@ -30,7 +30,7 @@ def refused(data, *parts):
 def test_digits_are_all_of_scikit_learns_and_split_by_a_rule():
     from sklearn.datasets import load_digits
 
-    train, val = build_datasets(Data(name="digits"))
+    train, val = build_datasets(DataConfig(name="digits"))
     assert (len(train), len(val)) == (1437, 360)
     original = load_digits()
     held_out = [  # every fifth of the row of digits sorted by class
@@ -52,7 +52,7 @@ def test_digits_are_all_of_scikit_learns_and_split_by_a_rule():
 
 
 def test_a_fifth_of_every_digit_is_held_out():
-    train, val = build_datasets(Data(name="digits"))
+    train, val = build_datasets(DataConfig(name="digits"))
     shares = np.bincount(val.labels) / (np.bincount(val.labels) + np.bincount(train.labels))
     assert np.abs(shares - 0.2).max() < 0.006
     assert train.classes == val.classes == [str(k) for k in range(10)]
@@ -60,7 +60,7 @@ def test_a_fifth_of_every_digit_is_held_out():
 
 @pytest.mark.parametrize(("in_chans", "mode"), [(3, "RGB"), (1, "L")])
 def test_digits_load_at_64(in_chans, mode):
-    train, _ = build_datasets(Data(name="digits", in_chans=in_chans))
+    train, _ = build_datasets(DataConfig(name="digits", in_chans=in_chans))
     image = train.load(5)
     assert (image.mode, image.size) == (mode, (64, 64))
     assert (np.asarray(image).reshape(64, 64, -1) == train.images[5][..., None]).all()
@@ -68,7 +68,7 @@ def test_digits_load_at_64(in_chans, mode):
 
 
 def test_statistics_in_the_configuration_are_those_of_the_training_digits():
-    settings = Data.model_validate(yaml.safe_load((CONF / "digits.yaml").read_text()))
+    settings = DataConfig.model_validate(yaml.safe_load((CONF / "digits.yaml").read_text()))
     pixels = build_datasets(settings)[0].images / 255
     assert settings.mean == pytest.approx([pixels.mean()] * 3, abs=6e-5)
     assert settings.std == pytest.approx([pixels.std()] * 3, abs=6e-5)
@@ -77,7 +77,7 @@ def test_statistics_in_the_configuration_are_those_of_the_training_digits():
 @pytest.mark.parametrize("name", ["digits", "folder", "imagenet", "idx"])
 def test_every_configuration_is_valid_and_complete(name):
     settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    assert Data.model_validate(settings).name == name
+    assert DataConfig.model_validate(settings).name == name
 
 
 # --- folders ----------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_folder_reads_images_of_sorted_classes_in_sorted_order(root):
     (root / "train" / ".cache").mkdir()
     (root / "train" / "README.jpg").write_text("not in a class folder")
     (root / "train" / "cat" / "deeper.jpg").mkdir()
-    train, val = build_datasets(Data(name="folder", root=str(root)))
+    train, val = build_datasets(DataConfig(name="folder", root=str(root)))
     assert train.classes == val.classes == ["Ant", "bird", "cat"]
     names = sorted(
         ["0.JPEG", "1.JPEG", "2.JPEG", "9.PNG", "10.jpg", "a.WebP", "é.bmp", "b.Jpeg"],
@@ -121,7 +121,7 @@ def test_folder_reads_images_of_sorted_classes_in_sorted_order(root):
 
 
 def test_folder_loads_grey_and_survives_pickling(root):
-    train, _ = build_datasets(Data(name="folder", root=str(root), in_chans=1))
+    train, _ = build_datasets(DataConfig(name="folder", root=str(root), in_chans=1))
     again = pickle.loads(pickle.dumps(train))
     assert again.load(4).mode == "L"
     assert (again.labels == train.labels).all()
@@ -131,7 +131,7 @@ def test_names_that_are_no_text_are_read(root):
     name = os.path.join(os.fsencode(root), b"train", b"cat", b"\xff\xfe.jpg")
     with open(name, "wb") as file:
         Image.new("RGB", (4, 4), (9, 9, 9)).save(file, format="PNG")
-    train, _ = build_datasets(Data(name="folder", root=str(root)))
+    train, _ = build_datasets(DataConfig(name="folder", root=str(root)))
     assert train.load(len(train) - 1).getpixel((0, 0)) == (9, 9, 9)
 
 
@@ -141,43 +141,45 @@ def test_links_to_folders_and_files_count(root):
     (root / "train" / "dog").symlink_to(root / "elsewhere")
     (root / "val" / "dog").mkdir()
     (root / "val" / "dog" / "y.png").symlink_to(root / "elsewhere" / "x.png")
-    train, val = build_datasets(Data(name="folder", root=str(root)))
+    train, val = build_datasets(DataConfig(name="folder", root=str(root)))
     assert len(train) == 10 and val.load(3).getpixel((0, 0)) == (5, 5, 5)
 
 
 def test_other_names_of_the_splits(root):
     (root / "val").rename(root / "test")
-    refused(Data(name="folder", root=str(root)), "no folder 'val'", "data.val_split=NAME", "test")
-    _, val = build_datasets(Data(name="folder", root=str(root), val_split="test"))
+    refused(
+        DataConfig(name="folder", root=str(root)), "no folder 'val'", "data.val_split=NAME", "test"
+    )
+    _, val = build_datasets(DataConfig(name="folder", root=str(root), val_split="test"))
     assert len(val) == 3
 
 
 @pytest.mark.parametrize("name", ["folder", "imagenet", "idx"])
 def test_a_root_that_is_unset_or_missing_says_what_to_type(tmp_path, monkeypatch, name):
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
-    refused(Data(name=name), f"data={name}", "type data.root=/path", "train")
-    refused(Data(name=name, root=str(tmp_path / "gone")), "gone", "type data.root=/path")
+    refused(DataConfig(name=name), f"data={name}", "type data.root=/path", "train")
+    refused(DataConfig(name=name, root=str(tmp_path / "gone")), "gone", "type data.root=/path")
     (tmp_path / "file").touch()
-    refused(Data(name=name, root=str(tmp_path / "file")), "is no folder")
+    refused(DataConfig(name=name, root=str(tmp_path / "file")), "is no folder")
 
 
 def test_the_home_folder_is_expanded(root, monkeypatch):
     monkeypatch.setenv("HOME", str(root.parent))
-    train, _ = build_datasets(Data(name="folder", root=f"~/{root.name}"))
+    train, _ = build_datasets(DataConfig(name="folder", root=f"~/{root.name}"))
     assert len(train) == 9
 
 
 def test_splits_must_hold_class_folders_with_images(root, tmp_path):
     (root / "val" / "cat" / "0.JPEG").rename(root / "val" / "cat" / "0.txt")
     refused(
-        Data(name="folder", root=str(root)),
+        DataConfig(name="folder", root=str(root)),
         "no images in the class folder",
         str(root / "val" / "cat"),
     )
     (root / "flat").mkdir()
     paint(root / "flat" / "0.jpg")
     refused(
-        Data(name="folder", root=str(root), val_split="flat"),
+        DataConfig(name="folder", root=str(root), val_split="flat"),
         "no class folders",
         str(root / "flat"),
     )
@@ -188,7 +190,7 @@ def test_classes_of_both_splits_must_agree(root):
     for k in range(5):
         paint(root / "train" / f"extra{k}" / "0.jpg")
     refused(
-        Data(name="folder", root=str(root)),
+        DataConfig(name="folder", root=str(root)),
         str(root / "val"),
         str(root / "train"),
         "lacks 'cat', 'extra0', 'extra1' and 3 more",
@@ -198,17 +200,17 @@ def test_classes_of_both_splits_must_agree(root):
 
 def test_imagenet_is_a_folder_of_1000_classes(root, monkeypatch):
     refused(
-        Data(name="imagenet", root=str(root)),
+        DataConfig(name="imagenet", root=str(root)),
         "3 class folders",
         "1,000",
         f"data=folder data.root={root}",
     )
     monkeypatch.setattr(datasets, "IMAGENET_CLASSES", 3)
     monkeypatch.setenv("IMAGENET_DIR", str(root))
-    train, _ = build_datasets(Data(name="imagenet"))
+    train, _ = build_datasets(DataConfig(name="imagenet"))
     assert len(train) == 9
     monkeypatch.setenv("IMAGENET_DIR", "/nowhere")
-    train, _ = build_datasets(Data(name="imagenet", root=str(root)))  # the setting wins
+    train, _ = build_datasets(DataConfig(name="imagenet", root=str(root)))  # the setting wins
     assert len(train) == 9
 
 
@@ -236,7 +238,7 @@ def idx(request, tmp_path):
 
 
 def idx_data(root, **kwargs):
-    return Data(name="idx", root=str(root), **({"val_split": "t10k"} | kwargs))
+    return DataConfig(name="idx", root=str(root), **({"val_split": "t10k"} | kwargs))
 
 
 def test_idx_reads_images_and_labels(idx):
@@ -351,7 +353,7 @@ def test_idx_refuses_a_gz_with_damage_inside(tmp_path):
 
 
 def manifest(root):
-    return build_datasets(Data(name="folder", root=str(root)))[0].manifest()
+    return build_datasets(DataConfig(name="folder", root=str(root)))[0].manifest()
 
 
 def test_a_manifest_does_not_depend_on_where_the_folder_lies(root, tmp_path_factory):
@@ -361,7 +363,7 @@ def test_a_manifest_does_not_depend_on_where_the_folder_lies(root, tmp_path_fact
     shutil.copytree(root, elsewhere)
     assert manifest(elsewhere) == first
     (root / "train").rename(root / "other")
-    split = build_datasets(Data(name="folder", root=str(root), train_split="other"))[0]
+    split = build_datasets(DataConfig(name="folder", root=str(root), train_split="other"))[0]
     assert split.manifest() == first
     shutil.rmtree(root / "val" / "cat")  # only the training images are in it
     (root / "val" / "cat").mkdir()
@@ -397,7 +399,7 @@ def test_a_manifest_tells_other_images(root, change):
 
 
 def test_a_manifest_reads_evenly_spaced_files_the_first_and_the_last_among_them(root, monkeypatch):
-    train, _ = build_datasets(Data(name="folder", root=str(root)))
+    train, _ = build_datasets(DataConfig(name="folder", root=str(root)))
     read = []
     monkeypatch.setattr(datasets, "read_file", lambda path: read.append(Path(path).name) or b"")
     monkeypatch.setattr(datasets, "MANIFEST_FILES", 64)
@@ -413,7 +415,7 @@ def test_a_manifest_reads_evenly_spaced_files_the_first_and_the_last_among_them(
 
 
 def test_a_manifest_names_a_file_that_is_gone(root):
-    train, _ = build_datasets(Data(name="folder", root=str(root)))
+    train, _ = build_datasets(DataConfig(name="folder", root=str(root)))
     (root / "train" / "cat" / "2.JPEG").unlink()
     with pytest.raises(UserError, match=r"cat/2\.JPEG \(No such file"):
         train.manifest()

@@ -21,7 +21,7 @@ from ghosttrain.distill.teacher import Teacher, build_teacher, check_teacher
 from ghosttrain.models.registry import create_model
 
 CLASSES = ["ant", "bee", "cat", "dog"]
-DATA = schema.Data(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), train_size=40)
+DATA = schema.DataConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), train_size=40)
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
 
 
@@ -37,15 +37,17 @@ def network(seed: int, name: str = "test_resnet", num_classes: int = 4) -> nn.Mo
     return model
 
 
-def member(tmp_path: Path, seed: int, weight: float = 1.0, **settings) -> schema.Member:
+def member(tmp_path: Path, seed: int, weight: float = 1.0, **settings) -> schema.MemberConfig:
     path = tmp_path / f"{seed}.safetensors"
     save_file(network(seed).state_dict(), path)
     values = {"name": "test_resnet", "weights": str(path), "input_size": 40, **settings}
-    return schema.Member(weight=weight, **values)
+    return schema.MemberConfig(weight=weight, **values)
 
 
-def build(members: dict[str, schema.Member], data: schema.Data = DATA, **settings) -> Teacher:
-    cfg = schema.Teacher(members=members, **settings)
+def build(
+    members: dict[str, schema.MemberConfig], data: schema.DataConfig = DATA, **settings
+) -> Teacher:
+    cfg = schema.TeacherConfig(members=members, **settings)
     return build_teacher(cfg, CLASSES, data, "cpu")  # type: ignore[return-value]
 
 
@@ -234,7 +236,7 @@ def test_classes_in_another_order_are_matched_by_the_names_in_the_file(tmp_path:
     about = {"ghosttrain": json.dumps({"classes": ["dog", "ant", "owl", "cat", "bee"]})}
     model = network(1, num_classes=5)
     save_file(model.state_dict(), path, metadata=about)
-    cfg = schema.Teacher(name="test_resnet", weights=str(path), input_size=40)
+    cfg = schema.TeacherConfig(name="test_resnet", weights=str(path), input_size=40)
     teacher = build_teacher(cfg, CLASSES, DATA, "cpu")
     assert teacher is not None
     pixels = torch.rand(2, 3, 40, 40)
@@ -292,6 +294,6 @@ def test_the_digest_is_of_the_file_and_needs_no_network(tmp_path: Path) -> None:
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(Path(str(first.weights)).read_bytes())
     assert weights_digest(first.model_copy(update={"weights": str(moved)})) == weights_digest(first)
-    assert weights_digest(schema.Pretrained(name="test_resnet", weights="gone.pth")) is None
-    hub = schema.Pretrained(name="beitv2_base_patch16_224.in1k_ft_in22k_in1k", weights="hub")
+    assert weights_digest(schema.PretrainedConfig(name="test_resnet", weights="gone.pth")) is None
+    hub = schema.PretrainedConfig(name="beitv2_base_patch16_224.in1k_ft_in22k_in1k", weights="hub")
     assert weights_digest(hub) is None

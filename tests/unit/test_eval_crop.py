@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional
 
-from ghosttrain.config.schema import Data, Teacher
+from ghosttrain.config.schema import DataConfig, TeacherConfig
 from ghosttrain.data.augment import centre_crop, eval_transform
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import eval_loader
@@ -78,7 +78,7 @@ def test_pixels_are_within_2_levels_of_timms(interpolation, in_chans):
         image = small.resize((width, height), Image.Resampling.BICUBIC)
         image = image if in_chans == 3 else image.convert("L")
         chans = {"mean": (0.5,) * in_chans, "std": (0.5,) * in_chans, "in_chans": in_chans}
-        data = Data(eval_size=size, crop_pct=crop_pct, interpolation=interpolation, **chans)
+        data = DataConfig(eval_size=size, crop_pct=crop_pct, interpolation=interpolation, **chans)
         (ours,) = eval_transform(data)(lambda image=image: image, 0, 0)
         theirs = create_transform(
             size, crop_pct=crop_pct, crop_mode="center", interpolation=interpolation,
@@ -92,10 +92,10 @@ def test_top1_is_that_under_timms_transform():
     """The digits' teacher, which knows its classes: every answer is the same, but for images whose
     margin is smaller than what the resampling moves the logits by.
     """
-    data = Data(name="digits", eval_size=96, crop_pct=0.96, workers=0, mean=MEAN, std=STD)
+    data = DataConfig(name="digits", eval_size=96, crop_pct=0.96, workers=0, mean=MEAN, std=STD)
     held_out = build_datasets(data)[1]
     teacher = build_teacher(
-        Teacher(name="digits", weights="digits"), held_out.classes, data, torch.device("cpu")
+        TeacherConfig(name="digits", weights="digits"), held_out.classes, data, torch.device("cpu")
     )
     transform = create_transform(
         96, crop_pct=0.96, crop_mode="center", interpolation="bicubic", mean=MEAN, std=STD

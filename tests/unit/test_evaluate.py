@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ghosttrain.config.schema import Reparam
+from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.engine.evaluate import classes_before, evaluate
 from ghosttrain.models.reparam import RepConv2d, fuse
 
@@ -117,7 +117,7 @@ def test_modes_are_evaluated_in_eval_mode_and_given_back() -> None:
 
 def test_the_difference_is_the_largest_of_all_batches_branch_by_branch() -> None:
     torch.manual_seed(0)
-    convolution = RepConv2d(3, 8, 3, reparam=Reparam())
+    convolution = RepConv2d(3, 8, 3, reparam=ReparamConfig())
     engines: list[str] = []
 
     class Student(nn.Module):

@@ -11,7 +11,7 @@ import yaml
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.identity import run_name
-from ghosttrain.config.schema import Config, Optim, Run
+from ghosttrain.config.schema import Config, OptimConfig, RunConfig
 from ghosttrain.engine import folder as folders
 from ghosttrain.engine.folder import (
     RESULT_KEYS,
@@ -30,7 +30,7 @@ from ghosttrain.engine.folder import (
 
 
 def config(root: Path, **settings) -> Config:
-    return Config(run=Run(root=str(root), **settings))
+    return Config(run=RunConfig(root=str(root), **settings))
 
 
 def begin(folder: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_run_with_other_settings_is_refused_once_a_step_was_kept(tmp_path):
     first = config(tmp_path, name="a")
     others = {
         "seed: 0 -> 1": first.model_copy(update={"seed": 1}),
-        "optim.lr: 0.005 -> 0.1": first.model_copy(update={"optim": Optim(lr=0.1)}),
+        "optim.lr: 0.005 -> 0.1": first.model_copy(update={"optim": OptimConfig(lr=0.1)}),
     }
     with opened(first, []) as folder:
         pass

@@ -11,7 +11,7 @@ import torch
 from timm import layers
 from torch import nn
 
-from ghosttrain.config.schema import Optim
+from ghosttrain.config.schema import OptimConfig
 from ghosttrain.optim.build import build_optimizer
 from ghosttrain.optim.groups import is_norm, param_groups
 from ghosttrain.optim.lamb import Lamb
@@ -133,7 +133,7 @@ def test_no_other_layer_of_timm_is_a_norm() -> None:
 )
 def test_optimizers_get_their_settings(name: str, cls: type) -> None:
     settings = {"lr": 0.3, "weight_decay": 0.2, "beta1": 0.7, "beta2": 0.8, "eps": 0.01}
-    optimizer = build_optimizer(Optim(name=name, **settings), Named())  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimConfig(name=name, **settings), Named())  # type: ignore[arg-type]
     assert type(optimizer) is cls
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     for group in optimizer.param_groups:
@@ -145,7 +145,7 @@ def test_optimizers_get_their_settings(name: str, cls: type) -> None:
 
 
 def test_sgd_without_momentum() -> None:
-    (group, _) = build_optimizer(Optim(name="sgd", beta1=0.0), Named()).param_groups
+    (group, _) = build_optimizer(OptimConfig(name="sgd", beta1=0.0), Named()).param_groups
     assert (group["momentum"], group["nesterov"]) == (0.0, False)
 
 
@@ -155,7 +155,7 @@ def test_every_optimizer_learns(name: str) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     x = torch.randn(64, 4)
     y = x.sum(dim=1, keepdim=True)
-    optimizer = build_optimizer(Optim(name=name, lr=0.02), model)  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimConfig(name=name, lr=0.02), model)  # type: ignore[arg-type]
     losses = []
     for _ in range(60):
         loss = nn.functional.mse_loss(model(x), y)

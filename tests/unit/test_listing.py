@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from conftest import make_images
 
-from ghosttrain.config.schema import Data
+from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets import FolderDataset, build_datasets
 
 
 def listing(root: Path) -> dict:
-    return build_datasets(Data(name="folder", root=str(root)))[0].listing()
+    return build_datasets(DataConfig(name="folder", root=str(root)))[0].listing()
 
 
 def test_a_listing_tells_names_labels_and_classes_apart_and_not_where_they_lie(tmp_path):
@@ -31,7 +31,7 @@ def test_a_listing_tells_names_labels_and_classes_apart_and_not_where_they_lie(t
 
 
 def test_of_idx_files_and_digits_the_pixels_count():
-    train, held_out = build_datasets(Data(name="digits"))
+    train, held_out = build_datasets(DataConfig(name="digits"))
     before = train.listing()
     assert before["images"] == 1437 and held_out.listing()["images"] == 360
     train.images[5, 0, 0] ^= 1

@@ -17,7 +17,7 @@ from conftest import count_calls
 from PIL import Image
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Augment, Data
+from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import eval_transform, normalise, train_transform
 from ghosttrain.data.datasets import ArrayDataset, build_datasets
 from ghosttrain.data.loader import Loader, eval_loader, train_loader
@@ -37,7 +37,7 @@ def data(tmp_path):
                 small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
                 image = small.resize((70, 50 + n), Image.Resampling.BICUBIC)
                 image.save(tmp_path / split / label / f"{n:02}.jpg")
-    return Data(name="folder", root=str(tmp_path), train_size=16, eval_size=16, workers=0)
+    return DataConfig(name="folder", root=str(tmp_path), train_size=16, eval_size=16, workers=0)
 
 
 def with_workers(data, workers):
@@ -51,7 +51,7 @@ def plan(epoch, **kwargs):
 def run(data, workers, epochs=(0, 1)):
     """All batches of some epochs, from one loader."""
     data = with_workers(data, workers)
-    with train_loader(build_datasets(data)[0], data, Augment(), CPU) as loader:
+    with train_loader(build_datasets(data)[0], data, AugmentConfig(), CPU) as loader:
         return [batch for e in epochs for batch in loader.batches(plan(e), draw_number=e)]
 
 
@@ -82,7 +82,7 @@ def test_workers_change_no_bit(data, workers):
 
 def test_batches_hold_what_the_transform_makes(data):
     train, _ = build_datasets(data)
-    transform = train_transform(data, Augment())
+    transform = train_transform(data, AugmentConfig())
     mean, std = torch.tensor(data.mean), torch.tensor(data.std)
     for images, labels, indices, views, records in run(data, 0, epochs=(1,)):
         assert views == {} and records is None
@@ -99,7 +99,7 @@ def test_images_of_an_epoch_depend_on_its_draw_number_alone(data):
     first, again = run(data, 0, epochs=(0, 1)), run(data, 0, epochs=(1,))
     assert_equal(first[len(again) :], again)
     for draw_number, same in ((1, True), (0, False)):
-        with train_loader(build_datasets(data)[0], data, Augment(), CPU) as loader:
+        with train_loader(build_datasets(data)[0], data, AugmentConfig(), CPU) as loader:
             other = list(loader.batches(plan(1), draw_number))
         assert torch.equal(other[0][0], again[0][0]) is same
 
@@ -109,7 +109,7 @@ def test_resumes_within_an_epoch_to_the_bit(data, workers):
     whole = run(data, 0, epochs=(0, 1))
     steps = steps_per_epoch(N, 8)
     data = with_workers(data, workers)
-    with train_loader(build_datasets(data)[0], data, Augment(), CPU) as loader:
+    with train_loader(build_datasets(data)[0], data, AugmentConfig(), CPU) as loader:
         part = list(loader.batches(plan(0, start_step=1), 0)) + list(loader.batches(plan(1), 1))
     assert len(whole) == 4 * steps
     assert_equal(part, whole[2:])
@@ -119,7 +119,7 @@ def test_resumes_within_an_epoch_to_the_bit(data, workers):
 def test_an_epoch_left_early_does_not_disturb_the_next(data, workers):
     whole = run(data, 0)
     data = with_workers(data, workers)
-    with train_loader(build_datasets(data)[0], data, Augment(), CPU) as loader:
+    with train_loader(build_datasets(data)[0], data, AugmentConfig(), CPU) as loader:
         for _ in range(3):
             left = loader.batches(plan(0), 0)
             assert torch.equal(next(left)[0], whole[0][0])
@@ -145,7 +145,7 @@ def test_memory_format_is_the_one_asked_for(data, in_chans):
     train, _ = build_datasets(data)
     pair = []
     for channels_last in (False, True):
-        with train_loader(train, data, Augment(), CPU, channels_last) as loader:
+        with train_loader(train, data, AugmentConfig(), CPU, channels_last) as loader:
             images = next(loader.batches(plan(0)))[0]
         wanted = torch.channels_last if channels_last else torch.contiguous_format
         assert images.is_contiguous(memory_format=wanted) and images.shape[1] == in_chans
@@ -199,9 +199,9 @@ class Stored:
 def test_views_show_what_their_own_transform_makes_and_leave_the_rest(data, workers, channels_last):
     train, _ = build_datasets(data)
     data = with_workers(data, workers)
-    with train_loader(train, data, Augment(), CPU, channels_last) as loader:
+    with train_loader(train, data, AugmentConfig(), CPU, channels_last) as loader:
         plain = list(loader.batches(plan(1), 1))
-    with train_loader(train, data, Augment(), CPU, channels_last, VIEWS) as loader:
+    with train_loader(train, data, AugmentConfig(), CPU, channels_last, VIEWS) as loader:
         viewed = list(loader.batches(plan(1), 1))
     assert_equal([batch._replace(views={}) for batch in viewed], plain)
     for batch in viewed:
@@ -209,7 +209,7 @@ def test_views_show_what_their_own_transform_makes_and_leave_the_rest(data, work
         for (side, interpolation), pixels in batch.views.items():
             assert pixels.dtype == torch.uint8
             own = data.model_copy(update={"train_size": side, "interpolation": interpolation})
-            transform = train_transform(own, Augment())
+            transform = train_transform(own, AugmentConfig())
             expected = [alone(transform, train, 1, i) for i in batch.indices.tolist()]
             assert torch.equal(pixels, torch.cat(expected))
 
@@ -234,7 +234,7 @@ def test_views_of_evaluation_are_centre_crops_of_their_size(data, workers):
 def test_records_travel_in_order_with_their_draw_from_the_workers(data, workers):
     data = with_workers(data, workers)
     train, _ = build_datasets(data)
-    with train_loader(train, data, Augment(), CPU, records=Stored().read) as loader:
+    with train_loader(train, data, AugmentConfig(), CPU, records=Stored().read) as loader:
         for draw_number in (0, 3):
             batches = list(loader.batches(plan(1), draw_number))
             assert [batch.indices.tolist() for batch in batches] == list(plan(1))
@@ -245,7 +245,7 @@ def test_records_travel_in_order_with_their_draw_from_the_workers(data, workers)
             readers = {tuple(batch.records[0, 2:].tolist()) for batch in batches}
             assert len(readers) == max(workers, 1)
             assert (tuple(os.getpid().to_bytes(4, "big")) in readers) is (workers == 0)
-    with train_loader(train, data, Augment(), CPU) as loader:
+    with train_loader(train, data, AugmentConfig(), CPU) as loader:
         plain = list(loader.batches(plan(1), 3))
     assert_equal([batch._replace(records=None) for batch in batches], plain)
 
@@ -259,7 +259,9 @@ def damaged(draw_number, indices):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_records_refuse_is_the_same_one_line_from_anywhere(data, workers):
     data = with_workers(data, workers)
-    with train_loader(build_datasets(data)[0], data, Augment(), CPU, records=damaged) as loader:
+    with train_loader(
+        build_datasets(data)[0], data, AugmentConfig(), CPU, records=damaged
+    ) as loader:
         with pytest.raises(UserError) as raised:
             list(loader.batches(plan(0), 1))
         assert str(raised.value) == "shard 7 is damaged: type cache --repair"
@@ -280,7 +282,7 @@ def test_workers_that_inherit_nothing_change_no_bit(data, spawned_workers):
     results = []
     for workers in (1, 0):
         with train_loader(
-            train, with_workers(data, workers), Augment(), CPU, False, VIEWS, damaged
+            train, with_workers(data, workers), AugmentConfig(), CPU, False, VIEWS, damaged
         ) as loader:
             results.append(list(loader.batches(plan(0), 2)))
     assert_equal(*results)
@@ -294,7 +296,7 @@ def test_a_broken_image_is_the_same_one_line_from_anywhere(data, workers):
     path = Path(data.root, "train", "b", "03.jpg")
     path.write_bytes(path.read_bytes()[:-300])
     data = with_workers(data, workers)
-    with train_loader(build_datasets(data)[0], data, Augment(), CPU) as loader:
+    with train_loader(build_datasets(data)[0], data, AugmentConfig(), CPU) as loader:
         with pytest.raises(UserError) as raised:
             list(loader.batches(plan(0)))
         assert str(raised.value).startswith(f"cannot decode {path} (")
@@ -322,7 +324,7 @@ def test_a_bug_keeps_its_stack_trace(data, workers):
 
 def test_the_policy_is_checked_before_any_work(data):
     with pytest.raises(UserError, match="with_mixup"):
-        train_loader(build_datasets(data)[0], data, Augment(mixup_alpha=0.2), CPU)
+        train_loader(build_datasets(data)[0], data, AugmentConfig(mixup_alpha=0.2), CPU)
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ def test_the_policy_is_checked_before_any_work(data):
 def test_workers_serve_all_epochs_and_end_with_the_block(data):
     data = with_workers(data, 2)
     before = children()
-    with train_loader(build_datasets(data)[0], data, Augment(), CPU) as loader:
+    with train_loader(build_datasets(data)[0], data, AugmentConfig(), CPU) as loader:
         list(loader.batches(plan(0)))
         first = children() - before
         list(loader.batches(plan(1)))
@@ -356,7 +358,7 @@ def test_workers_ignore_ctrl_c_and_the_main_process_still_gets_it(data):
 def test_workers_end_when_the_loop_fails_and_close_may_come_twice(data):
     data = with_workers(data, 2)
     before = children()
-    loader = train_loader(build_datasets(data)[0], data, Augment(), CPU)
+    loader = train_loader(build_datasets(data)[0], data, AugmentConfig(), CPU)
     loader.close()
     with pytest.raises(KeyboardInterrupt), loader:
         for _ in loader.batches(plan(0)):
@@ -371,11 +373,11 @@ def test_workers_end_when_the_loop_fails_and_close_may_come_twice(data):
 
 SCRIPT = """
 import sys, time, torch
-from ghosttrain.config.schema import Augment, Data
+from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import train_loader
-data = Data(name="folder", root=sys.argv[1], train_size=16, workers=2)
-with train_loader(build_datasets(data)[0], data, Augment(), torch.device("cpu")) as loader:
+data = DataConfig(name="folder", root=sys.argv[1], train_size=16, workers=2)
+with train_loader(build_datasets(data)[0], data, AugmentConfig(), torch.device("cpu")) as loader:
     for _ in loader.batches([[0, 1]] * 100_000):
         print("batch", flush=True)
         time.sleep(0.01)
@@ -414,8 +416,8 @@ def test_small_images_in_memory_are_cheap():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (256, 64, 64), dtype=np.uint8)
     dataset = ArrayDataset("noise", ["0"], np.zeros(256, np.int64), 3, images)
-    data = Data(train_size=64, eval_size=64, crop_pct=1.0, workers=0, flip=False)
-    with train_loader(dataset, data, Augment(), CPU) as loader:
+    data = DataConfig(train_size=64, eval_size=64, crop_pct=1.0, workers=0, flip=False)
+    with train_loader(dataset, data, AugmentConfig(), CPU) as loader:
         list(loader.batches(eval_batches(range(256), 64)))
         calls = count_calls(lambda: list(loader.batches(eval_batches(range(256), 64))))
     assert calls / 256 < 1500  # 850 where it was written, which take 0.3 ms

@@ -19,7 +19,7 @@ from torch import nn
 
 from ghosttrain.config.compose import compose
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Model, Reparam
+from ghosttrain.config.schema import ModelConfig, ReparamConfig
 from ghosttrain.config.sizes import SIDES, family
 from ghosttrain.models.layers import ConvBN, SqueezeExcite, make_divisible
 from ghosttrain.models.profile import count_macs, count_params
@@ -36,7 +36,7 @@ CONF = Path(__file__).parents[2] / "conf"
 SMALLEST = "ghostnetv3_050"
 WIDEST = ("ghostnetv3_160", "mobilenetv2_140", "shufflenetv2_200")
 
-FULL = Reparam(engine="branches")  # the definition that MACs are counted with
+FULL = ReparamConfig(engine="branches")  # the definition that MACs are counted with
 
 # Parameters trained -> fused (1000 classes) and MACs at 224 trained -> fused. GhostNet's are
 # published: timm's ghostnetv3_* for the training form, a folded GhostNetV2 for the fused one.
@@ -110,7 +110,7 @@ def test_shapes_for_any_classes_and_channels(size):
 
 
 def test_branches_follow_the_settings_and_the_shapes():
-    full, none = Reparam(), REPARAM["none"]
+    full, none = ReparamConfig(), REPARAM["none"]
     depthwise = RepConv2d(4, 4, 3, groups=4, reparam=full)
     assert depthwise.num_branches == len(depthwise.branches) == 3
     assert depthwise.scale is not None and depthwise.identity is not None
@@ -356,8 +356,10 @@ def test_mistakes_in_arguments(kwargs, expected):
 
 
 def test_settings_come_in_four_forms():
-    assert as_reparam("full") == Reparam() == as_reparam(Reparam())
-    assert as_reparam({"branches": 2, "identity": False}) == Reparam(branches=2, identity=False)
+    assert as_reparam("full") == ReparamConfig() == as_reparam(ReparamConfig())
+    assert as_reparam({"branches": 2, "identity": False}) == ReparamConfig(
+        branches=2, identity=False
+    )
     assert as_reparam("none") == REPARAM["none"]
 
 
@@ -403,23 +405,23 @@ def test_every_student_has_its_file_and_every_file_its_student():
     files = {path.stem for path in (CONF / "model").glob("*.yaml")}
     assert files == {*STUDENTS, "timm"}
     for name in STUDENTS:
-        settings = Model(**read(CONF / "model" / f"{name}.yaml"))
+        settings = ModelConfig(**read(CONF / "model" / f"{name}.yaml"))
         published = 0.2 if name.startswith(("ghostnetv2", "mobilenetv2")) else 0.0
-        assert settings == Model(name=name, dropout=published)
+        assert settings == ModelConfig(name=name, dropout=published)
         params, fused_params, macs, fused_macs = SIZES[name]
         head = (CONF / "model" / f"{name}.yaml").read_text().splitlines()[0]
         assert f"{params:.3f} -> {fused_params / 1e6:.3f} M" in head
         assert f"{macs} -> {fused_macs} M" in head
     timm = read(CONF / "model" / "timm.yaml")
     assert timm["name"] is None, "no default: the composer asks for it"
-    assert Model(**{**timm, "name": "resnet18"}).source == "timm"
+    assert ModelConfig(**{**timm, "name": "resnet18"}).source == "timm"
 
 
 @pytest.mark.parametrize("name", REPARAM)
 def test_reparam_files_are_the_named_settings(name):
-    assert Reparam(**read(CONF / "reparam" / f"{name}.yaml")) == REPARAM[name]
+    assert ReparamConfig(**read(CONF / "reparam" / f"{name}.yaml")) == REPARAM[name]
 
 
 def test_defaults_are_those_of_the_schema():
     signature = inspect.signature(create_model).parameters
-    assert signature["dropout"].default == Model().dropout
+    assert signature["dropout"].default == ModelConfig().dropout

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ghosttrain.config.schema import Augment, Config, Distill, Train
+from ghosttrain.config.schema import AugmentConfig, Config, DistillConfig, TrainConfig
 from ghosttrain.data.augment import mix_batch
 from ghosttrain.data.loader import Batch
 from ghosttrain.distill import losses as distill_losses
@@ -38,14 +38,14 @@ class Fixed(nn.Module):
 
 
 def terms(
-    distill: Distill,
+    distill: DistillConfig,
     output: Any = STUDENT,
     answer: Answer | None = None,
     smoothing: float = 0.1,
     targets: np.ndarray = SOFT,
     progress: float = 0.5,
 ) -> dict[str, float]:
-    config = Config(distill=distill, train=Train(label_smoothing=smoothing))
+    config = Config(distill=distill, train=TrainConfig(label_smoothing=smoothing))
     if isinstance(output, np.ndarray):
         output = torch.from_numpy(output)
     images = torch.zeros(B, 3, 8, 8)
@@ -125,7 +125,7 @@ def close(value: float) -> Any:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("targets", [HARD, SOFT], ids=["hard", "soft"])
 def test_without_a_teacher_there_is_the_term_of_the_labels(smoothing, targets) -> None:
-    losses = terms(Distill(label_weight=0.25), smoothing=smoothing, targets=targets)
+    losses = terms(DistillConfig(label_weight=0.25), smoothing=smoothing, targets=targets)
     expected = 0.25 * label_term(targets, smoothing)
     assert losses == {"label": close(expected), "loss": close(expected)}
 
@@ -133,7 +133,7 @@ def test_without_a_teacher_there_is_the_term_of_the_labels(smoothing, targets) -
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_distillation_loss_with_its_weights_and_temperature(name: str) -> None:
     parts = {"alpha": 0.5, "beta": 3.0} if name in ("dkd", "dist") else {}
-    distill = Distill(name=name, temperature=2.0, weight=7.0, label_weight=0.25, **parts)
+    distill = DistillConfig(name=name, temperature=2.0, weight=7.0, label_weight=0.25, **parts)
     losses = terms(distill, answer=teacher())
     label, term = 0.25 * label_term(SOFT, 0.1), 7 * LOSSES[name]
     agreement = (STUDENT.argmax(1) == TEACHER.argmax(1)).mean()
@@ -147,7 +147,7 @@ def test_every_distillation_loss_with_its_weights_and_temperature(name: str) -> 
 
 def test_the_features_term_is_one_minus_the_mean_cosine() -> None:
     output = (torch.from_numpy(STUDENT), torch.from_numpy(PROJECTED))
-    distill = Distill(name="kl", temperature=2.0, features_weight=5.0)
+    distill = DistillConfig(name="kl", temperature=2.0, features_weight=5.0)
     losses = terms(distill, output, teacher(TEACHERS))
     norms = np.linalg.norm(PROJECTED, axis=1) * np.linalg.norm(TEACHERS, axis=1)
     term = 5 * (1 - ((PROJECTED * TEACHERS).sum(1) / norms).mean())
@@ -158,7 +158,7 @@ def test_the_features_term_is_one_minus_the_mean_cosine() -> None:
 
 def test_short_features_count_as_of_length_1e_4() -> None:
     """So that the gradient stays bounded as their direction vanishes."""
-    distill = Distill(name="kl", features_weight=1.0)
+    distill = DistillConfig(name="kl", features_weight=1.0)
     for length in (1e-3, 1e-6):
         short = PROJECTED / np.linalg.norm(PROJECTED, axis=1, keepdims=True) * length
         output = (torch.from_numpy(STUDENT), torch.from_numpy(short))
@@ -171,7 +171,7 @@ def test_short_features_count_as_of_length_1e_4() -> None:
 def test_a_loss_is_computed_where_its_logits_are(name: str) -> None:
     """Whatever the default device: here one that computes nothing."""
     parts = {"alpha": 0.5, "beta": 3.0} if name in ("dkd", "dist") else {}
-    distill = Distill(name=name, temperature=2.0, **parts)
+    distill = DistillConfig(name=name, temperature=2.0, **parts)
     student, labels = torch.from_numpy(STUDENT), torch.from_numpy(LABELS)
     with torch.device("meta"):
         loss = distill_losses.LOSSES[name](student, teacher().logits, labels, 2.0, distill)
@@ -179,7 +179,7 @@ def test_a_loss_is_computed_where_its_logits_are(name: str) -> None:
 
 
 def test_weights_and_temperature_follow_the_run() -> None:
-    distill = Distill(
+    distill = DistillConfig(
         name="soft_ce",
         label_weight=((0.0, 1.0), (1.0, 0.0)),
         weight=((0.2, 0.0), (0.6, 4.0)),
@@ -187,7 +187,7 @@ def test_weights_and_temperature_follow_the_run() -> None:
         features_weight=((0.0, 2.0), (1.0, 6.0)),
     )
     output = (torch.from_numpy(STUDENT), torch.from_numpy(PROJECTED))
-    whole = terms(Distill(name="soft_ce", features_weight=1.0), output, teacher(TEACHERS))
+    whole = terms(DistillConfig(name="soft_ce", features_weight=1.0), output, teacher(TEACHERS))
     for progress, label, weight, temperature, features in [
         (0.0, 1.0, 0.0, 1.0, 2.0),
         (0.25, 0.75, 0.5, 2.0, 3.0),
@@ -202,10 +202,10 @@ def test_weights_and_temperature_follow_the_run() -> None:
 def test_terms_are_widened_before_they_are_computed() -> None:
     """Bfloat16 logits give the loss of their float32 values, float64 ones lose nothing."""
     narrow = torch.from_numpy(STUDENT).bfloat16()
-    for distill, answer in [(Distill(), None), (Distill(name="kl"), teacher())]:
+    for distill, answer in [(DistillConfig(), None), (DistillConfig(name="kl"), teacher())]:
         wide = terms(distill, narrow.float(), answer)
         assert terms(distill, narrow, answer) == wide
-    config = Config(train=Train(label_smoothing=0.0))
+    config = Config(train=TrainConfig(label_smoothing=0.0))
     targets = torch.from_numpy(HARD).float()
     forward = Fixed(torch.from_numpy(STUDENT))
     loss = objective(config, 0.0, forward, None, torch.zeros(B, 3, 8, 8), targets)["loss"]
@@ -215,7 +215,9 @@ def test_terms_are_widened_before_they_are_computed() -> None:
 def test_the_teacher_gets_no_gradient_and_the_student_gets_all_of_it() -> None:
     student = torch.from_numpy(STUDENT).float().requires_grad_()
     answer = torch.from_numpy(TEACHER).float().requires_grad_()
-    config = Config(distill=Distill(name="kl", weight=2.0), train=Train(label_smoothing=0.0))
+    config = Config(
+        distill=DistillConfig(name="kl", weight=2.0), train=TrainConfig(label_smoothing=0.0)
+    )
     targets = torch.from_numpy(HARD).float()
     losses = objective(config, 0.0, Fixed(student), Answer(answer), torch.zeros(B), targets)
     losses["loss"].backward()
@@ -243,7 +245,7 @@ def test_without_mixup_targets_are_the_labels_and_all_else_is_as_it_was() -> Non
 
 @pytest.mark.parametrize("kind", ["mixup_alpha", "cutmix_alpha"])
 def test_images_targets_and_views_are_mixed_by_one_draw(kind: str) -> None:
-    augment = Augment(policy="with_mixup", **{kind: 0.8})
+    augment = AugmentConfig(policy="with_mixup", **{kind: 0.8})
     given = batch()
     images, views, targets = mixed(given, K, Config(augment=augment), 3)
     numbers = list(range(10, 10 + B))

@@ -3,15 +3,15 @@
 import pytest
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Config, Optim, Schedule, Train
+from ghosttrain.config.schema import Config, OptimConfig, ScheduleConfig, TrainConfig
 from ghosttrain.engine.plan import make_plan
 
 
-def config(warmup_epochs: float = 5, optim: Optim | None = None, **train) -> Config:
+def config(warmup_epochs: float = 5, optim: OptimConfig | None = None, **train) -> Config:
     return Config(
-        train=Train(**train),
-        schedule=Schedule(warmup_epochs=warmup_epochs),
-        optim=optim or Optim(lr=0.5, lr_batch=None),
+        train=TrainConfig(**train),
+        schedule=ScheduleConfig(warmup_epochs=warmup_epochs),
+        optim=optim or OptimConfig(lr=0.5, lr_batch=None),
     )
 
 
@@ -48,9 +48,9 @@ def test_the_micro_batch_is_the_ranks_share_by_default():
 
 
 def test_the_learning_rate_is_scaled_to_the_batch():
-    lamb = Optim(lr=0.5, lr_batch=400)
-    sgd = Optim(name="sgd", lr=0.5, lr_batch=400)
-    for optim, lr in ((lamb, 0.25), (sgd, 0.125), (Optim(lr=0.5, lr_batch=None), 0.5)):
+    lamb = OptimConfig(lr=0.5, lr_batch=400)
+    sgd = OptimConfig(name="sgd", lr=0.5, lr_batch=400)
+    for optim, lr in ((lamb, 0.25), (sgd, 0.125), (OptimConfig(lr=0.5, lr_batch=None), 0.5)):
         assert make_plan(config(optim=optim, global_batch=100), 1000, 1).lr == lr
 
 

@@ -4,7 +4,7 @@ import pytest
 from conftest import make_images
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Config, Data
+from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data import datasets
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.engine.same_data import (
@@ -85,7 +85,7 @@ def test_what_cannot_be_accepted_says_why():
 
 def test_a_finished_run_says_that_its_data_are_others(tmp_path, monkeypatch):
     make_images(tmp_path / "d", classes=2, train=2, val=1)
-    config = Config(data=Data(name="folder", root=str(tmp_path / "d")))
+    config = Config(data=DataConfig(name="folder", root=str(tmp_path / "d")))
     result = {"data": without_classes(listings(*build_datasets(config.data)))}
     assert "classes" not in result["data"]["train"]
     monkeypatch.setattr(datasets, "look", lambda _: pytest.fail("it decodes images"))

@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 
-from ghosttrain.config.schema import Optim, Schedule
+from ghosttrain.config.schema import OptimConfig, ScheduleConfig
 from ghosttrain.optim.schedule import lr_at, scaled_lr, set_lr
 
-COSINE = Schedule(name="cosine", warmup_lr_ratio=0.1, min_lr_ratio=0.01)
-CONSTANT = Schedule(name="constant", warmup_lr_ratio=0.1)
+COSINE = ScheduleConfig(name="cosine", warmup_lr_ratio=0.1, min_lr_ratio=0.01)
+CONSTANT = ScheduleConfig(name="constant", warmup_lr_ratio=0.1)
 
 
-def curve(total: int, warmup: int, cfg: Schedule = COSINE, peak: float = 2.0) -> list[float]:
+def curve(total: int, warmup: int, cfg: ScheduleConfig = COSINE, peak: float = 2.0) -> list[float]:
     return [lr_at(step, total, warmup, peak, cfg) for step in range(total)]
 
 
@@ -53,7 +53,7 @@ def test_a_warmup_as_long_as_the_run_ends_at_the_peak(warmup: int) -> None:
 
 @pytest.mark.parametrize("cfg", [COSINE, CONSTANT])
 @pytest.mark.parametrize("warmup", [0, 1, 9])
-def test_a_single_step_is_at_the_peak(cfg: Schedule, warmup: int) -> None:
+def test_a_single_step_is_at_the_peak(cfg: ScheduleConfig, warmup: int) -> None:
     assert curve(1, warmup, cfg) == [2.0]
 
 
@@ -68,14 +68,14 @@ def test_after_the_last_step_the_rate_stays() -> None:
 
 @pytest.mark.parametrize(("name", "power"), [("lamb", 0.5), ("adamw", 0.5), ("sgd", 1.0)])
 def test_scaling_with_the_batch(name: str, power: float) -> None:
-    cfg = Optim(name=name, lr=0.3, lr_batch=512)  # type: ignore[arg-type]
+    cfg = OptimConfig(name=name, lr=0.3, lr_batch=512)  # type: ignore[arg-type]
     assert scaled_lr(cfg, 512) == 0.3
     assert scaled_lr(cfg, 2048) == pytest.approx(0.3 * 4**power, rel=1e-14)
     assert scaled_lr(cfg, 64) == pytest.approx(0.3 / 8**power, rel=1e-14)
 
 
 def test_without_a_reference_batch_nothing_is_scaled() -> None:
-    assert scaled_lr(Optim(lr=0.3, lr_batch=None), 7) == 0.3
+    assert scaled_lr(OptimConfig(lr=0.3, lr_batch=None), 7) == 0.3
 
 
 def test_set_lr_reaches_every_group() -> None:

@@ -49,9 +49,9 @@ def network(num_classes: int = 4, in_chans: int = 3, seed: int = 0) -> nn.Module
 
 
 def build(classes: list[str] | None = None, in_chans: int = 3, **settings) -> Teacher:
-    cfg = schema.Teacher(**{"name": ARCHITECTURE, **settings})
+    cfg = schema.TeacherConfig(**{"name": ARCHITECTURE, **settings})
     mean, std = (MEAN, STD) if in_chans == 3 else (MEAN[:1], STD[:1])
-    data = schema.Data(mean=mean, std=std, in_chans=in_chans, train_size=40)
+    data = schema.DataConfig(mean=mean, std=std, in_chans=in_chans, train_size=40)
     return build_teacher(cfg, classes or CLASSES, data, "cpu")  # type: ignore[return-value]
 
 

@@ -43,14 +43,16 @@ def written(
     """Write a network as a run does, trained on SIZE pixels; return the path."""
     model_settings = {"name": name, "source": source, **more}
     data = {**OWN, "eval_size": SIZE, "interpolation": "bilinear"}
-    config = schema.Config(model=schema.Model(**model_settings), data=schema.Data(**data))
+    config = schema.Config(
+        model=schema.ModelConfig(**model_settings), data=schema.DataConfig(**data)
+    )
     save_weights(path, model, describe_weights(config, ["dog", "ant", "cat", "bee"], form))
     return str(path)
 
 
 def build(**settings: Any) -> Teacher:
-    data = schema.Data(mean=MEAN, std=STD, train_size=SIZE)
-    return build_teacher(schema.Teacher(**settings), CLASSES, data, "cpu")  # type: ignore[return-value]
+    data = schema.DataConfig(mean=MEAN, std=STD, train_size=SIZE)
+    return build_teacher(schema.TeacherConfig(**settings), CLASSES, data, "cpu")  # type: ignore[return-value]
 
 
 def column(values: tuple[float, ...]) -> Tensor:
@@ -151,12 +153,15 @@ def test_members_describe_themselves(tmp_path: Path) -> None:
                   "mobilenetv2_050")  # fmt: skip
     two = written(tmp_path / "2.safetensors", shaken(create_timm_model("test_resnet", 4)),
                   "test_resnet", "timm")  # fmt: skip
-    members = {"a": schema.Member(weights=one), "b": schema.Member(weights=two, input_size=48)}
+    members = {
+        "a": schema.MemberConfig(weights=one),
+        "b": schema.MemberConfig(weights=two, input_size=48),
+    }
     teacher = build(members=members)
     assert [m.name for m in teacher.members.values()] == ["mobilenetv2_050", "test_resnet"]
     assert [m.view[0] for m in teacher.members.values()] == [SIZE, 48]
     assert teacher(seen(torch.rand(2, 3, SIZE, SIZE))).logits.shape == (2, 4)
-    members["b"] = schema.Member(weights=two, name="test_vit")
+    members["b"] = schema.MemberConfig(weights=two, name="test_vit")
     assert "teacher.members.b.name is test_vit" in refusal(lambda: build(members=members))
 
 
@@ -165,18 +170,18 @@ def test_what_is_asked_for_a_store(tmp_path: Path) -> None:
     model = create_timm_model("test_resnet", 4)
     path = written(tmp_path / "w.safetensors", model, "test_resnet", "timm")
     said = {"name": "test_resnet", "input_size": SIZE, **OWN}
-    left = schema.Teacher(weights=path)
+    left = schema.TeacherConfig(weights=path)
     assert as_asked(left).model_dump(include={*said}) == said
-    assert as_asked(schema.Teacher(weights=path, **said)) == as_asked(left)
-    typed = schema.Teacher(weights=path, input_size=48)
+    assert as_asked(schema.TeacherConfig(weights=path, **said)) == as_asked(left)
+    typed = schema.TeacherConfig(weights=path, input_size=48)
     assert as_asked(typed).input_size == 48 and as_asked(typed).name == "test_resnet"
     save_file(model.state_dict(), tmp_path / "plain.safetensors")
     for cfg in (
-        schema.Teacher(name="digits", weights="digits"),
-        schema.Teacher(name="test_resnet", weights=str(tmp_path / "plain.safetensors")),
-        schema.Teacher(name="test_resnet", weights=str(tmp_path / "gone.safetensors")),
-        schema.Teacher(name="resnet18", weights="hub"),
-        schema.Teacher(),
+        schema.TeacherConfig(name="digits", weights="digits"),
+        schema.TeacherConfig(name="test_resnet", weights=str(tmp_path / "plain.safetensors")),
+        schema.TeacherConfig(name="test_resnet", weights=str(tmp_path / "gone.safetensors")),
+        schema.TeacherConfig(name="resnet18", weights="hub"),
+        schema.TeacherConfig(),
     ):
         assert as_asked(cfg) == cfg
 

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Data
+from ghosttrain.config.schema import DataConfig
 from ghosttrain.models.timm_sides import check_timm_sides
 
 
-def sides(train: int, evaluation: int, chans: int = 3) -> Data:
-    return Data(train_size=train, eval_size=evaluation, in_chans=chans)
+def sides(train: int, evaluation: int, chans: int = 3) -> DataConfig:
+    return DataConfig(train_size=train, eval_size=evaluation, in_chans=chans)
 
 
 def test_a_vit_takes_its_own_side_only():

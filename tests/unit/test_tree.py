@@ -12,7 +12,7 @@ from conftest import make_images, only_run, refusal
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from ghosttrain.config.schema import Augment, Data
+from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data import decode
 from ghosttrain.data.augment import eval_transform, train_transform
 from ghosttrain.data.datasets import build_datasets
@@ -25,7 +25,7 @@ def root(tmp_path):
 
 
 def build(root, **settings):
-    return build_datasets(Data(name="folder", root=str(root), **settings))
+    return build_datasets(DataConfig(name="folder", root=str(root), **settings))
 
 
 def refused(root, *parts):
@@ -163,18 +163,18 @@ def test_training_and_evaluation_see_the_bits_that_are_used(root):
     for shift, kind in ((0, np.uint8), (4, np.uint16)):  # 8 bits; the same with 4 more
         path = root / "train" / "class0" / "0.JPEG"
         Image.fromarray((values << shift).astype(kind)).save(path, format="PNG")
-        data = Data(name="folder", root=str(root), train_size=16, eval_size=16, bit_depth=12)
+        data = DataConfig(name="folder", root=str(root), train_size=16, eval_size=16, bit_depth=12)
         train, _ = build_datasets(data)
-        for transform in (train_transform(data, Augment()), eval_transform(data)):
+        for transform in (train_transform(data, AugmentConfig()), eval_transform(data)):
             seen.append(transform(functools.partial(train.open, 0), 0, 0)[0])
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
 
 
 def test_a_crop_above_pillows_limit_is_no_warning(root, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    data = Data(name="folder", root=str(root), train_size=16, eval_size=16)
+    data = DataConfig(name="folder", root=str(root), train_size=16, eval_size=16)
     train, _ = build_datasets(data)
-    for transform in (train_transform(data, Augment(scale_min=0.9)), eval_transform(data)):
+    for transform in (train_transform(data, AugmentConfig(scale_min=0.9)), eval_transform(data)):
         assert transform(functools.partial(train.open, 0), 0, 0)[0].shape == (3, 16, 16)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ghosttrain.config.compose import compose
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import PLAIN, Config, Model
+from ghosttrain.config.schema import PLAIN, Config, ModelConfig
 from ghosttrain.engine.checkpoint import build_student, describe_weights, save_weights
 from ghosttrain.models import sources
 from ghosttrain.models.files import (
@@ -423,7 +423,7 @@ def test_a_classifier_is_matched_by_the_names_of_its_classes(
         return build_student(config(str(tmp_path / "x.safetensors")), classes).eval()
 
     def config(weights: str | None) -> Config:
-        return Config(model=Model(name=name, source=source, weights=weights), reparam=PLAIN)
+        return Config(model=ModelConfig(name=name, source=source, weights=weights), reparam=PLAIN)
 
     def head(network: Any) -> Any:
         return network.get_submodule("fc" if source == "timm" else "classifier")
@@ -456,7 +456,7 @@ def test_a_classifier_is_matched_by_the_names_of_its_classes(
 
 def test_another_stem_of_the_weights_is_said(tmp_path: Path) -> None:
     def config(stride: Any, weights: str | None = None) -> Config:
-        model = Model(name="mobilenetv2_050", input_stride=stride, weights=weights)
+        model = ModelConfig(name="mobilenetv2_050", input_stride=stride, weights=weights)
         return Config(model=model, reparam=PLAIN)
 
     path = tmp_path / "x.safetensors"

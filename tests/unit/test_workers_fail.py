@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Augment, Data
+from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data import loader as loader_module
 from ghosttrain.data.datasets import ArrayDataset
 from ghosttrain.data.loader import Loader, train_loader
 
 CPU = torch.device("cpu")
-DATA = Data(train_size=16, workers=2)
+DATA = DataConfig(train_size=16, workers=2)
 FULL = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
 
 
@@ -49,7 +49,10 @@ def dataset():
 
 def message_of(dataset, batches=((0, 1), (2, 3), (4, 5)), workers=2):
     data = DATA.model_copy(update={"workers": workers})
-    with pytest.raises(UserError) as raised, train_loader(dataset, data, Augment(), CPU) as loader:
+    with (
+        pytest.raises(UserError) as raised,
+        train_loader(dataset, data, AugmentConfig(), CPU) as loader,
+    ):
         list(loader.batches(map(list, batches)))
     assert "\n" not in str(raised.value)
     return str(raised.value)
@@ -103,7 +106,7 @@ def test_workers_that_cannot_be_started_are_one_line(dataset, monkeypatch, capfd
     assert "(Not a directory): type data.workers=0" in message_of(dataset)
     monkeypatch.undo()
     assert capfd.readouterr().err == ""  # no traceback of a half-made iterator
-    with train_loader(dataset, DATA, Augment(), CPU) as loader:
+    with train_loader(dataset, DATA, AugmentConfig(), CPU) as loader:
         assert len(list(loader.batches([[0], [1]]))) == 2
 
 
@@ -139,7 +142,7 @@ def test_an_error_without_workers_keeps_its_own_words(dataset):
         raise OSError(errno.EIO, "Input/output error")
 
     data = DATA.model_copy(update={"workers": 0})
-    with train_loader(dataset, data, Augment(), CPU, records=reads) as loader:
+    with train_loader(dataset, data, AugmentConfig(), CPU, records=reads) as loader:
         with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
             list(loader.batches([[0]]))
 
@@ -168,7 +171,7 @@ def test_a_worker_that_dies_is_one_line(dataset, how, said):
 
 def test_a_worker_that_dies_while_the_main_process_computes_is_one_line(dataset):
     with pytest.raises(UserError, match="a data worker was killed"):
-        with train_loader(dataset, DATA, Augment(), CPU) as loader:
+        with train_loader(dataset, DATA, AugmentConfig(), CPU) as loader:
             next(loader.batches([[i] for i in range(12)]))
             (pid, *_) = (worker.pid for worker in loader._loader._iterator._workers)
             os.kill(pid, signal.SIGKILL)
@@ -179,7 +182,7 @@ def test_a_worker_that_dies_while_the_main_process_computes_is_one_line(dataset)
 def test_memory_of_batches_that_are_never_fetched_is_freed(dataset):
     """An epoch left early leaves packed batches behind: they must not stay in shared memory."""
     held = []
-    with train_loader(dataset, DATA, Augment(), CPU) as loader:
+    with train_loader(dataset, DATA, AugmentConfig(), CPU) as loader:
         for _ in range(4):
             next(loader.batches([[i] for i in range(12)]))
             workers = loader._loader._iterator._workers
@@ -218,7 +221,7 @@ def few_digits(tmp_path):
     """60 of the embedded digits as IDX files, and what makes the shipped teacher store answers."""
     from ghosttrain.data.datasets import build_datasets
 
-    train = build_datasets(Data(name="digits"))[0]
+    train = build_datasets(DataConfig(name="digits"))[0]
     chosen = np.arange(len(train))[:: len(train) // 60][:60]
     images = train.images[chosen]
     images[7] = 0
