@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ghosttrain.config.errors import UserError, did_you_mean, mistake
-from ghosttrain.output import Output, go_on_without, lasting_output, reason
+from ghosttrain.terminal import Output, go_on_without, lasting_output, reason
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def _train(options: Options) -> int:
 
 
 def _cache(options: Options) -> int:
-    """Store the teacher's answers: of composed settings, or of a store with its own settings."""
-    from ghosttrain.engine.launch import store_answers
+    """Store the teacher's outputs: of composed settings, or of a cache with its own settings."""
+    from ghosttrain.engine.launch import cache_outputs
 
     if len(options.folders) > 1:
         raise UserError(f"cache takes one folder, not also {options.folders[1]!r}")
@@ -146,7 +146,7 @@ def _cache(options: Options) -> int:
     folder = Path(options.folders[0]) if options.folders else None
     if not (options.dry_run or options.inspect):
         go_on_without()
-    return store_answers(folder, options.overrides, options.config_dir, what)
+    return cache_outputs(folder, options.overrides, options.config_dir, what)
 
 
 def _eval(options: Options) -> int:

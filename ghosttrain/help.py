@@ -30,7 +30,7 @@ verbs
   fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere;
                     --to timm or torchvision: weights for their network of the same name)
   report RUN...     results side by side: mean and standard deviation over seeds
-  cache             store the teacher's answers once (targets.dir=D targets.epochs=E); --dry-run
+  cache             store the teacher's outputs once (cache.dir=D cache.draws=E); --dry-run
                     only measures; cache D --repair, cache D --inspect
   bench step        time and memory of a training step by engine (model= batch= size= rounds=
                     threads= device= engines= input_stride=)
@@ -46,7 +46,7 @@ options
   --config-dir D    your own groups (D/optim/x.yaml) and recipes (D/recipe/x.yaml); with --help
                     they are listed
   --dry-run         cache: measure the codecs, the size on disk and the time, and store nothing
-  --repair          cache D: make damaged or missing files of the store again
+  --repair          cache D: make damaged or missing files of the cache again
   --inspect         cache D: draw a few stored crops with what the teacher says of them
   --version         print the version
 """

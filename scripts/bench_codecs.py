@@ -1,4 +1,4 @@
-"""What a stored teacher answer keeps: every codec on crops of photos, in ImageNet's 1000 classes.
+"""What a stored teacher output keeps: every codec on crops of photos, in ImageNet's 1000 classes.
 
 python scripts/bench_codecs.py            # needs the extra "teachers"; about 2 minutes on a CPU
 
@@ -16,10 +16,10 @@ from timm.data.imagenet_info import ImageNetInfo
 
 from ghosttrain.config.schema import AugmentConfig, DataConfig, TeacherConfig
 from ghosttrain.data.augment import normalise, train_transform
-from ghosttrain.distill.answer import Answer, concatenated
 from ghosttrain.distill.codecs import candidates, make_codec, measure
 from ghosttrain.distill.losses import soft_ce
 from ghosttrain.distill.teacher import build_teacher
+from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
 
 PHOTOS = ("chelsea.png", "coffee.png", "camera.png", "motorcycle_left.png", "rocket.jpg")
 SAMPLES, TEMPERATURES = 360, (1.0, 2.0, 4.0)
@@ -38,20 +38,20 @@ transform = train_transform(data, AugmentConfig(), [view])
 mean, std = torch.tensor(data.mean), torch.tensor(data.std)
 
 
-def ask(draw: int) -> Answer:
-    """Return the answer to one draw of every sample."""
-    answers = []
+def ask(draw: int) -> TeacherOutput:
+    """Return the output to one draw of every sample."""
+    outputs = []
     for index in range(SAMPLES):
         photo = photos[index % len(photos)]
         image, larger = transform(photo.copy, draw, index)
-        answers.append(teacher(normalise(image[None], mean, std), {view: larger[None]}))
-    return concatenated(answers)
+        outputs.append(teacher(normalise(image[None], mean, std), {view: larger[None]}))
+    return concatenated(outputs)
 
 
-answer, other = ask(0), ask(1)
-students = {"uniform": torch.zeros_like(answer.logits), "another draw": other.logits}
+output, other = ask(0), ask(1)
+students = {"uniform": torch.zeros_like(output.logits), "another draw": other.logits}
 weight, bias = teacher.classifier()
-tables = {"weight": weight, "bias": bias, "mean": answer.logits.softmax(1).mean(0)}
+tables = {"weight": weight, "bias": bias, "mean": output.logits.softmax(1).mean(0)}
 print(
     f"{SAMPLES} crops of {len(photos)} photos, EfficientNet-Lite2, soft cross-entropy; the worse of"
 )
@@ -70,6 +70,6 @@ for name in candidates(1000, teacher.widths):
         def loss(student, target, part, temperature=temperature):
             return soft_ce(student, target, temperature)
 
-        quality = measure(codec, answer, students, [loss])
+        quality = measure(codec, output, students, [loss])
         cells.append(f"{100 * quality.loss_error:.1f} %, {quality.cosine:.4f}")
-    print(f"| `{name}` | {codec.record_bytes} | " + " | ".join(cells) + " |")
+    print(f"| `{name}` | {codec.bytes_per_image} | " + " | ".join(cells) + " |")

@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ghosttrain.config.distillation import check_loss, check_targets, check_teacher
+from ghosttrain.config.distillation import check_loss, check_teacher, validate_cache_settings
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import check_run_name, field_of, flatten, unflatten
 from ghosttrain.config.names import (
@@ -104,12 +104,12 @@ def compose(
         members = {o.key_or_group: o.value() for o in user if o.key_or_group.startswith(MEMBERS)}
         values = _merged(_stack((*bases, budget, *ablations), chosen), unflatten(members))
         recipe = "+".join(layer.name for layer in (*bases, *ablations)) or "none"
-        store = ConfigStore.instance()
-        store.store(name="schema", node=Config().model_dump(mode="json"))
+        config_store = ConfigStore.instance()
+        config_store.store(name="schema", node=Config().model_dump(mode="json"))
         with _as_mistakes():
             node = OmegaConf.create(values | {"recipe": recipe, "budget": budget.name})
         name = re.sub(r"[^A-Za-z0-9_+]", ".", recipe)
-        store.store(group="layers", name=name, node=node, package="_global_")
+        config_store.store(group="layers", name=name, node=node, package="_global_")
         passed = [f"{group}={choice}" for group, choice in chosen.items()]
         passed += [f"+layers={name}"]
         elsewhere = {*names.groups, "recipe", "budget", *members}
@@ -127,7 +127,7 @@ def compose(
             "too"
         )
     config = _replace(config, "data", root=_data_root(config))
-    config = _replace(config, "targets", dir=_absolute(config.targets.dir))
+    config = _replace(config, "cache", dir=_absolute(config.cache.dir))
     _check(config, names, chosen, trains)
     if config.model.source == "timm":  # it has no branches: no setting of them tells runs apart
         config = config.model_copy(update={"reparam": PLAIN})
@@ -336,7 +336,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
         )
     check_teacher(config.teacher, config.distill, chosen["teacher"], names.groups["teacher"])
     check_loss(config.distill)
-    check_targets(config.targets, config.distill, augment)
+    validate_cache_settings(config.cache, config.distill, augment)
     check_policy(augment)
     check_run_name(config)
     check_normalization(data, config.teacher)
@@ -369,11 +369,11 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             raise UserError(f"data={data.name} needs a folder: type data.root=/path{also}")
         if not Path(data.root).is_dir():
             raise UserError(f"data.root={data.root}: no such folder")
-    if config.targets.dir and data.root:
+    if config.cache.dir and data.root:
         images = (Path(data.root) / split for split in (data.train_split, data.val_split))
-        if any(Path(config.targets.dir).is_relative_to(folder) for folder in images):
+        if any(Path(config.cache.dir).is_relative_to(folder) for folder in images):
             raise UserError(
-                f"targets.dir={config.targets.dir} lies among the images of data.root={data.root}; "
+                f"cache.dir={config.cache.dir} lies among the images of data.root={data.root}; "
                 "type another folder"
             )
     if not trains:

@@ -1,7 +1,7 @@
-"""What the settings of teacher, distillation and stored answers refuse of each other.
+"""What the settings of teacher, distillation and cache contradict in each other.
 
 Imports no torch: a contradiction is named before anything heavy is loaded. Whether weights exist
-and fit, and whether a store holds the right answers, is for `ghosttrain.distill` to find out.
+and fit, and whether a cache holds the right outputs, is for `ghosttrain.distill` to find out.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import (
     NAMED_SOURCES,
     AugmentConfig,
+    CacheConfig,
     DistillConfig,
     PretrainedConfig,
-    TargetsConfig,
     TeacherConfig,
 )
 
@@ -108,38 +108,40 @@ def check_loss(distill: DistillConfig) -> None:
             )
 
 
-def check_targets(targets: TargetsConfig, distill: DistillConfig, augment: AugmentConfig) -> None:
-    """Refuse stored answers that cannot be right, or would not be read.
+def validate_cache_settings(
+    cache: CacheConfig, distill: DistillConfig, augment: AugmentConfig
+) -> None:
+    """Refuse cached outputs that cannot be right, or would not be read.
 
     Raises:
         UserError: naming the setting and what to type.
     """
-    if not _CODEC.fullmatch(targets.codec):
+    if not _CODEC.fullmatch(cache.codec):
         raise UserError(
-            f"targets.codec={targets.codec} is none of auto, topk:K (K of 1 or more), "
+            f"cache.codec={cache.codec} is none of auto, topk:K (K of 1 or more), "
             "features:BITS and logits:BITS (BITS: 2 to 8, or 16); type for example "
-            "targets.codec=topk:20"
+            "cache.codec=topk:20"
         )
-    if targets.dir is None:
-        for key in ("epochs", "codec", "shard_size"):
-            value = getattr(targets, key)
-            if value != getattr(TargetsConfig(), key):
+    if cache.dir is None:
+        for key in ("draws", "codec", "shard_size"):
+            value = getattr(cache, key)
+            if value != getattr(CacheConfig(), key):
                 raise UserError(
-                    f"targets.{key}={value} would do nothing without a store of answers: type "
-                    "targets.dir=FOLDER too (python -m ghosttrain cache writes one)"
+                    f"cache.{key}={value} would do nothing without a cache: type "
+                    "cache.dir=FOLDER too (python -m ghosttrain cache writes one)"
                 )
         return
     if distill.name == "none":
         raise UserError(
-            f"targets.dir={targets.dir} is for a teacher's answers and would never be read, "
+            f"cache.dir={cache.dir} is for a teacher's outputs and would never be read, "
             "because distill=none; type distill=soft_ce (or kl) teacher=NAME too, or leave it out"
         )
     for key in ("mixup_alpha", "cutmix_alpha"):
         if alpha := getattr(augment, key):
             raise UserError(
-                f"targets.dir={targets.dir} holds one answer for each image, but with "
+                f"cache.dir={cache.dir} holds one output for each image, but with "
                 f"augment.{key}={alpha} an image also depends on the batch it is mixed in; type "
-                "augment=compact, or leave targets.dir out"
+                "augment=compact, or leave cache.dir out"
             )
 
 

@@ -24,7 +24,7 @@ def run_name(config: Config) -> str:
     mixed = "-mixup" if config.augment.mixup_alpha or config.augment.cutmix_alpha else ""
     recipe = config.recipe.replace("ablation/", "").replace("/", ".")
     label = f"{config.data.name}-{config.model.name.replace('/', '.')}{mixed}"
-    return f"{recipe}/{label}-{fingerprint(config)}-s{config.seed}"
+    return f"{recipe}/{label}-{settings_hash(config)}-s{config.seed}"
 
 
 def check_run_name(config: Config) -> None:
@@ -65,7 +65,7 @@ def _fault_of(name: str) -> str | None:
     return None
 
 
-def fingerprint(config: Config) -> str:
+def settings_hash(config: Config) -> str:
     """Hash (8 hex digits) of every setting that can change the result, except the seed.
 
     A setting at its schema default does not enter it: adding one to the schema leaves the folders

@@ -1,4 +1,4 @@
-"""A folder that one job at a time may write: run folders and stores of answers.
+"""A folder that one job at a time may write: run folders and caches.
 
 The system drops the lock when its process ends, however it ends, so none goes stale. Imports no
 torch.

@@ -170,7 +170,7 @@ class DistillConfig(Section):
     """
 
     name: Literal["none", "soft_ce", "kl", "dkd", "dist", "hard", "logit_std"] = "none"
-    """`soft_ce`: cross-entropy to the teacher's softened answer; `kl`: KL divergence times T^2;
+    """`soft_ce`: cross-entropy to the teacher's softened output; `kl`: KL divergence times T^2;
     `dkd`: decoupled KD; `dist`: correlations; `hard`: cross-entropy to the teacher's best class;
     `logit_std`: `kl` of standardised logits."""
     temperature: ScheduledPositive = 1.0
@@ -188,21 +188,21 @@ class DistillConfig(Section):
     projection of the student's; 0 is off."""
 
 
-class TargetsConfig(Section):
-    """The teacher's answers, stored once (`python -m ghosttrain cache`) and read in training."""
+class CacheConfig(Section):
+    """The teacher's outputs, stored once (`python -m ghosttrain cache`) and read in training."""
 
     dir: str | None = None
-    """Folder of stored answers. Training names their teacher all the same, to make sure that they
-    are its answers, but does not load it. null asks the teacher."""
-    epochs: int | None = Field(None, ge=1)
+    """Folder of cached outputs. Training names their teacher all the same, to make sure that they
+    are its outputs, but does not load it. null asks the teacher itself."""
+    draws: int | None = Field(None, ge=1)
     """Augmentation draws stored of each image: epoch e replays draw e mod this. null: when storing,
     train.epochs; in training, all there are."""
     codec: str = Field("auto", json_schema_extra=RESULT_NEUTRAL)
-    """How an answer is stored: `topk:K`, `features:BITS`, `logits:BITS`; `auto`: the smallest that
+    """How an output is stored: `topk:K`, `features:BITS`, `logits:BITS`; `auto`: the smallest that
     keeps the direction of the gradient (cosine >= .995). Used when storing; in training, `auto` or
-    that of the store."""
+    that of the cache."""
     shard_size: int = Field(8192, ge=1, json_schema_extra=RESULT_NEUTRAL)
-    """Images in one file of the store. Used when storing."""
+    """Images in one file of the cache. Used when storing."""
 
 
 class DataConfig(Section):
@@ -395,7 +395,7 @@ class Config(Section):
     reparam: ReparamConfig = ReparamConfig()
     teacher: TeacherConfig = TeacherConfig()
     distill: DistillConfig = DistillConfig()
-    targets: TargetsConfig = TargetsConfig()
+    cache: CacheConfig = CacheConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()

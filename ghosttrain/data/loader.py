@@ -3,7 +3,7 @@
 Owns worker processes, prefetching and the transfer. What is in a batch is decided by order.py, what
 an image looks like by augment.py; both travel to the workers as plain numbers, so that 0, 1 and 3
 workers give the same bits. A batch can also bring what the training loop needs beside the student's
-images: views of them for teachers of other input sizes, and stored answers of a teacher.
+images: views of them for teachers of other input sizes, and cached outputs of a teacher.
 
 Legend: B batch, C channels, S side of the square, R bytes of a record.
 """
@@ -35,7 +35,7 @@ from ghosttrain.data.augment import Transform, View, eval_transform, normalise, 
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.decode import TOO_MANY_FILES
 
-Records = Callable[[int, Sequence[int]], Tensor]
+CachedReader = Callable[[int, Sequence[int]], Tensor]
 """(draw number, sample numbers) -> what is stored of them: (B, R) uint8. It is called in the
 workers and must pickle."""
 
@@ -51,8 +51,8 @@ class Batch(NamedTuple):
     """Sample numbers: (B,) int64, on the CPU."""
     views: dict[View, Tensor]
     """The same draws at other sizes: (B, C, S, S) uint8, not normalised."""
-    records: Tensor | None
-    """(B, R) uint8; None without a store."""
+    cached: Tensor | None
+    """(B, R) uint8; None without a cache."""
 
 
 class Loader:
@@ -76,7 +76,7 @@ class Loader:
         device: torch.device,
         channels_last: bool = False,
         views: Sequence[View] = (),
-        records: Records | None = None,
+        cached: CachedReader | None = None,
     ) -> None:
         """Use `train_loader` or `eval_loader`; `views` are those that `transform` makes."""
         self._device = device
@@ -86,7 +86,7 @@ class Loader:
         self._plan = _Plan()
         with _starting_workers():
             self._loader: DataLoader[Any] = DataLoader(
-                _Samples(dataset, transform, tuple(views), records),
+                _Samples(dataset, transform, tuple(views), cached),
                 sampler=self._plan,
                 batch_size=None,  # an item is already a whole batch
                 num_workers=data.workers,
@@ -109,7 +109,7 @@ class Loader:
                 epochs. Evaluation draws nothing.
 
         Raises:
-            UserError: an image is broken, or what `records` raises; the workers cannot be started
+            UserError: an image is broken, or what `cached` raises; the workers cannot be started
                 or have no memory or files left to send their batches with; one of them died.
         """
         self._plan.batches = ((draw_number, indices) for indices in plan)
@@ -157,7 +157,7 @@ class Loader:
             moved(batch.labels),
             batch.indices,
             {view: moved(pixels) for view, pixels in batch.views.items()},
-            None if batch.records is None else moved(batch.records),
+            None if batch.cached is None else moved(batch.cached),
         )
 
 
@@ -168,7 +168,7 @@ def train_loader(
     device: torch.device,
     channels_last: bool = False,
     views: Sequence[View] = (),
-    records: Records | None = None,
+    cached: CachedReader | None = None,
 ) -> Loader:
     """Return a loader of augmented images.
 
@@ -179,13 +179,13 @@ def train_loader(
         device: where batches go.
         channels_last: memory format of the student's images.
         views: further sizes and resamplings of the same augmented images (teachers').
-        records: reads stored answers for the same images and draws.
+        cached: reads cached outputs for the same images and draws.
 
     Raises:
         UserError: the policy refuses Mixup or CutMix.
     """
     transform = train_transform(data, augment, views)
-    return Loader(dataset, transform, data, device, channels_last, views, records)
+    return Loader(dataset, transform, data, device, channels_last, views, cached)
 
 
 def eval_loader(
@@ -225,7 +225,7 @@ class _Samples(TorchDataset[Any]):
     dataset: Dataset
     transform: Transform
     views: tuple[View, ...]
-    records: Records | None
+    cached: CachedReader | None
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | _Failure | _Parcel:
         draw_number, indices = key
@@ -234,7 +234,7 @@ class _Samples(TorchDataset[Any]):
                 self.transform(partial(self.dataset.open, index), draw_number, index)
                 for index in indices
             ]
-            records = None if self.records is None else self.records(draw_number, indices)
+            cached = None if self.cached is None else self.cached(draw_number, indices)
         except UserError as error:
             return _Failure(str(error))
         images, *views = map(_stacked, zip(*samples, strict=True))
@@ -243,7 +243,7 @@ class _Samples(TorchDataset[Any]):
             torch.from_numpy(self.dataset.labels[indices]),
             torch.tensor(indices),
             dict(zip(self.views, views, strict=True)),
-            records,
+            cached,
         )
         return batch if get_worker_info() is None else _packed(batch)
 

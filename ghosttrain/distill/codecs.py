@@ -1,9 +1,9 @@
-"""Codecs: a teacher's answer to an image as a fixed number of bytes, and what that costs.
+"""Codecs: a teacher's output for an image as a fixed number of bytes, and what that costs.
 
 Owns the three formats and the measurement that compares them; not the files the bytes are kept in
-(targets.py), nor the choice (engine/cache.py).
+(cache.py), nor the choice (engine/cache_writer.py).
 
-| codec | a record (little-endian) | bytes |
+| codec | an image's bytes (little-endian) | bytes |
 |---|---|---|
 | `topk:N` | N classes as uint16; N float16: log(rest / p_1), then log(p_i / p_1) | 4 N |
 | `features:BITS` | float16 least root and step of each segment; codes | 4 S + F BITS / 8 |
@@ -13,7 +13,7 @@ With 16 bits the last two are plain float16. p_1 >= ... >= p_N are the largest p
 T = 1 and the rest is the mass of the other classes.
 
 Shapes: B batch, K classes, F pooled features, S segments (members of an ensemble, F is the sum of
-their widths), N values, G words, R bytes of a record, n samples.
+their widths), N values, G words, R bytes of an image's output, n samples.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.teacher_output import TeacherOutput
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 _HALF_MAX = 65504.0  # the largest float16, and the smallest above 0
 _HALF_TINY = 2.0**-24
 _NO_ZERO = 1e-30  # in a denominator
-_LEAST_MEAN = 1e-12  # of a class in the teacher's mean answer: log-probabilities stay finite
+_LEAST_MEAN = 1e-12  # of a class in the teacher's mean output: log-probabilities stay finite
 
 
 def parse(text: str) -> tuple[str, int]:
@@ -48,100 +48,100 @@ def parse(text: str) -> tuple[str, int]:
     if (kind == "topk" and number) or (kind in ("features", "logits") and number in BITS):
         return kind, number
     raise UserError(
-        f"targets.codec={text} is no codec: type topk:K (K of 1 or more), features:BITS or "
+        f"cache.codec={text} is no codec: type topk:K (K of 1 or more), features:BITS or "
         f"logits:BITS (BITS one of {', '.join(map(str, BITS))})"
     )
 
 
 def candidates(num_classes: int, widths: Sequence[int]) -> list[str]:
-    """Return the codecs worth measuring, smallest record first; `features` if there are `widths`.
+    """Return the codecs worth measuring, fewest bytes first; `features` if there are `widths`.
 
     A `topk` is worth it while it is smaller than the smallest `logits`.
     """
-    most = min(_record_bytes("logits:4", num_classes), 4 * num_classes)
+    most = min(_bytes_per_image("logits:4", num_classes), 4 * num_classes)
     top = [k for k in (10, 20, 50, 100) if 4 * k < most] or [k for k in (2, 5) if 4 * k < most]
     names = [f"topk:{k}" for k in top if num_classes <= 65536]
     names += [f"features:{bits}" for bits in (3, 4, 6, 8) if widths]
     names += [f"logits:{bits}" for bits in (4, 6, 8, 16)]
-    return sorted(names, key=lambda name: _record_bytes(name, num_classes, widths))
+    return sorted(names, key=lambda name: _bytes_per_image(name, num_classes, widths))
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Answers to records and back. Made by `make_codec`."""
+    """Outputs to bytes and back. Made by `make_codec`."""
 
     name: str
     num_classes: int
     widths: tuple[int, ...]
     """Width of each segment of the pooled features; () unless they are what is stored."""
     tables: dict[str, Tensor]
-    """What all answers share, in float32. `topk`: "mean" (K,), the teacher's mean answer, as
+    """What all outputs share, in float32. `topk`: "mean" (K,), the teacher's mean output, as
     probabilities; `features`: "weight" (K, F) and "bias" (K,) of its classifier."""
 
     @property
-    def record_bytes(self) -> int:
-        """R, bytes of one answer."""
-        return _record_bytes(self.name, self.num_classes, self.widths)
+    def bytes_per_image(self) -> int:
+        """R, bytes of one output."""
+        return _bytes_per_image(self.name, self.num_classes, self.widths)
 
     def to(self, device: torch.device | str) -> Codec:
         """Return the codec that decodes on `device`."""
         return replace(self, tables={name: x.to(device) for name, x in self.tables.items()})
 
     @torch.no_grad()
-    def encode(self, answer: Answer) -> Tensor:
-        """Return the records (B, R), uint8 on the CPU, of an answer on any device.
+    def encode(self, output: TeacherOutput) -> Tensor:
+        """Return the bytes (B, R), uint8 on the CPU, of an output on any device.
 
         Raises:
-            UserError: a value of the answer is not finite.
-            ValueError: the answer has another shape than the codec was made for.
+            UserError: a value of the output is not finite.
+            ValueError: the output has another shape than the codec was made for.
         """
         kind, number = parse(self.name)
-        values_BN = answer.features if kind == "features" else answer.logits
+        values_BN = output.features if kind == "features" else output.logits
         width = sum(self.widths) if kind == "features" else self.num_classes
         if values_BN is None or values_BN.shape[1:] != (width,):
             shape = None if values_BN is None else tuple(values_BN.shape)
-            raise ValueError(f"{self.name} stores (B, {width}) of each answer, got {shape}")
+            raise ValueError(f"{self.name} stores (B, {width}) of each output, got {shape}")
         values_BN = values_BN.float()
         if not values_BN.isfinite().all():
             raise UserError(
-                "the teacher's answer to an image is not finite: type teacher.dtype=fp32, or give"
+                "the teacher's output for an image is not finite: type teacher.dtype=fp32, or give"
                 " another teacher"
             )
         if kind == "topk":
-            records_BR = _encode_topk(values_BN, number)
+            cached_BR = _encode_topk(values_BN, number)
         elif number == 16:
-            records_BR = _half_bytes(values_BN)
+            cached_BR = _half_bytes(values_BN)
         elif kind == "logits":
-            records_BR = _quantise(_shifted(values_BN), (self.num_classes,), number)
+            cached_BR = _quantise(_shifted(values_BN), (self.num_classes,), number)
         else:
             # Pooled features have many small values and a long tail: at 3 and 4 bits equal steps of
             # the square root have half the squared error of equal steps (EfficientNet-Lite2 on
             # photos). Signed, since not every activation is positive.
-            records_BR = _quantise(values_BN.sign() * values_BN.abs().sqrt(), self.widths, number)
-        return records_BR.cpu()
+            cached_BR = _quantise(values_BN.sign() * values_BN.abs().sqrt(), self.widths, number)
+        return cached_BR.cpu()
 
     @torch.no_grad()
-    def decode(self, records_BR: Tensor) -> Answer:
-        """Return the answer that records (B, R) hold, on their device, which is the tables' too.
+    def decode(self, cached_BR: Tensor) -> TeacherOutput:
+        """Return the output that cached bytes (B, R) hold, on their and the tables' device.
 
         `topk` gives the log of probabilities at T = 1; `logits`, below 16 bits, may have another
         constant added to each sample's than the teacher gave, which no loss can see.
         """
         kind, number = parse(self.name)
         if kind == "topk":
-            return Answer(_decode_topk(records_BR, number, self.tables["mean"]))
+            return TeacherOutput(_decode_topk(cached_BR, number, self.tables["mean"]))
         if kind == "logits":
             if number == 16:
-                return Answer(_halves(records_BR))
-            return Answer(_dequantise(records_BR, (self.num_classes,), number))
+                return TeacherOutput(_halves(cached_BR))
+            return TeacherOutput(_dequantise(cached_BR, (self.num_classes,), number))
         if number == 16:
-            features_BF = _halves(records_BR)
+            features_BF = _halves(cached_BR)
         else:
-            root_BF = _dequantise(records_BR, self.widths, number)
+            root_BF = _dequantise(cached_BR, self.widths, number)
             features_BF = root_BF * root_BF.abs()
-        with torch.autocast(records_BR.device.type, enabled=False):
+        with torch.autocast(cached_BR.device.type, enabled=False):
             logits_BK = F.linear(features_BF, self.tables["weight"], self.tables["bias"])
-        return Answer(logits_BK, features_BF)
+        return TeacherOutput(logits_BK, features_BF)
 
 
 def make_codec(
@@ -161,16 +161,16 @@ def make_codec(
     """
     kind, number = parse(name)
     if kind == "topk" and not number < num_classes <= 65536:
-        given = f"targets.codec={name}, but the data has {num_classes:,} classes"
+        given = f"cache.codec={name}, but the data has {num_classes:,} classes"
         if num_classes > 65536:
-            raise UserError(f"{given} and topk numbers at most 65,536: type targets.codec=logits:6")
+            raise UserError(f"{given} and topk numbers at most 65,536: type cache.codec=logits:6")
         raise UserError(
-            f"{given}: type topk:K with K below that, or targets.codec=logits:8, which stores all"
+            f"{given}: type topk:K with K below that, or cache.codec=logits:8, which stores all"
         )
     if kind == "features" and not widths:
         raise UserError(
-            f"targets.codec={name} needs a teacher whose logits are one linear layer of its pooled"
-            " features (an ensemble of such: teacher.average=logit); type targets.codec=logits:6"
+            f"cache.codec={name} needs a teacher whose logits are one linear layer of its pooled"
+            " features (an ensemble of such: teacher.average=logit); type cache.codec=logits:6"
         )
     widths = tuple(widths) if kind == "features" else ()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -186,7 +186,7 @@ def make_codec(
     return Codec(name, num_classes, widths, kept)
 
 
-def _record_bytes(name: str, num_classes: int, widths: Sequence[int] = ()) -> int:
+def _bytes_per_image(name: str, num_classes: int, widths: Sequence[int] = ()) -> int:
     kind, number = parse(name)
     if kind == "topk":
         return 4 * number
@@ -205,15 +205,15 @@ def _encode_topk(logits_BK: Tensor, k: int) -> Tensor:
     return torch.cat([classes, _half_bytes(stored_Bk)], dim=1)
 
 
-def _decode_topk(records_BR: Tensor, k: int, mean_K: Tensor) -> Tensor:
-    """Return log-probabilities (B, K): the rest is spread in proportion to the mean answer."""
-    classes_Bk = _typed(records_BR[:, : 2 * k], torch.int16).long() & 0xFFFF
-    stored_Bk = _halves(records_BR[:, 2 * k :])
+def _decode_topk(cached_BR: Tensor, k: int, mean_K: Tensor) -> Tensor:
+    """Return log-probabilities (B, K): the rest is spread in proportion to the mean output."""
+    classes_Bk = _typed(cached_BR[:, : 2 * k], torch.int16).long() & 0xFFFF
+    stored_Bk = _halves(cached_BR[:, 2 * k :])
     rest_B1, top_Bk = stored_Bk[:, :1], F.pad(stored_Bk[:, 1:], (1, 0))
     log_sum_B1 = torch.cat([top_Bk, rest_B1], dim=1).logsumexp(dim=1, keepdim=True)
     mean_K = mean_K.clamp_min(_LEAST_MEAN)
     # Summed over the other classes, not subtracted from 1: the top ones may hold nearly all of it.
-    others_B1 = mean_K.expand(len(records_BR), -1).scatter(1, classes_Bk, 0.0).sum(1, keepdim=True)
+    others_B1 = mean_K.expand(len(cached_BR), -1).scatter(1, classes_Bk, 0.0).sum(1, keepdim=True)
     rest_BK = mean_K.log() + (rest_B1 - log_sum_B1 - others_B1.log())
     return rest_BK.scatter(1, classes_Bk, top_Bk - log_sum_B1)
 
@@ -231,7 +231,7 @@ def _shifted(logits_BK: Tensor) -> Tensor:
 
 
 def _quantise(values_BN: Tensor, widths: Sequence[int], bits: int) -> Tensor:
-    """Return records of values in equal steps from the least to the largest of each segment.
+    """Return the bytes of values in equal steps from the least to the largest of each segment.
 
     A value is off by at most half a step, and by the float16 rounding of the least one where it is
     below that. A step is (largest - least) / (2^bits - 1), rounded to float16.
@@ -248,10 +248,10 @@ def _quantise(values_BN: Tensor, widths: Sequence[int], bits: int) -> Tensor:
     return torch.cat([head, _pack(torch.cat(codes, dim=1), bits)], dim=1)
 
 
-def _dequantise(records_BR: Tensor, widths: Sequence[int], bits: int) -> Tensor:
+def _dequantise(cached_BR: Tensor, widths: Sequence[int], bits: int) -> Tensor:
     head_bytes = 4 * len(widths)
-    head = _halves(records_BR[:, :head_bytes])
-    codes = _unpack(records_BR[:, head_bytes:], sum(widths), bits).float().split(list(widths), 1)
+    head = _halves(cached_BR[:, :head_bytes])
+    codes = _unpack(cached_BR[:, head_bytes:], sum(widths), bits).float().split(list(widths), 1)
     parts = [
         torch.addcmul(head[:, 2 * i, None], codes_BN, head[:, 2 * i + 1, None])
         for i, codes_BN in enumerate(codes)
@@ -302,7 +302,7 @@ def _half_bytes(x_BN: Tensor) -> Tensor:
 
 
 def _typed(bytes_BR: Tensor, dtype: torch.dtype) -> Tensor:
-    """Read bytes as numbers; copied first, since a part of a record may be anywhere in memory."""
+    """Read bytes as numbers; copied first, since a part of the bytes may be anywhere in memory."""
     return bytes_BR.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
@@ -320,18 +320,18 @@ CHUNK = 64
 
 
 class Quality(NamedTuple):
-    """What stored answers do to a loss, for the student and the loss that suffer most."""
+    """What cached outputs do to a loss, for the student and the loss that suffer most."""
 
     loss_error: float
-    """Mean |loss with the stored answer - loss with the exact one| / mean loss with the exact."""
+    """Mean |loss with the cached output - loss with the exact one| / mean loss with the exact."""
     cosine: float
-    """Between the student's gradients with the stored and with the exact answer."""
+    """Between the student's gradients with the stored and with the exact output."""
 
 
 def measure(
-    codec: Codec, answer: Answer, students: Mapping[str, Tensor], losses: Sequence[Loss]
+    codec: Codec, output: TeacherOutput, students: Mapping[str, Tensor], losses: Sequence[Loss]
 ) -> Quality:
-    """Return how much of `answer` is left once it was stored, as students' losses see it.
+    """Return how much of `output` is left once it was stored, as students' losses see it.
 
     The loss error is of single samples, where a loss treats samples apart; of a loss that compares
     the samples of a batch, it is of batches of `CHUNK`. The cosine is of each sample's gradient to
@@ -341,13 +341,13 @@ def measure(
 
     Args:
         codec: what stores.
-        answer: the teacher's, to n samples.
+        output: the teacher's, to n samples.
         students: logits (n, K) by name.
         losses: which are used in training (`Loss`).
     """
-    exact_nK = answer.logits.float()
+    exact_nK = output.logits.float()
     codec = codec.to(exact_nK.device)
-    stored_nK = codec.decode(codec.encode(answer).to(exact_nK.device)).logits
+    stored_nK = codec.decode(codec.encode(output).to(exact_nK.device)).logits
     agreeing = [torch.allclose(x.float(), exact_nK, 1e-3, 1e-3) for x in students.values()]
     found = [
         _compare(loss, student_nK.float(), exact_nK, stored_nK)

@@ -1,7 +1,7 @@
 """One pretrained network that teaches: what it is, what it sees, which classes it knows.
 
 A network is never random, not even in part: whatever is missing or does not fit is a `UserError`.
-It does not own where weights come from (`models/sources.py`) nor what a teacher answers
+It does not own where weights come from (`models/sources.py`) nor what a teacher says of images
 (teacher.py).
 """
 
@@ -131,7 +131,7 @@ def load_pretrained(
 
 def networks(cfg: schema.TeacherConfig) -> dict[str, schema.PretrainedConfig]:
     """Return the networks of a teacher by name: its members in the order of their names (in any
-    other, the same ensemble would be another one to a store), or "teacher" alone.
+    other, the same ensemble would be another one to a cache), or "teacher" alone.
     """
     return {name: cfg.members[name] for name in sorted(cfg.members)} or {"teacher": cfg}
 

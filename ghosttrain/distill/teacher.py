@@ -1,6 +1,6 @@
 """The teacher: frozen, pretrained networks, one or several, that are shown the student's images.
 
-Owns what each of them sees (its own input size, interpolation and normalisation), how their answers
+Owns what each of them sees (its own input size, interpolation and normalisation), how their outputs
 become one, and the proof that they know the classes. It does not own where their weights come from
 (pretrained.py) nor the losses.
 
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
-from ghosttrain.distill.answer import Answer, concatenated
 from ghosttrain.distill.features import classify, pool, pooled_width
 from ghosttrain.distill.pretrained import Loaded, load_pretrained, networks
+from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
 
 Views = Mapping[tuple[int, str], Tensor]
 """(side S, interpolation) -> pixels (B, C, S, S) of the student's view at that size: uint8, or
@@ -83,8 +83,8 @@ class Member(nn.Module):
         """Stay in eval mode, whatever is asked."""
         return super().train(False)
 
-    def forward(self, images_BCHW: Tensor, views: Views) -> Answer:
-        """Return the answer to images normalised with the student's mean and std."""
+    def forward(self, images_BCHW: Tensor, views: Views) -> TeacherOutput:
+        """Return the output to images normalised with the student's mean and std."""
         x = views.get(self.view)
         if x is None:
             x = images_BCHW.float() * self.student_std + self.student_mean  # pixels in [0, 1]
@@ -103,7 +103,7 @@ class Member(nn.Module):
         logits = logits.float()
         if self.columns is not None:
             logits = logits[:, self.columns]
-        return Answer(logits, None if features is None else features.float())
+        return TeacherOutput(logits, None if features is None else features.float())
 
     def classifier(self) -> tuple[Tensor, Tensor]:
         """Return weight (K, F) and bias (K,) that make the logits of the features."""
@@ -115,7 +115,7 @@ class Member(nn.Module):
 
 
 class Teacher(nn.Module):
-    """One network or an ensemble; its answer is a weighted mean of its members'.
+    """One network or an ensemble; its output is a weighted mean of its members'.
 
     The mean is taken of probabilities (at T = 1; the logits are then the log of the mean) or of
     logits. Pooled features are those of all members side by side, and none where probabilities of
@@ -145,7 +145,7 @@ class Teacher(nn.Module):
             if linear and one_layer
             else ()
         )
-        """Widths of the members' pooled features; empty where the answer has none."""
+        """Widths of the members' pooled features; empty where the output has none."""
         self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -153,29 +153,31 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images_BCHW: Tensor, views: Views | None = None) -> Answer:
-        """Return the answer to images (B, C, H, W) normalised with the student's mean and std."""
+    def forward(self, images_BCHW: Tensor, views: Views | None = None) -> TeacherOutput:
+        """Return the output to images (B, C, H, W) normalised with the student's mean and std."""
         return self.joined(self.each(images_BCHW, views))
 
-    def joined(self, answers: Sequence[Answer]) -> Answer:
-        """Return the mean of the members' answers, in their order."""
-        if len(answers) == 1:
-            return answers[0]
-        logits = [answer.logits for answer in answers]
+    def joined(self, outputs: Sequence[TeacherOutput]) -> TeacherOutput:
+        """Return the mean of the members' outputs, in their order."""
+        if len(outputs) == 1:
+            return outputs[0]
+        logits = [output.logits for output in outputs]
         if self.average == "probability":
             shares = [math.log(share) for share in self.shares]
             log_p = [x.log_softmax(dim=1) + share for x, share in zip(logits, shares, strict=True)]
-            return Answer(torch.stack(log_p).logsumexp(dim=0))
+            return TeacherOutput(torch.stack(log_p).logsumexp(dim=0))
         mean = torch.stack([x * share for x, share in zip(logits, self.shares, strict=True)]).sum(0)
         if not self.widths:
-            return Answer(mean)
-        return Answer(mean, torch.cat([a.features for a in answers if a.features is not None], 1))
+            return TeacherOutput(mean)
+        return TeacherOutput(
+            mean, torch.cat([a.features for a in outputs if a.features is not None], 1)
+        )
 
     @torch.no_grad()
-    def each(self, images_BCHW: Tensor, views: Views | None = None) -> list[Answer]:
-        """Return the answer of every member, computed `chunk` images at a time, never autocast."""
+    def each(self, images_BCHW: Tensor, views: Views | None = None) -> list[TeacherOutput]:
+        """Return the output of every member, computed `chunk` images at a time, never autocast."""
         views = views or {}
-        answers = []
+        outputs = []
         with torch.autocast(images_BCHW.device.type, enabled=False):
             for member in self.members.values():
                 size = self.chunk or max(len(images_BCHW), 1)
@@ -186,8 +188,8 @@ class Teacher(nn.Module):
                     chunk = slice(start, start + size)
                     cut = {key: x[chunk] for key, x in views.items()}
                     parts.append(member(images_BCHW[chunk], cut))
-                answers.append(concatenated(parts))
-        return answers
+                outputs.append(concatenated(parts))
+        return outputs
 
     def classifier(self) -> tuple[Tensor, Tensor]:
         """Return weight (K, F) and bias (K,): logits = features @ weight.T + bias, if `widths`."""
@@ -244,12 +246,12 @@ class Score(NamedTuple):
     n: int
     """Images asked."""
     majority: int
-    """Images of the class that has most of them: who always answers it is right so often."""
+    """Images of the class that has most of them: who always names it is right so often."""
     chance: float
-    """Share of hits if its answers, each class as often as it gave it, had nothing to do with the
+    """Share of hits if its outputs, each class as often as it gave it, had nothing to do with the
     images (Cohen's expected agreement, https://doi.org/10.1177/001316446002000104)."""
     best_chance: float
-    """`chance` of answers that are all right."""
+    """`chance` of outputs that are all right."""
 
     @property
     def top1(self) -> float:
@@ -257,13 +259,13 @@ class Score(NamedTuple):
         return self.hits / max(self.n, 1)
 
 
-def score(answers: Tensor, labels: Tensor) -> Score:
+def score(outputs: Tensor, labels: Tensor) -> Score:
     """Return the score of answered classes (n,) against labels (n,)."""
-    size = int(torch.cat([answers, labels, answers.new_zeros(1)]).max()) + 1
-    given, true = (torch.bincount(x, minlength=size).double() for x in (answers, labels))
+    size = int(torch.cat([outputs, labels, outputs.new_zeros(1)]).max()) + 1
+    given, true = (torch.bincount(x, minlength=size).double() for x in (outputs, labels))
     n = max(len(labels), 1)
     chances = [float((x / n) @ (true / n)) for x in (given, true)]
-    return Score(int((answers == labels).sum()), len(labels), int(true.max()), *chances)
+    return Score(int((outputs == labels).sum()), len(labels), int(true.max()), *chances)
 
 
 def check_teacher(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor, Views]]) -> list[Score]:
@@ -276,39 +278,39 @@ def check_teacher(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor, View
     given: list[list[Tensor]] = [[] for _ in range(1 + several * len(teacher.members))]
     labels = [torch.zeros(0, dtype=torch.long)]
     for images_BCHW, labels_B, views in batches:
-        answers = teacher.each(images_BCHW, views)
+        outputs = teacher.each(images_BCHW, views)
         labels.append(labels_B.cpu())
-        for kept, answer in zip(given, [teacher.joined(answers), *answers], strict=False):
-            if not answer.logits.isfinite().all():
+        for kept, output in zip(given, [teacher.joined(outputs), *outputs], strict=False):
+            if not output.logits.isfinite().all():
                 raise UserError(
-                    "the teacher's answers are not finite: its weights are broken, give other"
+                    "the teacher's outputs are not finite: its weights are broken, give other"
                     " teacher.weights=PATH"
                 )
-            kept.append(answer.logits.argmax(dim=1).cpu())
+            kept.append(output.logits.argmax(dim=1).cpu())
     return [score(torch.cat([labels[0], *kept]), torch.cat(labels)) for kept in given]
 
 
-def refuse_chance(found: Score, num_classes: int, who: str = "the teacher") -> None:
+def validate_above_chance(found: Score, num_classes: int, who: str = "the teacher") -> None:
     """Raise UserError unless a network is right more often than guesses are.
 
-    It must be right on more images than one that always answers the most frequent class, and more
-    often than its own answers would be if they had nothing to do with the images: one-sided
+    It must be right on more images than one that always names the most frequent class, and more
+    often than its own outputs would be if they had nothing to do with the images: one-sided
     binomial p <= .01 at `found.chance`, at least 1 / `num_classes`. Where classes are few or nearly
     all images are of one, that is less strict than the binomial test at the share of that class,
-    which even a perfect network may not pass. A constant answer passes neither.
+    which even a perfect network may not pass. A constant output passes neither.
     """
     hits, n, majority = found.hits, found.n, found.majority
     take = "or teacher.trust=true to take it all the same"
     if binomial_tail(n, n, max(found.best_chance, 1 / num_classes)) > LEAST_P:
         raise UserError(
             f"{who} was asked about {n} training images, {majority} of them of one class: too few"
-            " images to tell knowing the classes from guessing, even if all answers were right;"
+            " images to tell knowing the classes from guessing, even if all outputs were right;"
             f" type teacher.check_samples=NUMBER for more (as far as there are more), {take}"
         )
     p = binomial_tail(hits, n, max(found.chance, 1 / num_classes))
     if hits > majority and p <= LEAST_P:
         return
-    constant = f"no better than always answering the most frequent class ({majority} right)"
+    constant = f"no better than always naming the most frequent class ({majority} right)"
     cause = ": its classes, their order or its normalisation are not the data's"
     if p <= LEAST_P:  # then it knows the classes
         why = f"more than guesses are, but it is {constant}"

@@ -28,7 +28,7 @@ import yaml
 
 from ghosttrain import __version__
 from ghosttrain.config.errors import UserError, remedy
-from ghosttrain.config.identity import fingerprint, result_settings, run_name
+from ghosttrain.config.identity import result_settings, run_name, settings_hash
 from ghosttrain.config.lock import locked
 from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import Config
@@ -105,7 +105,7 @@ def check_same_run(folder: Path, config: Config) -> None:
     if not (has_begun(folder) and (folder / "config.yaml").is_file()):
         return
     old = read_config(folder)
-    if fingerprint(old) == fingerprint(config) and old.seed == config.seed:
+    if settings_hash(old) == settings_hash(config) and old.seed == config.seed:
         return
     before, now = ({**result_settings(c), "seed": c.seed} for c in (old, config))
     changes = [

@@ -1,4 +1,4 @@
-"""From a command to running processes: `launch` of a run, `store_answers` of the verb `cache`.
+"""From a command to running processes: `launch` of a run, `cache_outputs` of the verb `cache`.
 Imports no torch: a finished run answers at once.
 
 One process trains in place. `launch.nproc=N` starts N copies of the same command with torchrun's
@@ -32,9 +32,9 @@ from ghosttrain.engine.folder import (
     run_folder,
 )
 from ghosttrain.engine.same_data import note_on_result
-from ghosttrain.output import go_on_without
+from ghosttrain.terminal import go_on_without
 
-STORE_MAY_CHANGE = (
+CACHE_MAY_CHANGE = (
     "data.root",
     "data.max_pixels",
     "data.workers",
@@ -47,7 +47,7 @@ STORE_MAY_CHANGE = (
     "teacher.weights",
     "train.eval_batch",
 )
-"""Settings of a store that may differ when it is repaired or looked at."""
+"""Settings of a cache that may differ when it is repaired or looked at."""
 GRACE = 3.0
 """Seconds in which ranks may end by themselves when another one has failed."""
 PATIENCE = 10.0
@@ -86,52 +86,52 @@ def launch(composed: Composed) -> int:
     return 0
 
 
-def store_answers(
+def cache_outputs(
     folder: Path | None, overrides: Sequence[str], config_dir: str | None, what: dict[str, bool]
 ) -> int:
     """Run the verb `cache`; return the exit code.
 
     Args:
-        folder: a store: its own settings count. None: settings are composed from `overrides`.
-        overrides: `key=value`; for a store that exists, only where things are and how they run.
+        folder: a cache: its own settings count. None: settings are composed from `overrides`.
+        overrides: `key=value`; for a cache that exists, only where things are and how they run.
         config_dir: the user's own groups and recipes.
         what: `dry_run`, `repair`, `inspect`.
 
     Raises:
-        UserError: no store there, no teacher, no `targets.dir`.
+        UserError: no cache there, no teacher, no `cache.dir`.
     """
     if int(os.environ.get("RANK", "0")) > 0:
-        from ghosttrain.engine.cache import cache
+        from ghosttrain.engine.cache_writer import fill_cache
 
-        cache(None, **what)  # the settings come from rank 0
+        fill_cache(None, **what)  # the settings come from rank 0
         return 0
     if folder is None and not overrides and (what["repair"] or what["inspect"]):
         flag = "--repair" if what["repair"] else "--inspect"
-        raise UserError(f"name the folder of stored answers: python -m ghosttrain cache D {flag}")
+        raise UserError(f"name the folder of cached outputs: python -m ghosttrain cache D {flag}")
     if folder is not None:
-        if not (folder / "about.json").is_file():
+        if not (folder / "cache.json").is_file():
             raise UserError(
-                f"{folder} is no store of answers: it has no about.json; python -m ghosttrain cache"
-                f" +recipe=NAME targets.dir={folder} targets.epochs=N makes one"
+                f"{folder} is no cache: it has no cache.json; python -m ghosttrain cache"
+                f" +recipe=NAME cache.dir={folder} cache.draws=N makes one"
             )
         saved = read_config(folder).model_copy(update={"launch": LaunchConfig()})
-        config = override_run(saved, overrides, STORE_MAY_CHANGE, "store")
-        targets = config.targets.model_copy(update={"dir": str(expanded(folder).resolve())})
-        config = config.model_copy(update={"targets": targets})
+        config = override_run(saved, overrides, CACHE_MAY_CHANGE, "cache")
+        cache = config.cache.model_copy(update={"dir": str(expanded(folder).resolve())})
+        config = config.model_copy(update={"cache": cache})
     else:
         config = compose(overrides, config_dir, trains=False).config
         if config.distill.name == "none":
-            raise UserError("cache stores a teacher's answers: type distill=soft_ce teacher=NAME")
-        if config.targets.dir is None:
-            raise UserError("cache needs a folder: type targets.dir=/path/to/store")
+            raise UserError("cache stores a teacher's outputs: type distill=soft_ce teacher=NAME")
+        if config.cache.dir is None:
+            raise UserError("cache needs a folder: type cache.dir=/path/to/cache")
     if config.launch.nproc > 1 and "WORLD_SIZE" not in os.environ:
         flags = [f"--{name.replace('_', '-')}" for name, on in what.items() if on]
         named = [str(folder)] if folder is not None else []
         own = ["--config-dir", config_dir] if config_dir else []
         return spawn(("cache", *named, *overrides, *flags, *own), config.launch.nproc)
-    from ghosttrain.engine.cache import cache
+    from ghosttrain.engine.cache_writer import fill_cache
 
-    cache(config, **what)
+    fill_cache(config, **what)
     return 0
 
 
@@ -189,7 +189,7 @@ def _start(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
-        "GHOSTTRAIN_RENDEZVOUS": f"file://{scratch}/store",
+        "GHOSTTRAIN_RENDEZVOUS": f"file://{scratch}/cache",
         "GHOSTTRAIN_PARENT": str(os.getpid()),
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))

@@ -28,7 +28,7 @@ from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import distributed
 from ghosttrain.engine.folder import clock, replacing, write_text
-from ghosttrain.output import failures, printable, reason
+from ghosttrain.terminal import failures, printable, reason
 
 Row = dict[str, float]
 Mode = Literal["off", "offline", "online"]

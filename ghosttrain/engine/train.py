@@ -24,11 +24,10 @@ from ghosttrain.data.augment import View, mix_batch
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import Batch, eval_loader, train_loader
 from ghosttrain.data.order import mix, train_batches
-from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.features import WithFeatures, pooled_width
 from ghosttrain.distill.losses import LOSSES, agreement, at, features
+from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.engine import distributed, folder, same_data, summary, track
-from ghosttrain.engine.answers import ready_answers
 from ghosttrain.engine.checkpoint import (
     build_student,
     can_fuse,
@@ -40,6 +39,7 @@ from ghosttrain.engine.checkpoint import (
 )
 from ghosttrain.engine.evaluate import evaluate, held_out_batches, try_first_batch
 from ghosttrain.engine.plan import make_plan
+from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.models.collapse import synchronize
 from ghosttrain.models.reparam import fuse
 from ghosttrain.models.timm_sides import check_timm_sides
@@ -81,15 +81,15 @@ def train(config: Config | None, notes: list[str]) -> None:
         saved, same_data.listings(train_set, held_out), config.data.changed
     )
     plan = make_plan(config, n, ranks)
-    answers = ready_answers(config, train_set, device)
+    teacher = build_teacher_source(config, train_set, device)
     train_images = train_loader(
         train_set,
         config.data,
         config.augment,
         device,
         config.train.channels_last,
-        answers.views,
-        answers.records,
+        teacher.views,
+        teacher.cached,
     )
     held_images = eval_loader(held_out, config.data, device, config.train.channels_last)
     eval_batch = config.train.eval_batch or plan.micro_batch
@@ -107,7 +107,7 @@ def train(config: Config | None, notes: list[str]) -> None:
     learner: nn.Module = student
     projection = nn.Module()  # nothing to train or to save
     if config.distill.features_weight:
-        learner = with_features(config, student, answers.num_features).to(device)
+        learner = with_features(config, student, teacher.num_features).to(device)
         projection = learner.project
     optimizer = build_optimizer(config.optim, learner)
     ema = Ema(student, config.ema.decay, config.ema.warmup)
@@ -123,7 +123,7 @@ def train(config: Config | None, notes: list[str]) -> None:
         ema.load_state_dict(saved["ema"])
         if step < plan.total_steps:
             optimizer.load_state_dict(saved["optimizer"])
-        answers = answers.resumed(saved["answers"])
+        teacher = teacher.resumed(saved["teacher"])
         notes.append(f"resumed after epoch {plan.epochs_after(step)}, step {step}")
         notes += data["accepted"]
         saved = None  # its memory
@@ -146,7 +146,7 @@ def train(config: Config | None, notes: list[str]) -> None:
     with train_images, held_images, tracker:
         if rank == 0:
             head = summary.head(
-                config, plan, run, train_set, held_out, student, answers.about, device, notes
+                config, plan, run, train_set, held_out, student, teacher.about, device, notes
             )
             for line in [*head, *tracker.about()]:
                 tracker.say(line)
@@ -185,7 +185,7 @@ def train(config: Config | None, notes: list[str]) -> None:
                     ranks,
                     start_step=done,
                 ),
-                draw_number=answers.draw_number(epoch),
+                draw_number=teacher.draw_number(epoch),
             )
             meter.start()
             while step < end:
@@ -195,11 +195,16 @@ def train(config: Config | None, notes: list[str]) -> None:
                 for part in range(plan.accumulation):
                     batch = next(batches)
                     images, views, targets = mixed(batch, len(classes), config, epoch)
-                    answer = answers(images, views, batch.records)
+                    teacher_output = teacher(images, views, batch.cached)
                     with distributed.no_sync(forward, part + 1 < plan.accumulation):
                         with autocast():
                             losses = objective(
-                                config, step / plan.total_steps, forward, answer, images, targets
+                                config,
+                                step / plan.total_steps,
+                                forward,
+                                teacher_output,
+                                images,
+                                targets,
                             )
                         (losses["loss"] / plan.accumulation).backward()
                     meter.add(losses, len(images) * ranks)
@@ -230,7 +235,7 @@ def train(config: Config | None, notes: list[str]) -> None:
                     "best": best,
                     "classes": classes,
                     "data": data,
-                    "answers": answers.state(),
+                    "teacher": teacher.state(),
                 }
                 save_state(last, state)
 
@@ -268,7 +273,7 @@ def objective(
     config: Config,
     progress: float,
     forward: nn.Module,
-    answer: Answer | None,
+    teacher_output: TeacherOutput | None,
     images: Tensor,
     targets: Tensor,
 ) -> dict[str, Tensor]:
@@ -281,7 +286,7 @@ def objective(
         config: which terms, their weights and temperature.
         progress: share of the run that is done, in [0, 1]: weights and temperature may follow it.
         forward: returns logits (B, K), or those and projected features (B, F) (`WithFeatures`).
-        answer: the teacher's, or None.
+        teacher_output: for these images, or None.
         images: (B, C, H, W) as the student sees them.
         targets: (B, K) class probabilities of the labels.
     """
@@ -293,17 +298,21 @@ def objective(
     targets = targets.to(logits.dtype)
     label = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
     losses = {"label": at(distill.label_weight, progress) * label}
-    if answer is None:
+    if teacher_output is None:
         return losses | {"loss": losses["label"]}
     term = LOSSES[distill.name](
-        logits, answer.logits, targets.argmax(dim=1), at(distill.temperature, progress), distill
+        logits,
+        teacher_output.logits,
+        targets.argmax(dim=1),
+        at(distill.temperature, progress),
+        distill,
     )
     losses[distill.name] = at(distill.weight, progress) * term
-    if projected is not None and answer.features is not None:
-        term = features(projected, answer.features)
+    if projected is not None and teacher_output.features is not None:
+        term = features(projected, teacher_output.features)
         losses["features"] = at(distill.features_weight, progress) * term
     total = torch.stack(list(losses.values())).sum()
-    return losses | {"loss": total, "agreement": agreement(logits, answer.logits)}
+    return losses | {"loss": total, "agreement": agreement(logits, teacher_output.logits)}
 
 
 def mixed(

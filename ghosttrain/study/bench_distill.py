@@ -1,4 +1,4 @@
-"""`bench distill`: an epoch with stored answers, against none and against a live teacher; and what
+"""`bench distill`: an epoch with cached outputs, against none and against a live teacher; and what
 storing costs on top of asking the teacher.
 
 An epoch is one of the training loop's, as a user runs it: decoding and augmenting real JPEG files
@@ -23,11 +23,11 @@ from PIL import Image
 
 from ghosttrain.config.compose import compose
 from ghosttrain.data.datasets import build_datasets
-from ghosttrain.distill.targets import About, create, open_store
-from ghosttrain.engine.answers import ready_teacher
-from ghosttrain.engine.cache import Asking, cache, write_missing
+from ghosttrain.distill.cache import CacheInfo, create, open_cache
+from ghosttrain.engine.cache_writer import Asking, fill_cache, write_missing
 from ghosttrain.engine.launch import launch
 from ghosttrain.engine.summary import device_name
+from ghosttrain.engine.teacher_source import ready_teacher
 from ghosttrain.engine.track import read_metrics
 from ghosttrain.study.timing import quartiles
 
@@ -37,7 +37,7 @@ WIDTH, HEIGHT = 500, 375
 """Pixels of an image: ImageNet's usual ones."""
 CLASSES = 64
 """Folders of images, named by ImageNet's first synsets."""
-LABELS, STORED, LIVE = "epoch, labels only", "epoch, stored answers", "epoch, live teacher"
+LABELS, STORED, LIVE = "epoch, labels only", "epoch, cached outputs", "epoch, live teacher"
 ASKED, WRITTEN = "asking the teacher", "asking and storing"
 COMPARED = (
     (LABELS, LABELS),
@@ -82,7 +82,7 @@ def bench_distill(
     try:
         with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder:
             calls, stored = _sides(Path(folder), about, codec, device)
-            about |= {"codec": stored.codec, "bytes": stored.record_bytes}
+            about |= {"codec": stored.codec, "bytes": stored.bytes_per_image}
             times: dict[str, list[float]] = {side: [] for side in calls}
             for round_ in range(1 + rounds):  # the first one warms up
                 order = [*enumerate(calls.items())]
@@ -126,9 +126,9 @@ def describe(rows: list[Row]) -> str:
 
 def _sides(
     folder: Path, about: Row, codec: str, device: torch.device
-) -> tuple[dict[str, Callable[[str], float]], About]:
+) -> tuple[dict[str, Callable[[str], float]], CacheInfo]:
     """Return what is timed, each a function of a fresh name that returns seconds, and what the
-    store holds.
+    cache holds.
     """
     make_photos(folder / "photos", about["images"])
     labels_only = [
@@ -146,12 +146,12 @@ def _sides(
         f"run.root={folder / 'runs'}",
     ]
     live = [*labels_only, f"teacher={about['teacher']}", "teacher.check_samples=0"]
-    stored = [*live, f"targets.dir={folder / 'store'}"]
+    stored = [*live, f"cache.dir={folder / 'cache'}"]
     labels_only += ["teacher=none", "distill=none"]
-    config = compose([*stored, f"targets.codec={codec}"]).config
+    config = compose([*stored, f"cache.codec={codec}"]).config
     with contextlib.redirect_stdout(io.StringIO()):
-        cache(config)
-    store = open_store(folder / "store")
+        fill_cache(config)
+    cache = open_cache(folder / "cache")
     train_set = build_datasets(config.data)[0]
     asking = Asking(config, train_set, ready_teacher(config, train_set, device)[0], device)
 
@@ -166,14 +166,14 @@ def _sides(
     def ask(name: str) -> float:
         since = time.perf_counter()
         with asking.loader() as loader:
-            for _ in asking.answers(loader, [range(len(train_set))], draw=0):
+            for _ in asking.outputs(loader, [range(len(train_set))], draw=0):
                 pass
         return time.perf_counter() - since
 
     def ask_and_write(name: str) -> float:
-        written = create(folder / name, store.about, store.codec.tables, "")
+        written = create(folder / name, cache.info, cache.codec.tables, "")
         since = time.perf_counter()
-        write_missing(written, asking, store.about.epochs)
+        write_missing(written, asking, cache.info.draws)
         return time.perf_counter() - since
 
     return {
@@ -182,7 +182,7 @@ def _sides(
         LIVE: epoch(live),
         ASKED: ask,
         WRITTEN: ask_and_write,
-    }, store.about
+    }, cache.info
 
 
 def make_photos(root: Path, images: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.identity import fingerprint, result_settings
+from ghosttrain.config.identity import result_settings, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import clock, has_begun, read_config, read_result
 
@@ -40,7 +40,7 @@ def report(folders: list[Path]) -> str:
         below.append(f"left out: {starts} start{'s' * (starts > 1)} of which no step was kept")
     rows: dict[tuple[str, str], list[tuple[Config, dict[str, Any]]]] = {}
     for config, result in finished:
-        rows.setdefault((config.recipe, fingerprint(config)), []).append((config, result))
+        rows.setdefault((config.recipe, settings_hash(config)), []).append((config, result))
     head = [
         "recipe",
         "data",

@@ -1,4 +1,4 @@
-"""Distillation through the command line: real teachers and photos, ensembles, stored answers."""
+"""Distillation through the command line: real teachers and photos, ensembles, cached outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ghosttrain.config.compose import compose
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import train_loader
-from ghosttrain.distill.targets import open_store
+from ghosttrain.distill.cache import open_cache
 from ghosttrain.distill.teacher import build_teacher
 from ghosttrain.engine.checkpoint import load_run, load_state
 from ghosttrain.engine.track import read_metrics
@@ -166,26 +166,26 @@ def test_a_teacher_that_guesses_is_refused_unless_trusted(ghosttrain, photos, tm
     assert ghosttrain(*arguments, "teacher.trust=true").code == 0
 
 
-# --- Stored answers -------------------------------------------------------------------------------
+# --- Cached outputs -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stored(photos, tmp_path) -> list[str]:
-    """The arguments with stored answers: 2 draws, files of 16 images."""
-    return [*photos, f"targets.dir={tmp_path / 'store'}"]
+    """The arguments with cached outputs: 2 draws, files of 16 images."""
+    return [*photos, f"cache.dir={tmp_path / 'cache'}"]
 
 
-WRITE = ["targets.epochs=2", "targets.shard_size=16"]
+WRITE = ["cache.draws=2", "cache.shard_size=16"]
 
 
-def test_stored_answers_train_what_a_live_teacher_trains(ghosttrain, photos, stored, tmp_path):
-    outcome = ghosttrain("cache", *stored, *WRITE, "targets.codec=logits:16")
+def test_stored_outputs_train_what_a_live_teacher_trains(ghosttrain, photos, stored, tmp_path):
+    outcome = ghosttrain("cache", *stored, *WRITE, "cache.codec=logits:16")
     assert outcome.code == 0, outcome.err
     assert "8 files" in outcome.out
     still = ["optim=sgd", "optim.lr=1e-12"]  # else training amplifies the rounding
     outcome = ghosttrain(*stored, *still, f"run.root={tmp_path / 'stored'}")
     assert outcome.code == 0, outcome.err
-    assert "stored answers of tf_efficientnet_lite0" in outcome.out
+    assert "cached outputs of tf_efficientnet_lite0" in outcome.out
     assert ghosttrain(*photos, *still, f"run.root={tmp_path / 'live'}").code == 0
     for one, other in zip(train_rows(tmp_path / "stored"), train_rows(tmp_path / "live"),
                           strict=True):  # fmt: skip
@@ -193,22 +193,22 @@ def test_stored_answers_train_what_a_live_teacher_trains(ghosttrain, photos, sto
         assert one["label"] == pytest.approx(other["label"], rel=1e-5)
 
 
-def test_stored_answers_are_the_teachers_on_the_same_pixels(ghosttrain, stored, tmp_path):
-    """Pixel for pixel what training sees; logits:16 is the live answer rounded to float16."""
-    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=logits:16").code == 0
+def test_stored_outputs_are_the_teachers_on_the_same_pixels(ghosttrain, stored, tmp_path):
+    """Pixel for pixel what training sees; logits:16 is the live output rounded to float16."""
+    assert ghosttrain("cache", *stored, *WRITE, "cache.codec=logits:16").code == 0
     config = compose(stored).config
     train_set = build_datasets(config.data)[0]
     teacher = build_teacher(config.teacher, train_set.classes, config.data, "cpu")
-    store = open_store(tmp_path / "store")
+    cache = open_cache(tmp_path / "cache")
     cpu = torch.device("cpu")
     plan = [[3, 40, 17], [59, 0]]
     with train_loader(train_set, config.data, config.augment, cpu, views=teacher.views,
-                      records=store.records) as loader:  # fmt: skip
+                      cached=cache.read) as loader:  # fmt: skip
         for draw in (0, 1):
             for batch in loader.batches(plan, draw):
                 exact = teacher(batch.images, batch.views).logits
-                answer = store.decode(batch.records).logits
-                torch.testing.assert_close(answer, exact.half().float(), rtol=1e-3, atol=2e-3)
+                output = cache.decode(batch.cached).logits
+                torch.testing.assert_close(output, exact.half().float(), rtol=1e-3, atol=2e-3)
         (first,), (again,) = loader.batches([[5]], 0), loader.batches([[5]], 1)
     assert not torch.equal(first.images, again.images)
 
@@ -221,9 +221,9 @@ def seen(monkeypatch) -> list[dict[str, torch.Tensor]]:
     passes: list[dict[str, torch.Tensor]] = []
     real = train_module.objective
 
-    def spy(config, progress, forward, answer, images, targets):
-        passes.append({"images": images.clone(), "logits": answer.logits.clone()})
-        return real(config, progress, forward, answer, images, targets)
+    def spy(config, progress, forward, output, images, targets):
+        passes.append({"images": images.clone(), "logits": output.logits.clone()})
+        return real(config, progress, forward, output, images, targets)
 
     monkeypatch.setattr(train_module, "objective", spy)
     return passes
@@ -246,7 +246,7 @@ def assert_same(one: dict[bytes, torch.Tensor], other: dict[bytes, torch.Tensor]
 
 
 def test_epochs_beyond_the_stored_draws_replay_them(ghosttrain, stored, seen):
-    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=topk:2").code == 0
+    assert ghosttrain("cache", *stored, *WRITE, "cache.codec=topk:2").code == 0
     assert ghosttrain(*stored, "train.epochs=5", "train.global_batch=60").code == 0
     epochs = [samples([one]) for one in seen]
     assert len(epochs) == 5 and [len(epoch) for epoch in epochs] == [60] * 5
@@ -255,8 +255,8 @@ def test_epochs_beyond_the_stored_draws_replay_them(ghosttrain, stored, seen):
     assert not epochs[0].keys() & epochs[1].keys()
 
 
-def test_batches_of_any_size_and_workers_get_the_same_answers(ghosttrain, stored, seen, tmp_path):
-    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=features:8").code == 0
+def test_batches_of_any_size_and_workers_get_the_same_outputs(ghosttrain, stored, seen, tmp_path):
+    assert ghosttrain("cache", *stored, *WRITE, "cache.codec=features:8").code == 0
     runs = []
     for number, more in enumerate(([], ["train.micro_batch=5"], ["train.global_batch=12"],
                                    ["data.workers=2"])):  # fmt: skip
@@ -269,8 +269,8 @@ def test_batches_of_any_size_and_workers_get_the_same_answers(ghosttrain, stored
         assert_same(runs[0], run)
 
 
-def test_ranks_get_the_same_answers(ghosttrain, stored, tmp_path):
-    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=features:8").code == 0
+def test_ranks_get_the_same_outputs(ghosttrain, stored, tmp_path):
+    assert ghosttrain("cache", *stored, *WRITE, "cache.codec=features:8").code == 0
     still = ["launch.device=cpu", "optim=sgd", "optim.lr=1e-12", "model.dropout=0",
              "train.sync_bn=true"]  # fmt: skip
     command = [sys.executable, "-m", "ghosttrain", *stored, *still, "launch.nproc=2",
@@ -284,57 +284,57 @@ def test_ranks_get_the_same_answers(ghosttrain, stored, tmp_path):
 
 def test_a_killed_cache_goes_on_and_writes_no_file_twice(stored, tmp_path):
     command = [sys.executable, "-m", "ghosttrain", "cache", *stored, *WRITE,
-               "targets.codec=logits:8", "targets.shard_size=4"]  # fmt: skip
+               "cache.codec=logits:8", "cache.shard_size=4"]  # fmt: skip
     killed_at_the_fourth_file = (
         "import os, sys; from pathlib import Path; from ghosttrain.cli import main\n"
         "replace, seen = Path.replace, []\n"
         "def counted(part, path):\n"
-        "    seen.extend([path] * (path.suffix == '.targets'))\n"
+        "    seen.extend([path] * (path.suffix == '.shard'))\n"
         "    os.kill(os.getpid(), 9) if len(seen) == 4 else replace(part, path)\n"
         "Path.replace = counted\n"
         "main(sys.argv[1:])\n"
     )
     killed = [sys.executable, "-c", killed_at_the_fourth_file, *command[3:]]
     assert subprocess.run(killed, stdout=subprocess.DEVNULL).returncode == -9
-    draws = tmp_path / "store" / "draws"
-    before = {path: path.stat().st_mtime_ns for path in draws.rglob("*.targets")}
+    draws = tmp_path / "cache" / "draws"
+    before = {path: path.stat().st_mtime_ns for path in draws.rglob("*.shard")}
     assert len(before) == 3 and len(list(draws.rglob(".*.part"))) == 1
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"wrote {30 - len(before)} files" in done.stdout
-    assert len(list(draws.rglob("*.targets"))) == 30
+    assert len(list(draws.rglob("*.shard"))) == 30
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
-    assert not open_store(tmp_path / "store").damaged()
+    assert not open_cache(tmp_path / "cache").damaged()
 
 
 def test_two_ranks_write_each_file_once(ghosttrain, stored, tmp_path):
-    alone = [x.replace(str(tmp_path / "store"), str(tmp_path / "alone")) for x in stored]
-    write = [*WRITE, "targets.codec=logits:16"]
+    alone = [x.replace(str(tmp_path / "cache"), str(tmp_path / "alone")) for x in stored]
+    write = [*WRITE, "cache.codec=logits:16"]
     assert ghosttrain("cache", *alone, *write).code == 0
     command = [sys.executable, "-m", "ghosttrain", "cache", *stored, *write, "launch.nproc=2",
                "launch.device=cpu"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "wrote 8 files" in done.stdout
-    one, two = open_store(tmp_path / "alone"), open_store(tmp_path / "store")
+    one, two = open_cache(tmp_path / "alone"), open_cache(tmp_path / "cache")
     assert not two.missing() and not two.damaged()
     for draw in (0, 1):
-        answers = (store.decode(store.records(draw, range(60))).logits for store in (one, two))
-        torch.testing.assert_close(*answers, rtol=2e-3, atol=2e-3)
+        outputs = (cache.decode(cache.read(draw, range(60))).logits for cache in (one, two))
+        torch.testing.assert_close(*outputs, rtol=2e-3, atol=2e-3)
 
 
 def test_a_damaged_file_is_named_and_only_that_one_is_made_again(ghosttrain, stored, tmp_path):
-    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=logits:8").code == 0
-    store = open_store(tmp_path / "store")
-    path = store.path(store.shards()[1])
+    assert ghosttrain("cache", *stored, *WRITE, "cache.codec=logits:8").code == 0
+    cache = open_cache(tmp_path / "cache")
+    path = cache.path(cache.shards()[1])
     good = path.read_bytes()
     path.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
     outcome = ghosttrain(*stored)
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
     assert str(path) in line and "--repair" in line
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*.targets")}
-    outcome = ghosttrain("cache", str(tmp_path / "store"), "--repair")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.shard")}
+    outcome = ghosttrain("cache", str(tmp_path / "cache"), "--repair")
     assert outcome.code == 0, outcome.err
     assert f"damaged: {path}" in outcome.out and "wrote 1 file " in outcome.out
     changed = [p for p, at in before.items() if p.stat().st_mtime_ns != at]
@@ -347,14 +347,14 @@ def test_dry_run_measures_and_writes_nothing(ghosttrain, stored, tmp_path):
     outcome = ghosttrain("cache", *stored, *WRITE, "--dry-run")
     assert outcome.code == 0, outcome.err
     assert "<- chosen" in outcome.out and "will take about" in outcome.out
-    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_inspect_draws_a_picture(ghosttrain, stored, tmp_path):
-    assert ghosttrain("cache", *stored, *WRITE, "targets.codec=features:4").code == 0
-    outcome = ghosttrain("cache", str(tmp_path / "store"), "--inspect")
+    assert ghosttrain("cache", *stored, *WRITE, "cache.codec=features:4").code == 0
+    outcome = ghosttrain("cache", str(tmp_path / "cache"), "--inspect")
     assert outcome.code == 0, outcome.err
-    picture = tmp_path / "store" / "inspect.png"
+    picture = tmp_path / "cache" / "inspect.png"
     assert str(picture) in outcome.out and picture.stat().st_size > 50_000
 
 
@@ -366,12 +366,12 @@ def test_inspect_draws_a_picture(ghosttrain, stored, tmp_path):
         (["data.train_size=96"], "data.train_size: stored 64, now 96"),
         (["teacher.input_size=128"], "teacher.teacher.input_size: stored 96, now 128"),
         (["teacher=efficientnet_lite1", "teacher.input_size=96"], "tf_efficientnet_lite1"),
-        (["targets.epochs=3"], "holds 2 draws"),
-        (["augment=with_mixup"], "targets.dir"),
+        (["cache.draws=3"], "holds 2 draws"),
+        (["augment=with_mixup"], "cache.dir"),
         (["distill.features_weight=1"], "features:8"),
     ],
 )
-def test_other_settings_than_the_stores_are_refused(ghosttrain, store, stored, changes, said):
+def test_other_settings_than_the_stores_are_refused(ghosttrain, cache, stored, changes, said):
     outcome = ghosttrain(*stored, *changes)
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
@@ -379,28 +379,28 @@ def test_other_settings_than_the_stores_are_refused(ghosttrain, store, stored, c
 
 
 @pytest.fixture
-def store(ghosttrain, stored, tmp_path) -> Path:
-    outcome = ghosttrain("cache", *stored, *WRITE, "targets.codec=topk:2")
+def cache(ghosttrain, stored, tmp_path) -> Path:
+    outcome = ghosttrain("cache", *stored, *WRITE, "cache.codec=topk:2")
     assert outcome.code == 0, outcome.err
-    return tmp_path / "store"
+    return tmp_path / "cache"
 
 
-def test_a_store_for_other_images_or_incomplete_is_refused(ghosttrain, store, stored, tmp_path):
+def test_a_cache_for_other_images_or_incomplete_is_refused(ghosttrain, cache, stored, tmp_path):
     from photos import make_photos
 
     make_photos(tmp_path / "more", train=13, val=4)
     outcome = ghosttrain(*stored, f"data.root={tmp_path / 'more'}")
     assert outcome.code == 2 and "images" in outcome.err
-    next(store.rglob("*.targets")).unlink()
+    next(cache.rglob("*.shard")).unlink()
     outcome = ghosttrain(*stored)
     assert outcome.code == 2
     assert "1 of its files missing" in outcome.err and "--repair" in outcome.err
-    outcome = ghosttrain(*stored, f"targets.dir={tmp_path / 'nowhere'}")
+    outcome = ghosttrain(*stored, f"cache.dir={tmp_path / 'nowhere'}")
     assert outcome.code == 2 and "nowhere" in outcome.err
 
 
 def test_the_teacher_need_not_be_there_but_must_not_be_another(ghosttrain, photos, tmp_path):
-    """Stored answers serve a machine without the weights; replaced weights are noticed."""
+    """Cached outputs serve a machine without the weights; replaced weights are noticed."""
     weights_file = tmp_path / "teacher.safetensors"
 
     def write_weights(seed: int) -> None:
@@ -409,10 +409,10 @@ def test_the_teacher_need_not_be_there_but_must_not_be_another(ghosttrain, photo
 
     arguments = [x for x in photos if not x.startswith("teacher")]
     arguments += ["teacher=timm", "teacher.name=test_resnet", f"teacher.weights={weights_file}",
-                  "teacher.trust=true", f"targets.dir={tmp_path / 'store'}",
+                  "teacher.trust=true", f"cache.dir={tmp_path / 'cache'}",
                   "train.max_steps=2"]  # fmt: skip
     write_weights(0)
-    outcome = ghosttrain("cache", *arguments, "targets.epochs=1", "targets.codec=logits:4")
+    outcome = ghosttrain("cache", *arguments, "cache.draws=1", "cache.codec=logits:4")
     assert outcome.code == 0, outcome.err
     write_weights(1)
     outcome = ghosttrain(*arguments)
@@ -420,58 +420,58 @@ def test_the_teacher_need_not_be_there_but_must_not_be_another(ghosttrain, photo
     weights_file.unlink()
     outcome = ghosttrain(*arguments, f"teacher.weights={tmp_path / 'another.safetensors'}")
     assert outcome.code == 2 and "not on this machine" in outcome.err
-    outcome = ghosttrain("cache", str(tmp_path / "store"), "--inspect")
+    outcome = ghosttrain("cache", str(tmp_path / "cache"), "--inspect")
     assert outcome.code == 0, outcome.err
     outcome = ghosttrain(*arguments)
     assert outcome.code == 0, outcome.err
-    assert "stored answers of test_resnet" in outcome.out
+    assert "cached outputs of test_resnet" in outcome.out
 
 
-def test_more_draws_are_added_to_a_store(ghosttrain, store, stored):
-    before = {path: path.stat().st_mtime_ns for path in store.rglob("*.targets")}
-    outcome = ghosttrain("cache", *stored, "targets.epochs=3", "targets.shard_size=16")
+def test_more_draws_are_added_to_a_cache(ghosttrain, cache, stored):
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.shard")}
+    outcome = ghosttrain("cache", *stored, "cache.draws=3", "cache.shard_size=16")
     assert outcome.code == 0, outcome.err
     assert "wrote 4 files" in outcome.out
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
-    assert json.loads((store / "about.json").read_text())["epochs"] == 3
+    assert json.loads((cache / "cache.json").read_text())["draws"] == 3
 
 
-def test_repair_adds_no_draws_and_needs_a_store(ghosttrain, store, stored, tmp_path):
-    path = next(store.rglob("*.targets"))
+def test_repair_adds_no_draws_and_needs_a_cache(ghosttrain, cache, stored, tmp_path):
+    path = next(cache.rglob("*.shard"))
     path.write_bytes(b"cut")
-    outcome = ghosttrain("cache", *stored, "train.epochs=9", "targets.shard_size=16", "--repair")
+    outcome = ghosttrain("cache", *stored, "train.epochs=9", "cache.shard_size=16", "--repair")
     assert outcome.code == 0, outcome.err
-    assert "wrote 1 file " in outcome.out and len(list(store.rglob("*.targets"))) == 8
-    nowhere = f"targets.dir={tmp_path / 'nowhere'}"
+    assert "wrote 1 file " in outcome.out and len(list(cache.rglob("*.shard"))) == 8
+    nowhere = f"cache.dir={tmp_path / 'nowhere'}"
     outcome = ghosttrain("cache", *stored, nowhere, "--repair")
     assert outcome.code == 2 and "nothing to repair" in outcome.err
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_locked_store_is_left_as_it_is(ghosttrain, store, stored):
-    before = (store / "about.json").read_text()
-    with open_store(store).locked():
-        outcome = ghosttrain("cache", *stored, "targets.epochs=50", "targets.shard_size=16")
+def test_a_locked_cache_is_left_as_it_is(ghosttrain, cache, stored):
+    before = (cache / "cache.json").read_text()
+    with open_cache(cache).locked():
+        outcome = ghosttrain("cache", *stored, "cache.draws=50", "cache.shard_size=16")
     assert outcome.code == 2 and "another process is storing" in outcome.err
-    assert (store / "about.json").read_text() == before
+    assert (cache / "cache.json").read_text() == before
 
 
-def test_a_part_of_the_draws_suffices_for_a_part(ghosttrain, store, stored):
-    for path in (store / "draws" / "00001").iterdir():
+def test_a_part_of_the_draws_suffices_for_a_part(ghosttrain, cache, stored):
+    for path in (cache / "draws" / "00001").iterdir():
         path.unlink()
     assert ghosttrain(*stored, "train.max_steps=2").code == 2
-    outcome = ghosttrain(*stored, "targets.epochs=1", "train.max_steps=2")
+    outcome = ghosttrain(*stored, "cache.draws=1", "train.max_steps=2")
     assert outcome.code == 0, outcome.err
-    outcome = ghosttrain("cache", *stored, "targets.epochs=1", "targets.shard_size=16")
+    outcome = ghosttrain("cache", *stored, "cache.draws=1", "cache.shard_size=16")
     assert outcome.code == 0 and "nothing to write" in outcome.out
 
 
 def test_a_resumed_run_keeps_the_draws_it_began_with(ghosttrain, stored, tmp_path, monkeypatch):
-    """Also where the store was given more draws since; another store is refused."""
+    """Also where the cache was given more draws since; another cache is refused."""
     import ghosttrain.engine.train as train_module
 
-    write = ["targets.shard_size=16", "targets.codec=logits:8"]
-    assert ghosttrain("cache", *stored, *write, "targets.epochs=1").code == 0
+    write = ["cache.shard_size=16", "cache.codec=logits:8"]
+    assert ghosttrain("cache", *stored, *write, "cache.draws=1").code == 0
     whole = f"run.root={tmp_path / 'whole'}"
     assert ghosttrain(*stored, whole, "train.epochs=3").code == 0
 
@@ -484,7 +484,7 @@ def test_a_resumed_run_keeps_the_draws_it_began_with(ghosttrain, stored, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "save_state", save)
         assert ghosttrain(*stored, "train.epochs=3").code == 130
-    assert ghosttrain("cache", *stored, *write, "targets.epochs=3").code == 0
+    assert ghosttrain("cache", *stored, *write, "cache.draws=3").code == 0
     outcome = ghosttrain(*stored, "train.epochs=3")
     assert outcome.code == 0, outcome.err
     assert "goes on with 1" in outcome.out
@@ -492,14 +492,14 @@ def test_a_resumed_run_keeps_the_draws_it_began_with(ghosttrain, stored, tmp_pat
 
     last = only_run(tmp_path / "runs") / "result.json"
     last.unlink()
-    shutil.rmtree(tmp_path / "store")
-    assert ghosttrain("cache", *stored, "targets.epochs=1", "targets.codec=topk:2").code == 0
+    shutil.rmtree(tmp_path / "cache")
+    assert ghosttrain("cache", *stored, "cache.draws=1", "cache.codec=topk:2").code == 0
     outcome = ghosttrain(*stored, "train.epochs=3")
     assert outcome.code == 2
     assert "logits:8" in outcome.err and "topk:2" in outcome.err
 
 
-def test_a_codec_measured_with_another_loss_is_said(ghosttrain, store, stored):
+def test_a_codec_measured_with_another_loss_is_said(ghosttrain, cache, stored):
     outcome = ghosttrain(*stored, "distill=kl", "train.max_steps=1")
     assert "the codec was measured with distill=soft_ce at T = 1.0" in outcome.out
 
@@ -507,20 +507,20 @@ def test_a_codec_measured_with_another_loss_is_said(ghosttrain, store, stored):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["targets.dir="], "targets.dir"),
+        (["cache.dir="], "cache.dir"),
         (["teacher=none", "distill=none"], "distill=soft_ce"),
-        (["targets.codec=topk"], "topk:K"),
-        (["targets.codec=topk:5"], "topk"),
-        (["targets.codec=logits:9"], "logits:BITS"),
+        (["cache.codec=topk"], "topk:K"),
+        (["cache.codec=topk:5"], "topk"),
+        (["cache.codec=logits:9"], "logits:BITS"),
         (["--dry-run", "--repair"], "one of --dry-run"),
         (["--dryrun"], "Did you mean '--dry-run'"),
-        (["/nowhere", "--repair"], "no store of answers"),
+        (["/nowhere", "--repair"], "no cache"),
     ],
 )
 def test_mistakes_in_cache(ghosttrain, stored, tmp_path, arguments, said):
-    stored = [] if arguments[0] == "/nowhere" else [*stored, "targets.epochs=1"]
+    stored = [] if arguments[0] == "/nowhere" else [*stored, "cache.draws=1"]
     outcome = ghosttrain("cache", *stored, *arguments)
     assert outcome.code == 2, outcome.out
     (line,) = outcome.err.splitlines()
     assert said in line, line
-    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "cache").exists()

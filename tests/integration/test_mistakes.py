@@ -76,7 +76,7 @@ def test_before_torch_is_imported():
         (["data=folder", "data.root=/absent"], "data.root=/absent: no such folder"),
         (["teacher=ensemble", "distill=kl"], "type teacher.members.a.name="),
         (["teacher=digits", "distill=kl", "distill.alpha=1"], "would do nothing with distill=kl"),
-        (["targets.dir=D"], "would never be read, because distill=none"),
+        (["cache.dir=D"], "would never be read, because distill=none"),
         (
             ["-m", "distill=kl", "teacher.members.a.nmae=X"],
             "Did you mean 'teacher.members.a.name'?",

@@ -53,7 +53,7 @@ def settings(name: str, micro_batch: int, optimizer: str) -> list[str]:
 def one_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ["GHOSTTRAIN_RENDEZVOUS"] = f"file://{folder}/store"
+    os.environ["GHOSTTRAIN_RENDEZVOUS"] = f"file://{folder}/cache"
     distributed.start()
     torch.save(answers_of(rank), folder / f"{rank}.pt")
     distributed.stop()
@@ -66,7 +66,7 @@ def one_rank(rank: int, folder: Path) -> None:
 
     Meter.add = counting_add
     for name, (_, micro_batch, dropout, optimizer) in RUNS.items():
-        os.environ["GHOSTTRAIN_RENDEZVOUS"] = f"file://{folder}/store_{name}"
+        os.environ["GHOSTTRAIN_RENDEZVOUS"] = f"file://{folder}/cache_{name}"
         dtype = torch.float32 if optimizer == "sgd" else torch.float64
         student = partial(Plain, dropout=dropout, dtype=dtype, batch_norm="batch_norm" in name)
         train.build_student = lambda _, classes, student=student: student(len(classes))
@@ -79,10 +79,10 @@ def one_rank(rank: int, folder: Path) -> None:
 def answers_of(rank: int) -> dict[str, Any]:
     """Return what this rank gets of every function of `distributed`, of the meter and of
     `evaluate`."""
-    answers: dict[str, Any] = {"rank": distributed.rank(), "ranks": distributed.world_size()}
-    answers["sum"] = distributed.all_sum(torch.tensor([1, 10]) * (rank + 1))
-    answers["max"] = distributed.all_max(torch.tensor([3.0, 5.0]) * (1 - 2 * rank))
-    answers["broadcast"] = distributed.broadcast({"from": rank})
+    outputs: dict[str, Any] = {"rank": distributed.rank(), "ranks": distributed.world_size()}
+    outputs["sum"] = distributed.all_sum(torch.tensor([1, 10]) * (rank + 1))
+    outputs["max"] = distributed.all_max(torch.tensor([3.0, 5.0]) * (1 - 2 * rank))
+    outputs["broadcast"] = distributed.broadcast({"from": rank})
 
     norms = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(3)).double()
     other = nn.BatchNorm1d(2)
@@ -91,7 +91,7 @@ def answers_of(rank: int) -> dict[str, Any]:
     norms[0].running_mean[1] = -3.0 * rank
     distributed.average_buffers(norms, other)
     distributed.average_buffers(nn.Linear(2, 2))  # has none
-    answers["buffers"] = [*norms.buffers(), *other.buffers()]
+    outputs["buffers"] = [*norms.buffers(), *other.buffers()]
 
     layer = nn.Linear(1, 1, bias=False)
     model = distributed.parallel(layer, torch.device("cpu"))
@@ -100,12 +100,12 @@ def answers_of(rank: int) -> dict[str, Any]:
         with distributed.no_sync(model, part == 0):
             model(torch.full((1, 1), 10.0**part * (1 + rank))).sum().backward()
         own.append(layer.weight.grad.item())
-    answers["gradients"] = own
+    outputs["gradients"] = own
 
     meter = Meter()
     meter.add({"loss": torch.tensor(1.0 + rank)}, 8)
     meter.add({"loss": torch.tensor(4.0 + rank)}, 8)
-    answers["loss"] = meter.read()["loss"]
+    outputs["loss"] = meter.read()["loss"]
 
     class Batches:
         def batches(self, plan: Any) -> Any:
@@ -123,10 +123,10 @@ def answers_of(rank: int) -> dict[str, Any]:
             return logits[numbers]
 
     batches = list(held_out_batches(Batches(), len(LABELS), 2))
-    answers["images"] = [numbers.tolist() for numbers, _ in batches]
+    outputs["images"] = [numbers.tolist() for numbers, _ in batches]
     models = {"ema": Table(), "fused": Table(wrong_at=3)}  # image 3 is rank 1's
-    answers["table"], answers["difference"] = evaluate(models, batches, torch.device("cpu"))
-    return answers
+    outputs["table"], outputs["difference"] = evaluate(models, batches, torch.device("cpu"))
+    return outputs
 
 
 # --- the tests ------------------------------------------------------------------------------------
@@ -153,12 +153,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(folder: Path) -> list[dict[str, Any]]:
+def outputs(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-def test_sums_maxima_and_what_rank_0_says(answers) -> None:
-    for rank, got in enumerate(answers):
+def test_sums_maxima_and_what_rank_0_says(outputs) -> None:
+    for rank, got in enumerate(outputs):
         assert (got["rank"], got["ranks"]) == (rank, 2)
         assert got["sum"].tolist() == [3, 30]
         assert got["max"].tolist() == [3, 5]
@@ -166,22 +166,22 @@ def test_sums_maxima_and_what_rank_0_says(answers) -> None:
         assert got["loss"] == 3  # of 1, 4, 2 and 5
 
 
-def test_floating_buffers_become_their_mean_and_counters_stay(answers) -> None:
-    for rank, got in enumerate(answers):
+def test_floating_buffers_become_their_mean_and_counters_stay(outputs) -> None:
+    for rank, got in enumerate(outputs):
         mean, var, count, *rest = got["buffers"]
         assert mean.tolist() == [5, -1.5] and var.tolist() == [5, 5]
         assert mean.dtype == torch.float64 and count == 4 + 2 * rank
         assert all(b.tolist() in ([5] * 2, [5] * 3) for b in rest if b.is_floating_point())
 
 
-def test_gradients_are_averaged_with_the_last_part_only(answers) -> None:
-    assert [got["gradients"][0] for got in answers] == [1, 2]
-    assert [got["gradients"][1] for got in answers] == [16.5, 16.5]  # of 11 and 22
+def test_gradients_are_averaged_with_the_last_part_only(outputs) -> None:
+    assert [got["gradients"][0] for got in outputs] == [1, 2]
+    assert [got["gradients"][1] for got in outputs] == [16.5, 16.5]  # of 11 and 22
 
 
-def test_an_uneven_share_of_images_is_counted_image_by_image(answers) -> None:
-    assert [got["images"] for got in answers] == [[[0, 2], [4]], [[1, 3]]]
-    for got in answers:
+def test_an_uneven_share_of_images_is_counted_image_by_image(outputs) -> None:
+    assert [got["images"] for got in outputs] == [[[0, 2], [4]], [[1, 3]]]
+    for got in outputs:
         expected = {"top1": 80, "top5": 100, "n": 5}
         assert got["table"] == {"ema": expected, "fused": expected}
         assert got["difference"] == 0.5

@@ -41,15 +41,15 @@ def test_a_run_teaches_the_next_one(ghosttrain: Callable, quick: list[str], tmp_
     card = (only_run(tmp_path / "runs") / "card.md").read_text()
     assert f"Teacher: {run} (kl)" in card
 
-    store = [*taught, f"targets.dir={tmp_path / 'store'}"]
-    outcome = ghosttrain("cache", *store, f"teacher.weights={run}", "targets.codec=logits:16")
+    store = [*taught, f"cache.dir={tmp_path / 'store'}"]
+    outcome = ghosttrain("cache", *store, f"teacher.weights={run}", "cache.codec=logits:16")
     assert outcome.code == 0, outcome.err
     file, fresh = run / "model.safetensors", ["run.fresh=true"]
     outcome = ghosttrain(*store, *fresh, f"teacher.weights={file}", "teacher.input_size=64")
     assert outcome.code == 2 and "input_size: stored 40, now 64" in outcome.err
     # As if this file had been asked by timm's configuration, as it was before.
-    about = json.loads((tmp_path / "store" / "about.json").read_text())
-    assert about["fingerprint"]["teacher"]["teacher"]["mean"] == [0.1, 0.2, 0.3]
+    about = json.loads((tmp_path / "store" / "cache.json").read_text())
+    assert about["key"]["teacher"]["teacher"]["mean"] == [0.1, 0.2, 0.3]
     shutil.move(run, tmp_path / "away")
     outcome = ghosttrain(*store, *fresh, f"teacher.weights={run}")
     assert outcome.code == 0, outcome.err

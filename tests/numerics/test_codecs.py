@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.distill import codecs
-from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.codecs import Codec, candidates, make_codec, measure, parse
+from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.models.lite import lite_file, to_timm
 
 N, K, WIDTHS = 7, 101, (37, 90)
@@ -39,10 +39,10 @@ def classifier(classes: int = K, seed: int = 1) -> tuple[Tensor, Tensor]:
     return draw(classes, sum(WIDTHS), seed=seed) * 0.3, draw(classes, seed=seed + 1)
 
 
-def answer(rows: int = N, seed: int = 0, features: Tensor | None = None) -> Answer:
+def output(rows: int = N, seed: int = 0, features: Tensor | None = None) -> TeacherOutput:
     weight, bias = classifier()
     features = pooled(rows, seed) if features is None else features
-    return Answer(features @ weight.T + bias, features)
+    return TeacherOutput(features @ weight.T + bias, features)
 
 
 def codec(name: str, classes: int = K, mean: Tensor | None = None) -> Codec:
@@ -51,12 +51,12 @@ def codec(name: str, classes: int = K, mean: Tensor | None = None) -> Codec:
     return make_codec(name, classes, WIDTHS, {"mean": mean, "weight": weight, "bias": bias})
 
 
-def stored(name: str, given: Answer, mean: Tensor | None = None) -> Answer:
+def stored(name: str, given: TeacherOutput, mean: Tensor | None = None) -> TeacherOutput:
     one = codec(name, given.logits.shape[1], mean)
-    records = one.encode(given)
-    assert records.dtype == torch.uint8 and records.device.type == "cpu"
-    assert records.shape == (len(given.logits), one.record_bytes)
-    return one.decode(records)
+    cached = one.encode(given)
+    assert cached.dtype == torch.uint8 and cached.device.type == "cpu"
+    assert cached.shape == (len(given.logits), one.bytes_per_image)
+    return one.decode(cached)
 
 
 def extreme(scale: float) -> Tensor:
@@ -85,7 +85,7 @@ def test_names_are_read(name: str) -> None:
 def test_other_names_are_refused_with_what_is_valid(name: str) -> None:
     with pytest.raises(UserError, match=r"topk:K .* features:BITS or logits:BITS .*2, 3, 4") as e:
         parse(name)
-    assert "\n" not in str(e.value) and f"targets.codec={name} " in str(e.value)
+    assert "\n" not in str(e.value) and f"cache.codec={name} " in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_other_names_are_refused_with_what_is_valid(name: str) -> None:
     [
         ("topk:10", 10, (), "10 classes: type topk:K with K below"),
         ("topk:11", 10, (), "10 classes: type topk:K with K below"),
-        ("topk:10", 65537, (), "at most 65,536: type targets.codec=logits"),
+        ("topk:10", 65537, (), "at most 65,536: type cache.codec=logits"),
         ("features:4", 10, (), "one linear layer .*teacher.average=logit"),
         ("features:4", 10, (5,), "table 'weight' of .10, 5., got nothing"),
         ("topk:4", 10, (), "table 'mean' of .10,., got nothing"),
@@ -120,7 +120,7 @@ def test_a_codec_keeps_only_what_it_needs() -> None:
 def test_records_have_the_promised_size() -> None:
     sizes = {"topk:10": 40, "logits:16": 202, "logits:3": 4 + 38, "logits:8": 4 + 101}
     sizes |= {"features:16": 254, "features:3": 8 + 48, "features:8": 8 + 127}
-    assert {name: codec(name).record_bytes for name in sizes} == sizes
+    assert {name: codec(name).bytes_per_image for name in sizes} == sizes
 
 
 def test_candidates_come_smallest_first_and_can_be_made() -> None:
@@ -135,7 +135,7 @@ def test_candidates_come_smallest_first_and_can_be_made() -> None:
     for classes in (2, 3, 5, 10, 20, 50, 100, 1000, 65536, 65537):
         names = candidates(classes, ())
         mean = torch.full((classes,), 1 / classes)
-        sizes = [make_codec(n, classes, (), {"mean": mean}).record_bytes for n in names]
+        sizes = [make_codec(n, classes, (), {"mean": mean}).bytes_per_image for n in names]
         assert sizes == sorted(sizes) and "logits:16" in names
 
 
@@ -156,21 +156,23 @@ def test_packing_is_that_of_numpy(bits: int, count: int) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_any_split_of_a_batch_decodes_alike(name: str) -> None:
-    given, one = answer(), codec(name)
-    records = one.encode(given)
-    whole = one.decode(records)
-    wide = torch.zeros(N, one.record_bytes + 3, dtype=torch.uint8)
-    wide[:, 1 : 1 + one.record_bytes] = records  # part of something larger, at an odd place
+    given, one = output(), codec(name)
+    cached = one.encode(given)
+    whole = one.decode(cached)
+    wide = torch.zeros(N, one.bytes_per_image + 3, dtype=torch.uint8)
+    wide[:, 1 : 1 + one.bytes_per_image] = cached  # part of something larger, at an odd place
     for cut in (0, 1, 4):
-        for source in (records, wide[:, 1 : 1 + one.record_bytes]):
+        for source in (cached, wide[:, 1 : 1 + one.bytes_per_image]):
             parts = [one.decode(source[:cut]), one.decode(source[cut:])]
             logits = torch.cat([part.logits for part in parts])
             torch.testing.assert_close(logits, whole.logits, rtol=1e-5, atol=1e-5)
             if whole.features is not None:
                 assert torch.equal(torch.cat([p.features for p in parts]), whole.features)
-    alone = torch.cat([one.encode(Answer(x[None], f[None])) for x, f in zip(*given, strict=True)])
+    alone = torch.cat(
+        [one.encode(TeacherOutput(x[None], f[None])) for x, f in zip(*given, strict=True)]
+    )
     if not name.startswith("topk"):
-        assert torch.equal(alone, records)
+        assert torch.equal(alone, cached)
 
 
 # --- Every logit ----------------------------------------------------------------------------------
@@ -178,8 +180,8 @@ def test_any_split_of_a_batch_decodes_alike(name: str) -> None:
 
 def test_logits_in_16_bits_are_float16() -> None:
     logits = torch.cat([draw(4, K) * 10, extreme(1e3), torch.full((1, K), 1e-7)])
-    assert torch.equal(stored("logits:16", Answer(logits)).logits, logits.half().float())
-    huge = stored("logits:16", Answer(extreme(1e6))).logits
+    assert torch.equal(stored("logits:16", TeacherOutput(logits)).logits, logits.half().float())
+    huge = stored("logits:16", TeacherOutput(extreme(1e6))).logits
     assert torch.equal(huge, extreme(1e6).clamp(-65504, 65504).half().float())
 
 
@@ -193,7 +195,7 @@ def up_to_a_constant(x: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0, 1e3, 1e4])
 def test_a_logit_is_off_by_half_a_step_at_most(bits: int, scale: float) -> None:
     for logits in (draw(N, K) * scale, extreme(scale), draw(N, K) * scale - 777):
-        back = stored(f"logits:{bits}", Answer(logits)).logits
+        back = stored(f"logits:{bits}", TeacherOutput(logits)).logits
         step = (logits.amax(dim=1) - logits.amin(dim=1)) / (2**bits - 1)
         bound = step.double() * 0.5 * 1.001 + 1e-7 + logits.abs().amax() * 1e-6
         assert (up_to_a_constant(back, logits) <= bound).all()
@@ -204,7 +206,7 @@ def test_a_logit_is_off_by_half_a_step_at_most(bits: int, scale: float) -> None:
 @pytest.mark.parametrize("bits", codecs.BITS)
 def test_logits_beyond_float16_keep_what_a_softmax_sees(bits: int) -> None:
     logits = extreme(1e6)
-    back = stored(f"logits:{bits}", Answer(logits)).logits
+    back = stored(f"logits:{bits}", TeacherOutput(logits)).logits
     assert back.isfinite().all()
     if bits < 16:
         clear = [0, 2, 3]  # the rows whose largest logits are far above the others, or all equal
@@ -212,16 +214,16 @@ def test_logits_beyond_float16_keep_what_a_softmax_sees(bits: int) -> None:
         torch.testing.assert_close((back / 20).softmax(dim=1)[clear], probable)
     logits = torch.zeros(1, K)
     logits[0, 5], logits[0, 6] = 1e7 - 3e4, 1e7
-    back = stored(f"logits:{bits}", Answer(logits)).logits
+    back = stored(f"logits:{bits}", TeacherOutput(logits)).logits
     assert back.isfinite().all() and (bits == 16 or back.argmax(dim=1) == 6)
 
 
 @pytest.mark.parametrize("bits", SMALL_BITS)
 def test_a_constant_changes_nothing_that_a_loss_sees(bits: int) -> None:
     logits = (draw(N, K) * 64).round() / 64
-    base = stored(f"logits:{bits}", Answer(logits)).logits
+    base = stored(f"logits:{bits}", TeacherOutput(logits)).logits
     for constant in (-3000.0, 0.125, 1e4):
-        moved = stored(f"logits:{bits}", Answer(logits + constant)).logits
+        moved = stored(f"logits:{bits}", TeacherOutput(logits + constant)).logits
         assert (up_to_a_constant(moved, base) <= 1e-3).all()
 
 
@@ -233,7 +235,7 @@ def test_a_constant_changes_nothing_that_a_loss_sees(bits: int) -> None:
 def test_topk_keeps_the_largest_and_the_mass_of_the_rest(k: int, scale: float) -> None:
     logits = draw(N, K) * scale
     mean = draw(K, seed=3).softmax(dim=0)
-    back = stored(f"topk:{k}", Answer(logits), mean).logits.double()
+    back = stored(f"topk:{k}", TeacherOutput(logits), mean).logits.double()
     p, q = logits.double().softmax(dim=1), back.softmax(dim=1)
     torch.testing.assert_close(back.exp().sum(dim=1), torch.ones(N).double(), rtol=1e-5, atol=0)
     top, classes = p.topk(k, dim=1)
@@ -253,18 +255,18 @@ def test_topk_stays_finite(scale: float, zeros: int) -> None:
     mean[:zeros] = 0
     mean = mean / mean.sum().clamp_min(1)
     logits = extreme(scale)
-    back = stored("topk:3", Answer(logits), mean).logits
+    back = stored("topk:3", TeacherOutput(logits), mean).logits
     assert back.isfinite().all()
     torch.testing.assert_close(back.exp().sum(dim=1), torch.ones(6), rtol=1e-4, atol=0)
     clear = [0, 5]  # the other rows have ties between classes that are stored and not
     assert torch.equal(back.argmax(dim=1)[clear], logits.argmax(dim=1)[clear])
 
 
-def test_topk_spreads_evenly_over_classes_the_mean_answer_never_names() -> None:
+def test_topk_spreads_evenly_over_classes_the_mean_output_never_names() -> None:
     logits, mean = torch.zeros(1, 6), torch.tensor([0.5, 0.5, 0, 0, 0, 0])
     logits[0, :2] = torch.tensor([2.0, 1.0])
     back = make_codec("topk:2", 6, (), {"mean": mean})
-    p = back.decode(back.encode(Answer(logits))).logits.exp()
+    p = back.decode(back.encode(TeacherOutput(logits))).logits.exp()
     torch.testing.assert_close(p, logits.softmax(dim=1), rtol=1e-3, atol=0)
 
 
@@ -272,7 +274,11 @@ def test_topk_numbers_65536_classes() -> None:
     logits = torch.zeros(3, 65536)
     logits[[0, 1, 2], [32767, 32768, 65535]] = 20.0
     one = make_codec("topk:2", 65536, (), {"mean": torch.full((65536,), 1 / 65536)})
-    assert one.decode(one.encode(Answer(logits))).logits.argmax(1).tolist() == [32767, 32768, 65535]
+    assert one.decode(one.encode(TeacherOutput(logits))).logits.argmax(1).tolist() == [
+        32767,
+        32768,
+        65535,
+    ]
 
 
 # --- Features -------------------------------------------------------------------------------------
@@ -285,7 +291,7 @@ def test_a_root_of_a_feature_is_off_by_half_a_step(bits: int, scale: float, kind
     features = draw(N, sum(WIDTHS)) if kind == "signed" else pooled(N)
     features = (features + 30 * (kind == "far from zero")) * scale
     features[:, WIDTHS[0] :] *= 100  # a member of an ensemble with larger features
-    back = stored(f"features:{bits}", answer(features=features)).features
+    back = stored(f"features:{bits}", output(features=features)).features
     assert back is not None
 
     def root(x: Tensor) -> Tensor:
@@ -302,7 +308,7 @@ def test_extreme_features_stay_finite(bits: int) -> None:
     features = torch.zeros(5, sum(WIDTHS))
     features[1], features[2] = 7.0, -3.0
     features[3, 0], features[4, 40] = 6e4, -6e4
-    back = stored(f"features:{bits}", answer(features=features))
+    back = stored(f"features:{bits}", output(features=features))
     assert back.features is not None and back.logits.isfinite().all()
     assert torch.equal(back.features[0], features[0])
     torch.testing.assert_close(back.features[1:3], features[1:3], rtol=2e-3, atol=0)
@@ -311,7 +317,7 @@ def test_extreme_features_stay_finite(bits: int) -> None:
 
 
 def test_features_in_16_bits_are_float16_and_make_the_logits() -> None:
-    given = answer()
+    given = output()
     back = stored("features:16", given)
     assert given.features is not None and back.features is not None
     assert torch.equal(back.features, given.features.half().float())
@@ -322,16 +328,16 @@ def test_features_in_16_bits_are_float16_and_make_the_logits() -> None:
 
 def test_autocast_does_not_reach_the_classifier() -> None:
     one = codec("features:8")
-    records = one.encode(answer())
-    expected = one.decode(records).logits
+    cached = one.encode(output())
+    expected = one.decode(cached).logits
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(one.decode(records).logits, expected)
+        assert torch.equal(one.decode(cached).logits, expected)
 
 
 def test_equal_steps_of_the_root_beat_equal_steps() -> None:
     features = pooled(64)
     for bits in (3, 4):
-        back = stored(f"features:{bits}", answer(features=features)).features
+        back = stored(f"features:{bits}", output(features=features)).features
         plain = torch.cat(
             [
                 codecs._dequantise(codecs._quantise(x, (x.shape[1],), bits), (x.shape[1],), bits)
@@ -349,8 +355,8 @@ def test_equal_steps_of_the_root_beat_equal_steps() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["topk:3", "logits:4", "logits:16", "features:4", "features:16"])
-def test_an_answer_that_is_not_finite_is_not_stored(name: str, bad: float) -> None:
-    given = answer()
+def test_an_output_that_is_not_finite_is_not_stored(name: str, bad: float) -> None:
+    given = output()
     given.logits[2, 3] = bad
     given.features[2, 3] = bad  # type: ignore[index]
     with pytest.raises(UserError, match="not finite: type teacher.dtype=fp32"):
@@ -358,14 +364,14 @@ def test_an_answer_that_is_not_finite_is_not_stored(name: str, bad: float) -> No
 
 
 @pytest.mark.parametrize("name", ["topk:3", "logits:4", "features:4"])
-def test_an_answer_of_another_shape_is_not_stored(name: str) -> None:
+def test_an_output_of_another_shape_is_not_stored(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} stores \(B, "):
-        codec(name).encode(Answer(torch.zeros(N, K + 1), torch.zeros(N, sum(WIDTHS) + 1)))
+        codec(name).encode(TeacherOutput(torch.zeros(N, K + 1), torch.zeros(N, sum(WIDTHS) + 1)))
     with pytest.raises(ValueError, match="stores"):
-        codec("features:4").encode(Answer(torch.zeros(N, K)))
+        codec("features:4").encode(TeacherOutput(torch.zeros(N, K)))
 
 
-# --- Losses of stored answers ---------------------------------------------------------------------
+# --- Losses of cached outputs ---------------------------------------------------------------------
 
 
 def soft_ce(temperature: float):
@@ -389,7 +395,7 @@ PROMISED = {  # largest relative error of soft cross-entropy, T = 1 / 2 / 5 / 20
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_losses_keep_their_value_at_every_temperature(name: str) -> None:
-    given = answer(64)
+    given = output(64)
     students = {"uniform": torch.zeros(64, K), "random": draw(64, K, seed=9)}
     for temperature, promised in zip((1.0, 2.0, 5.0, 20.0), PROMISED[name], strict=True):
         quality = measure(codec(name), given, students, [soft_ce(temperature)])
@@ -397,7 +403,7 @@ def test_losses_keep_their_value_at_every_temperature(name: str) -> None:
 
 
 def naive(
-    one: Codec, given: Answer, students: Mapping[str, Tensor], temperatures: list[float]
+    one: Codec, given: TeacherOutput, students: Mapping[str, Tensor], temperatures: list[float]
 ) -> tuple[float, float]:
     """Return the quality for soft cross-entropy, each sample alone and by hand, in float64."""
     back = one.decode(one.encode(given)).logits.double()
@@ -421,7 +427,7 @@ def naive(
 @pytest.mark.parametrize("rows", [1, 5, 64, 97, 150])
 @pytest.mark.parametrize("name", ["topk:5", "features:3", "logits:4"])
 def test_measure_agrees_with_samples_one_by_one(name: str, rows: int) -> None:
-    given, one = answer(rows), codec(name)
+    given, one = output(rows), codec(name)
     students = {"uniform": torch.zeros(rows, K), "random": draw(rows, K, seed=9) * 3}
     quality = measure(one, given, students, [soft_ce(1.0), soft_ce(4.0)])
     error, cosine = naive(one, given, students, [1.0, 4.0])
@@ -437,7 +443,7 @@ def test_losses_are_told_which_samples_they_get() -> None:
         assert len(labels[rows]) == len(student) == len(teacher)
         return F.cross_entropy(student + teacher, labels[rows])
 
-    quality = measure(codec("logits:8"), answer(130), {"uniform": torch.zeros(130, K)}, [loss])
+    quality = measure(codec("logits:8"), output(130), {"uniform": torch.zeros(130, K)}, [loss])
     assert quality.cosine > 0.99
     chunks = [rows for rows in seen if rows.stop - rows.start > 1]
     assert {rows.stop - rows.start for rows in chunks} == {65}
@@ -445,7 +451,7 @@ def test_losses_are_told_which_samples_they_get() -> None:
 
 
 def test_a_loss_that_compares_samples_is_measured_by_the_batch() -> None:
-    given, student = answer(128), draw(128, K, seed=9)
+    given, student = output(128), draw(128, K, seed=9)
     one = codec("logits:4")
 
     def across(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
@@ -463,7 +469,7 @@ def test_a_loss_that_compares_samples_is_measured_by_the_batch() -> None:
 
 
 def test_the_worst_student_and_loss_count() -> None:
-    given, one = answer(40), codec("topk:5")
+    given, one = output(40), codec("topk:5")
     students = {"uniform": torch.zeros(40, K), "random": draw(40, K, seed=9) * 3}
     losses = [soft_ce(1.0), soft_ce(4.0)]
     alone = [measure(one, given, {k: s}, [x]) for k, s in students.items() for x in losses]
@@ -473,7 +479,7 @@ def test_the_worst_student_and_loss_count() -> None:
 
 
 def test_a_student_with_nothing_to_learn_does_not_count() -> None:
-    given, one = answer(40), codec("logits:4")
+    given, one = output(40), codec("logits:4")
 
     def kl(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
         return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
@@ -490,7 +496,7 @@ def test_a_loss_that_is_not_finite_is_not_called_good() -> None:
         return (student * math.nan).sum()
 
     students = {"uniform": torch.zeros(N, K)}
-    quality = measure(codec("logits:8"), answer(), students, [soft_ce(1.0), broken])
+    quality = measure(codec("logits:8"), output(), students, [soft_ce(1.0), broken])
     assert math.isnan(quality.loss_error) and not quality.cosine >= 0.995
 
 
@@ -498,7 +504,7 @@ def test_measuring_512_samples_of_1000_classes_is_a_matter_of_moments() -> None:
     logits = draw(512, 1000) * 2
     one = make_codec("logits:4", 1000, (), {})
     started = time.process_time()
-    measure(one, Answer(logits), {"uniform": torch.zeros(512, 1000)}, [soft_ce(1.0)] * 2)
+    measure(one, TeacherOutput(logits), {"uniform": torch.zeros(512, 1000)}, [soft_ce(1.0)] * 2)
     assert time.process_time() - started < 2
 
 
@@ -506,7 +512,7 @@ def test_measuring_512_samples_of_1000_classes_is_a_matter_of_moments() -> None:
 
 
 @pytest.fixture(scope="module")
-def photos() -> tuple[Answer, Tensor, Tensor, Tensor]:
+def photos() -> tuple[TeacherOutput, Tensor, Tensor, Tensor]:
     """What EfficientNet-Lite0 says of 32 crops of two photos; other crops' logits; classifier."""
     model = timm.create_model("tf_efficientnet_lite0").eval()
     weights = torch.load(lite_file("tf_efficientnet_lite0"), weights_only=True)
@@ -523,7 +529,7 @@ def photos() -> tuple[Answer, Tensor, Tensor, Tensor]:
     with torch.no_grad():
         features = model.forward_head(model.forward_features(torch.cat(crops)), pre_logits=True)
         logits = layer(features)
-    mine = Answer(logits[:32], features[:32])
+    mine = TeacherOutput(logits[:32], features[:32])
     return mine, logits[32:], layer.weight, layer.bias
 
 
@@ -543,10 +549,10 @@ def test_codecs_keep_the_gradient_for_photos(photos, name: str, least: float) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", EVERY)
 def test_a_gpu_encodes_and_decodes_alike(name: str) -> None:
-    one, given = codec(name), answer(64)
-    on_gpu = Answer(given.logits.cuda(), given.features.cuda())  # type: ignore[union-attr]
+    one, given = codec(name), output(64)
+    on_gpu = TeacherOutput(given.logits.cuda(), given.features.cuda())  # type: ignore[union-attr]
     expected = one.decode(one.encode(given))
-    records = one.encode(on_gpu)
-    back = one.to("cuda").decode(records.cuda())
-    assert records.device.type == "cpu" and back.logits.is_cuda
+    cached = one.encode(on_gpu)
+    back = one.to("cuda").decode(cached.cuda())
+    assert cached.device.type == "cpu" and back.logits.is_cuda
     torch.testing.assert_close(back.logits.cpu(), expected.logits, rtol=1e-3, atol=0.02)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("", "train", [], []),
         ("train seed=1", "train", ["seed=1"], []),
         ("seed=1 train", "train", ["seed=1"], []),
-        ("+recipe=x cache targets.dir=D", "cache", ["+recipe=x", "targets.dir=D"], []),
+        ("+recipe=x cache cache.dir=D", "cache", ["+recipe=x", "cache.dir=D"], []),
         ("-m seed=1,2 train", "train", ["seed=1,2"], []),
         ("runs/a runs/b report", "report", [], ["runs/a", "runs/b"]),
         ("fuse --out eval runs/a", "fuse", [], ["runs/a"]),

@@ -9,9 +9,8 @@ import yaml
 
 from ghosttrain.config.compose import batch_split, cells, compose, override_run
 from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.identity import fingerprint, flatten, result_settings, run_name, unflatten
+from ghosttrain.config.identity import flatten, result_settings, run_name, settings_hash, unflatten
 from ghosttrain.config.schema import Config, MemberConfig, OptimConfig, Section
-from ghosttrain.engine.folder import check_same_run, read_config
 from ghosttrain.help import help_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,10 +234,10 @@ def test_run_name_depends_on_what_changes_the_result_and_on_nothing_else():
         "run.root=x",
         "seed=5",
     ):
-        assert fingerprint(compose([KD, same]).config) == fingerprint(base)
+        assert settings_hash(compose([KD, same]).config) == settings_hash(base)
     for other in ("optim.lr=0.1", "reparam=none", "augment.seed=1", "train.micro_batch=32"):
-        assert fingerprint(compose([KD, other]).config) != fingerprint(base)
-    assert run_name(base) == f"compact_kd/digits-ghostnetv3_100-{fingerprint(base)}-s0"
+        assert settings_hash(compose([KD, other]).config) != settings_hash(base)
+    assert run_name(base) == f"compact_kd/digits-ghostnetv3_100-{settings_hash(base)}-s0"
     mixed = compose(["+recipe=[compact_kd,ablation/mixup]"]).config
     assert run_name(mixed).startswith("compact_kd+mixup/digits-ghostnetv3_100-mixup-")
     assert "seed" not in result_settings(base) and "optim.lr" in result_settings(base)
@@ -254,25 +253,11 @@ def test_a_setting_at_its_default_does_not_enter_the_hash():
 
     before = compose([*FULL, "optim=sgd"]).config
     saved = before.model_dump(mode="json")
-    assert fingerprint(Later.model_validate(saved)) == fingerprint(before)
+    assert settings_hash(Later.model_validate(saved)) == settings_hash(before)
     saved["optim"]["nesterov"] = False
-    assert fingerprint(Later.model_validate(saved)) != fingerprint(before)
+    assert settings_hash(Later.model_validate(saved)) != settings_hash(before)
     named = compose([*FULL, "optim=sgd", "distill.features_weight=0", "teacher.dtype=auto"]).config
-    assert fingerprint(named) == fingerprint(before)
-
-
-def test_a_run_saved_before_there_were_stored_targets_and_ensembles_goes_on(tmp_path):
-    config = compose([KD]).config
-    saved = config.model_dump(mode="json")
-    del saved["targets"]
-    saved["teacher"] = {k: saved["teacher"][k] for k in ("name", "weights", "input_size")}
-    saved["distill"] = {k: saved["distill"][k] for k in ("name", "temperature", "weight")}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 10}\n')
-    assert read_config(tmp_path) == config
-    check_same_run(tmp_path, config)
-    with pytest.raises(UserError, match="distill.features_weight: 0.0 -> 0.5"):
-        check_same_run(tmp_path, compose([KD, "distill.features_weight=0.5"]).config)
+    assert settings_hash(named) == settings_hash(before)
 
 
 def test_a_sweep_is_every_combination_in_order():
@@ -498,13 +483,13 @@ def test_members_are_part_of_what_a_run_is():
     assert result_settings(config)["teacher.members.b.name"] == "X"
     assert Config.model_validate(unflatten(flatten(config.model_dump(mode="json")))) == config
     assert Config.model_validate(unflatten(flatten(Config().model_dump(mode="json")))) == Config()
-    assert fingerprint(compose([*ensemble, "teacher.chunk=3"]).config) == fingerprint(config)
-    assert fingerprint(compose([*ensemble, "teacher.members.b.weight=1"]).config) == fingerprint(
-        config
-    )
+    assert settings_hash(compose([*ensemble, "teacher.chunk=3"]).config) == settings_hash(config)
+    assert settings_hash(
+        compose([*ensemble, "teacher.members.b.weight=1"]).config
+    ) == settings_hash(config)
     for other in ("b.weight=2", "b.name=Y", "c.name=X"):
         changed = compose([*ensemble, f"teacher.members.{other}"]).config
-        assert fingerprint(changed) != fingerprint(config)
+        assert settings_hash(changed) != settings_hash(config)
 
 
 def test_members_of_a_saved_run_may_be_changed_only_where_allowed():
@@ -545,7 +530,7 @@ def test_a_weight_or_temperature_is_a_number_or_a_schedule():
     assert Config.model_validate(
         yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
     ) == (config)
-    assert fingerprint(config) != fingerprint(compose(TAUGHT).config)
+    assert settings_hash(config) != settings_hash(compose(TAUGHT).config)
 
 
 @pytest.mark.parametrize(
@@ -563,21 +548,21 @@ def test_a_weight_or_temperature_is_a_number_or_a_schedule():
         ("teacher=none distill=none distill.features_weight=1", "would do nothing with distill=no"),
         ("teacher=none distill=none distill.weight=[[0,0],[1,.5]]", "weight=[[0,0],[1,0.5]] would"),
         ("teacher=none distill=none distill.alpha=1", "would do nothing with distill=none"),
-        ("teacher=none distill=none targets.dir=D", "would never be read, because distill=none"),
-        ("targets.codec=topk:20", "targets.dir=FOLDER too (python -m ghosttrain cache writes one)"),
-        ("targets.shard_size=10", "targets.shard_size=10 would do nothing"),
-        ("targets.dir=D targets.codec=topk:0", "targets.codec=topk:0 is none of auto, topk:K"),
-        ("targets.dir=D targets.codec=topk", "targets.codec=topk is none of"),
-        ("targets.dir=D targets.codec=topk:2x", "targets.codec=topk:2x is none of"),
-        ("targets.dir=D targets.codec=features:9", "targets.codec=features:9 is none of"),
-        ("targets.dir=D targets.codec=logits:1", "targets.codec=logits:1 is none of"),
-        ("targets.dir=D targets.codec=logits:32", "targets.codec=logits:32 is none of"),
-        ("targets.dir=D augment=with_mixup", "with augment.mixup_alpha=0.8 an image also depends"),
+        ("teacher=none distill=none cache.dir=D", "would never be read, because distill=none"),
+        ("cache.codec=topk:20", "cache.dir=FOLDER too (python -m ghosttrain cache writes one)"),
+        ("cache.shard_size=10", "cache.shard_size=10 would do nothing"),
+        ("cache.dir=D cache.codec=topk:0", "cache.codec=topk:0 is none of auto, topk:K"),
+        ("cache.dir=D cache.codec=topk", "cache.codec=topk is none of"),
+        ("cache.dir=D cache.codec=topk:2x", "cache.codec=topk:2x is none of"),
+        ("cache.dir=D cache.codec=features:9", "cache.codec=features:9 is none of"),
+        ("cache.dir=D cache.codec=logits:1", "cache.codec=logits:1 is none of"),
+        ("cache.dir=D cache.codec=logits:32", "cache.codec=logits:32 is none of"),
+        ("cache.dir=D augment=with_mixup", "with augment.mixup_alpha=0.8 an image also depends"),
         (
-            "targets.dir=D augment=with_mixup augment.mixup_alpha=0",
+            "cache.dir=D augment=with_mixup augment.mixup_alpha=0",
             "with augment.cutmix_alpha=1.0 an image also depends",
         ),
-        ("targets.epochs=0", "targets.epochs=0 is not greater than or equal to 1"),
+        ("cache.draws=0", "cache.draws=0 is not greater than or equal to 1"),
     ],
 )
 def test_a_mistake_in_distillation_is_one_line_that_helps(overrides, expected):
@@ -593,25 +578,25 @@ def test_the_ablation_of_a_loss_changes_nothing_else(loss):
     assert "distill.name" in other and all(key.startswith("distill.") for key in other)
 
 
-def test_what_two_part_losses_and_stores_of_answers_take(tmp_path, monkeypatch):
+def test_what_two_part_losses_and_stores_of_outputs_take(tmp_path, monkeypatch):
     distill = compose([*TAUGHT, "distill.name=dist", "distill.alpha=1", "distill.beta=2"]).config
     assert (distill.distill.alpha, distill.distill.beta) == (1, 2)
     monkeypatch.chdir(tmp_path)
     for codec in ("auto", "topk:1", "topk:120", "features:2", "features:16", "logits:8"):
-        stored = [*TAUGHT, "targets.dir=été x", f"targets.codec={codec}", "targets.epochs=3"]
-        targets = compose(stored).config.targets
-        assert (targets.dir, targets.codec) == (str(tmp_path / "été x"), codec)
-        assert targets.epochs == 3 and not Path(targets.dir).exists()
+        stored = [*TAUGHT, "cache.dir=été x", f"cache.codec={codec}", "cache.draws=3"]
+        cache = compose(stored).config.cache
+        assert (cache.dir, cache.codec) == (str(tmp_path / "été x"), codec)
+        assert cache.draws == 3 and not Path(cache.dir).exists()
     elsewhere = compose(
         [
             *TAUGHT,
             "augment=with_mixup",
             "augment.mixup_alpha=0",
-            "targets.dir=~/D",
+            "cache.dir=~/D",
             "augment.cutmix_alpha=0",
         ]
     ).config
-    assert elsewhere.targets.dir == str(Path.home() / "D")
+    assert elsewhere.cache.dir == str(Path.home() / "D")
 
 
 def test_the_help_lists_every_setting_under_its_section_with_its_default():
@@ -625,5 +610,5 @@ def test_the_help_lists_every_setting_under_its_section_with_its_default():
     assert [(s, name) for s, name, _ in listed] == [*expected, ("(top)", "seed")]
     defaults = {f"{s}.{name}": value for s, name, value in listed}
     assert defaults["teacher.name"] == "null" and defaults["teacher.members"] == "{}"
-    assert defaults["distill.temperature"] == "1.0" and defaults["targets.shard_size"] == "8192"
+    assert defaults["distill.temperature"] == "1.0" and defaults["cache.shard_size"] == "8192"
     assert max(len(line) for line in help_text().splitlines()) <= 98

@@ -26,7 +26,7 @@ SYNSETS = ImageNetInfo("imagenet-1k").label_names()
 
 
 def network(seed: int, name: str = "test_resnet", num_classes: int = 4) -> nn.Module:
-    """Return a network with statistics as after training, sure of its answers."""
+    """Return a network with statistics as after training, sure of its outputs."""
     torch.manual_seed(seed)
     model = timm.create_model(name, num_classes=num_classes).eval()
     with torch.no_grad():
@@ -61,25 +61,25 @@ def logits_of(seed: int, pixels: Tensor) -> Tensor:
         return network(seed)((pixels - 0.5) / 0.5).double()
 
 
-# --- The mean of answers ---
+# --- The mean of outputs ---
 
 
 @pytest.mark.parametrize("average", ["probability", "logit"])
-def test_answers_are_averaged_with_their_weights(tmp_path: Path, average: str) -> None:
+def test_outputs_are_averaged_with_their_weights(tmp_path: Path, average: str) -> None:
     pixels = torch.rand(5, 3, 40, 40)
     members = {"a": member(tmp_path, 1, weight=3.0), "b": member(tmp_path, 2)}
-    answer = build(members, average=average)(student_view(pixels))
+    output = build(members, average=average)(student_view(pixels))
     one, two = logits_of(1, pixels), logits_of(2, pixels)
     if average == "logit":
         expected = 0.75 * one + 0.25 * two
-        torch.testing.assert_close(answer.logits.double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.logits.double(), expected, rtol=1e-4, atol=1e-4)
     expected = (
         0.75 * one.softmax(1) + 0.25 * two.softmax(1)
         if average == "probability"
         else (0.75 * one + 0.25 * two).softmax(1)
     )
     assert (one.softmax(1) - two.softmax(1)).abs().max() > 0.1, "the members differ"
-    torch.testing.assert_close(answer.logits.double().softmax(1), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.logits.double().softmax(1), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_one_member_is_that_network(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_one_member_is_that_network(tmp_path: Path) -> None:
 
 def test_certain_members_that_disagree_have_a_finite_mean(tmp_path: Path) -> None:
     teacher = build({"a": member(tmp_path, 1), "b": member(tmp_path, 2)})
-    extreme = [answer._replace(logits=torch.full((1, 4), -1e4)) for answer in teacher.each(
+    extreme = [output._replace(logits=torch.full((1, 4), -1e4)) for output in teacher.each(
         student_view(torch.rand(1, 3, 40, 40)))]  # fmt: skip
     extreme[0].logits[0, 0], extreme[1].logits[0, 1] = 1e4, 1e4
     assert torch.allclose(
@@ -117,14 +117,14 @@ def test_the_order_in_which_members_are_typed_does_not_matter(tmp_path: Path) ->
 def test_features_of_the_members_make_the_logits(tmp_path: Path) -> None:
     members = {"a": member(tmp_path, 1, weight=3.0), "b": member(tmp_path, 2)}
     teacher = build(members, average="logit")
-    answer = teacher(student_view(torch.rand(3, 3, 40, 40)))
+    output = teacher(student_view(torch.rand(3, 3, 40, 40)))
     weight, bias = teacher.classifier()
-    assert answer.features is not None and len(teacher.widths) == 2
-    assert answer.features.shape == (3, sum(teacher.widths)) and weight.shape[1] == sum(
+    assert output.features is not None and len(teacher.widths) == 2
+    assert output.features.shape == (3, sum(teacher.widths)) and weight.shape[1] == sum(
         teacher.widths
     )
-    made = answer.features @ weight.T + bias
-    torch.testing.assert_close(made, answer.logits, rtol=1e-4, atol=1e-4)
+    made = output.features @ weight.T + bias
+    torch.testing.assert_close(made, output.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_probabilities_of_several_have_no_features(tmp_path: Path) -> None:
@@ -179,22 +179,22 @@ def test_larger_inputs_ask_for_a_view_and_take_it(tmp_path: Path) -> None:
     assert teacher.views == ((64, "bilinear"),)
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     images = student_view(torch.rand(2, 3, 40, 40))
-    answers = teacher.each(images, {(64, "bilinear"): pixels})
-    for answer, view in (
-        (answers[1].logits, pixels / 255),
-        (answers[0].logits, images * torch.tensor(DATA.std).view(3, 1, 1)
+    outputs = teacher.each(images, {(64, "bilinear"): pixels})
+    for output, view in (
+        (outputs[1].logits, pixels / 255),
+        (outputs[0].logits, images * torch.tensor(DATA.std).view(3, 1, 1)
          + torch.tensor(DATA.mean).view(3, 1, 1)),
     ):  # fmt: skip
         seed = 2 if view.shape[-1] == 64 else 1
-        torch.testing.assert_close(answer.double(), logits_of(seed, view), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(output.double(), logits_of(seed, view), rtol=1e-3, atol=1e-3)
     as_float = teacher.each(images, {(64, "bilinear"): pixels / 255})
-    torch.testing.assert_close(as_float[1].logits, answers[1].logits)
+    torch.testing.assert_close(as_float[1].logits, outputs[1].logits)
     small = F.interpolate(
         images * torch.tensor(DATA.std).view(3, 1, 1) + torch.tensor(DATA.mean).view(3, 1, 1),
         (36, 36), mode="bilinear", antialias=True,
     )  # fmt: skip
     torch.testing.assert_close(
-        answers[2].logits.double(), logits_of(3, small), rtol=1e-3, atol=1e-3
+        outputs[2].logits.double(), logits_of(3, small), rtol=1e-3, atol=1e-3
     )
 
 
@@ -208,15 +208,15 @@ def test_chunks_change_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(parts.features, whole.features)
 
 
-def test_bf16_is_close_and_answers_in_float32(tmp_path: Path) -> None:
+def test_bf16_is_close_and_outputs_in_float32(tmp_path: Path) -> None:
     images = student_view(torch.rand(4, 3, 40, 40))
     exact = build({"a": member(tmp_path, 1)})(images)
     teacher = build({"a": member(tmp_path, 1)}, dtype="bf16")
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
-    answer = teacher(images)
-    assert answer.logits.dtype == torch.float32
-    assert answer.features is not None and answer.features.dtype == torch.float32
-    difference = (answer.logits - exact.logits).abs().max()
+    output = teacher(images)
+    assert output.logits.dtype == torch.float32
+    assert output.features is not None and output.features.dtype == torch.float32
+    difference = (output.logits - exact.logits).abs().max()
     assert 0 < difference < 0.05 * exact.logits.abs().max()
 
 
@@ -242,12 +242,12 @@ def test_classes_in_another_order_are_matched_by_the_names_in_the_file(tmp_path:
     pixels = torch.rand(2, 3, 40, 40)
     with torch.no_grad():
         expected = model((pixels - 0.5) / 0.5)[:, [1, 4, 3, 0]]
-    answer = teacher(student_view(pixels))
-    torch.testing.assert_close(answer.logits, expected, rtol=1e-4, atol=1e-4)
+    output = teacher(student_view(pixels))
+    torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)
     weight, bias = teacher.classifier()
-    assert answer.features is not None
-    made = answer.features @ weight.T + bias
-    torch.testing.assert_close(made, answer.logits, rtol=1e-4, atol=1e-4)
+    assert output.features is not None
+    made = output.features @ weight.T + bias
+    torch.testing.assert_close(made, output.logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=r"lacks fox:") as error:
         build_teacher(cfg, ["ant", "fox"], DATA, "cpu")
     assert "5 classes (dog, ant, owl, ...)" in str(error.value)

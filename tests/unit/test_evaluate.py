@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Table(nn.Module):
-    """Answers image i with row i of a table; an image is its number."""
+    """TeacherSource image i with row i of a table; an image is its number."""
 
     def __init__(self, rows: list[list[float]]) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ def run(data, workers, epochs=(0, 1)):
 
 
 def assert_equal(a, b):
-    """The same batches, whole: views and records too, bit for bit."""
+    """The same batches, whole: views and cached too, bit for bit."""
     assert len(a) == len(b) > 0
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -84,8 +84,8 @@ def test_batches_hold_what_the_transform_makes(data):
     train, _ = build_datasets(data)
     transform = train_transform(data, AugmentConfig())
     mean, std = torch.tensor(data.mean), torch.tensor(data.std)
-    for images, labels, indices, views, records in run(data, 0, epochs=(1,)):
-        assert views == {} and records is None
+    for images, labels, indices, views, cached in run(data, 0, epochs=(1,)):
+        assert views == {} and cached is None
         assert images.dtype == torch.float32 and images.is_contiguous()
         assert labels.dtype == indices.dtype == torch.int64
         assert labels.tolist() == train.labels[indices].tolist()
@@ -180,13 +180,13 @@ def test_more_workers_than_cores_or_batches_is_no_warning(data):
         assert len(list(loader.batches([[0], [1]]))) == 2
 
 
-# --- views and records --------------------------------------------------------------------------
+# --- views and cached --------------------------------------------------------------------------
 
 VIEWS = ((40, "bilinear"), (25, "bicubic"))
 
 
 class Stored:
-    """A store that answers with what it was asked, and by whom."""
+    """A cache that outputs with what it was asked, and by whom."""
 
     def read(self, draw_number, indices):
         assert isinstance(draw_number, int) and all(isinstance(i, int) for i in indices)
@@ -234,20 +234,20 @@ def test_views_of_evaluation_are_centre_crops_of_their_size(data, workers):
 def test_records_travel_in_order_with_their_draw_from_the_workers(data, workers):
     data = with_workers(data, workers)
     train, _ = build_datasets(data)
-    with train_loader(train, data, AugmentConfig(), CPU, records=Stored().read) as loader:
+    with train_loader(train, data, AugmentConfig(), CPU, cached=Stored().read) as loader:
         for draw_number in (0, 3):
             batches = list(loader.batches(plan(1), draw_number))
             assert [batch.indices.tolist() for batch in batches] == list(plan(1))
             for batch in batches:
-                assert batch.records.dtype == torch.uint8
-                assert batch.records[:, 0].eq(draw_number).all()
-                assert torch.equal(batch.records[:, 1].long(), batch.indices)
-            readers = {tuple(batch.records[0, 2:].tolist()) for batch in batches}
+                assert batch.cached.dtype == torch.uint8
+                assert batch.cached[:, 0].eq(draw_number).all()
+                assert torch.equal(batch.cached[:, 1].long(), batch.indices)
+            readers = {tuple(batch.cached[0, 2:].tolist()) for batch in batches}
             assert len(readers) == max(workers, 1)
             assert (tuple(os.getpid().to_bytes(4, "big")) in readers) is (workers == 0)
     with train_loader(train, data, AugmentConfig(), CPU) as loader:
         plain = list(loader.batches(plan(1), 3))
-    assert_equal([batch._replace(records=None) for batch in batches], plain)
+    assert_equal([batch._replace(cached=None) for batch in batches], plain)
 
 
 def damaged(draw_number, indices):
@@ -260,7 +260,7 @@ def damaged(draw_number, indices):
 def test_what_records_refuse_is_the_same_one_line_from_anywhere(data, workers):
     data = with_workers(data, workers)
     with train_loader(
-        build_datasets(data)[0], data, AugmentConfig(), CPU, records=damaged
+        build_datasets(data)[0], data, AugmentConfig(), CPU, cached=damaged
     ) as loader:
         with pytest.raises(UserError) as raised:
             list(loader.batches(plan(0), 1))

@@ -14,7 +14,7 @@ from ghosttrain.config.schema import AugmentConfig, Config, DistillConfig, Train
 from ghosttrain.data.augment import mix_batch
 from ghosttrain.data.loader import Batch
 from ghosttrain.distill import losses as distill_losses
-from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.engine.train import mixed, mixed_precision, objective
 
 B, K, F = 6, 5, 4
@@ -40,7 +40,7 @@ class Fixed(nn.Module):
 def terms(
     distill: DistillConfig,
     output: Any = STUDENT,
-    answer: Answer | None = None,
+    teacher_output: TeacherOutput | None = None,
     smoothing: float = 0.1,
     targets: np.ndarray = SOFT,
     progress: float = 0.5,
@@ -50,13 +50,13 @@ def terms(
         output = torch.from_numpy(output)
     images = torch.zeros(B, 3, 8, 8)
     forward, targets_BK = Fixed(output), torch.from_numpy(targets).float()
-    losses = objective(config, progress, forward, answer, images, targets_BK)
+    losses = objective(config, progress, forward, teacher_output, images, targets_BK)
     return {name: value.item() for name, value in losses.items()}
 
 
-def teacher(features: np.ndarray | None = None) -> Answer:
+def teacher(features: np.ndarray | None = None) -> TeacherOutput:
     logits = torch.from_numpy(TEACHER)
-    return Answer(logits, None if features is None else torch.from_numpy(features))
+    return TeacherOutput(logits, None if features is None else torch.from_numpy(features))
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ def test_without_a_teacher_there_is_the_term_of_the_labels(smoothing, targets) -
 def test_every_distillation_loss_with_its_weights_and_temperature(name: str) -> None:
     parts = {"alpha": 0.5, "beta": 3.0} if name in ("dkd", "dist") else {}
     distill = DistillConfig(name=name, temperature=2.0, weight=7.0, label_weight=0.25, **parts)
-    losses = terms(distill, answer=teacher())
+    losses = terms(distill, teacher_output=teacher())
     label, term = 0.25 * label_term(SOFT, 0.1), 7 * LOSSES[name]
     agreement = (STUDENT.argmax(1) == TEACHER.argmax(1)).mean()
     assert losses == {
@@ -153,7 +153,7 @@ def test_the_features_term_is_one_minus_the_mean_cosine() -> None:
     term = 5 * (1 - ((PROJECTED * TEACHERS).sum(1) / norms).mean())
     assert losses["features"] == close(term)
     assert losses["loss"] == close(label_term(SOFT, 0.1) + LOSSES["kl"] + term)
-    assert "features" not in terms(distill, output, teacher())  # an answer without features
+    assert "features" not in terms(distill, output, teacher())  # an output without features
 
 
 def test_short_features_count_as_of_length_1e_4() -> None:
@@ -202,9 +202,9 @@ def test_weights_and_temperature_follow_the_run() -> None:
 def test_terms_are_widened_before_they_are_computed() -> None:
     """Bfloat16 logits give the loss of their float32 values, float64 ones lose nothing."""
     narrow = torch.from_numpy(STUDENT).bfloat16()
-    for distill, answer in [(DistillConfig(), None), (DistillConfig(name="kl"), teacher())]:
-        wide = terms(distill, narrow.float(), answer)
-        assert terms(distill, narrow, answer) == wide
+    for distill, output in [(DistillConfig(), None), (DistillConfig(name="kl"), teacher())]:
+        wide = terms(distill, narrow.float(), output)
+        assert terms(distill, narrow, output) == wide
     config = Config(train=TrainConfig(label_smoothing=0.0))
     targets = torch.from_numpy(HARD).float()
     forward = Fixed(torch.from_numpy(STUDENT))
@@ -214,17 +214,17 @@ def test_terms_are_widened_before_they_are_computed() -> None:
 
 def test_the_teacher_gets_no_gradient_and_the_student_gets_all_of_it() -> None:
     student = torch.from_numpy(STUDENT).float().requires_grad_()
-    answer = torch.from_numpy(TEACHER).float().requires_grad_()
+    output = torch.from_numpy(TEACHER).float().requires_grad_()
     config = Config(
         distill=DistillConfig(name="kl", weight=2.0), train=TrainConfig(label_smoothing=0.0)
     )
     targets = torch.from_numpy(HARD).float()
-    losses = objective(config, 0.0, Fixed(student), Answer(answer), torch.zeros(B), targets)
+    losses = objective(config, 0.0, Fixed(student), TeacherOutput(output), torch.zeros(B), targets)
     losses["loss"].backward()
     q, p = np.exp(log_softmax(STUDENT)), np.exp(log_softmax(TEACHER))
     expected = ((q - HARD) + 2 * (q - p)) / B
     np.testing.assert_allclose(student.grad.numpy(), expected, rtol=1e-5, atol=1e-7)
-    assert answer.grad is None
+    assert output.grad is None
 
 
 # --- what comes before it -------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from ghosttrain.distill.teacher import (
     binomial_tail,
     build_teacher,
     check_teacher,
-    refuse_chance,
     score,
+    validate_above_chance,
 )
 from ghosttrain.models import lite, sources
 from ghosttrain.models.files import read_file
@@ -423,7 +423,7 @@ def test_weights_beyond_float16_are_not_packed(tmp_path: Path) -> None:
 
 
 class Oracle(nn.Module):
-    """Reads the answer from the image."""
+    """Reads the output from the image."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.one_hot(x[:, 0, 0, 0].round().long(), 10).float()
@@ -435,9 +435,9 @@ def oracle() -> Teacher:
 
 
 def test_check_teacher_counts() -> None:
-    answers = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+    outputs = torch.tensor([0, 1, 2, 3, 4, 5, 6])
     labels = torch.tensor([0, 1, 2, 3, 9, 9, 9])
-    images = answers.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float()
+    images = outputs.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float()
     batches = zip(images.split(4), labels.split(4), ({}, {}), strict=True)
     (found,) = check_teacher(oracle(), batches)
     assert found[:3] == (4, 7, 3) and found.top1 == 4 / 7
@@ -445,7 +445,7 @@ def test_check_teacher_counts() -> None:
     assert found[:3] == (0, 0, 0) and found.top1 == 0
 
 
-def test_answers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     built = build(weights=saved(tmp_path, network()), input_size=48)
     with torch.no_grad():
         only(built).network.fc.weight.fill_(1e38)
@@ -469,7 +469,7 @@ def test_binomial_tail_by_hand() -> None:
 
 
 def sample(sizes: list[int], right: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return answers and labels of a sample with so many images a class: a share of the answers is
+    """Return outputs and labels of a sample with so many images a class: a share of the outputs is
     right, the others are drawn from all classes.
     """
     draw = torch.Generator().manual_seed(seed)
@@ -489,12 +489,12 @@ def test_a_teacher_that_always_says_the_same_never_passes(sizes: list[int]) -> N
         found = score(torch.full_like(labels, label), labels)
         assert found.chance == pytest.approx(sizes[label] / sum(sizes))
         assert f"class ({max(sizes)} right)" in refusal(
-            lambda f=found: refuse_chance(f, len(sizes))
+            lambda f=found: validate_above_chance(f, len(sizes))
         )
     almost = torch.full_like(labels, 0)
-    almost[-1] = labels[-1]  # one image more than the constant answer
+    almost[-1] = labels[-1]  # one image more than the constant output
     assert "no better than guessing" in refusal(
-        lambda: refuse_chance(score(almost, labels), len(sizes))
+        lambda: validate_above_chance(score(almost, labels), len(sizes))
     )
 
 
@@ -509,15 +509,15 @@ def test_a_teacher_that_always_says_the_same_never_passes(sizes: list[int]) -> N
     ],
 )
 def test_a_teacher_that_knows_the_classes_passes(sizes: list[int], right: float) -> None:
-    refuse_chance(score(*sample(sizes, right)), len(sizes))
+    validate_above_chance(score(*sample(sizes, right)), len(sizes))
 
 
-def test_answers_without_a_relation_to_the_labels_are_refused() -> None:
+def test_outputs_without_a_relation_to_the_labels_are_refused() -> None:
     passed = 0
     for seed in range(200):
-        answers, labels = sample([51] * 10, 0.0, seed)
+        outputs, labels = sample([51] * 10, 0.0, seed)
         try:
-            refuse_chance(score(answers, labels), 10)
+            validate_above_chance(score(outputs, labels), 10)
             passed += 1
         except UserError:
             pass
@@ -526,35 +526,35 @@ def test_answers_without_a_relation_to_the_labels_are_refused() -> None:
         *sample(IMBALANCED, 0.45)
     )  # it knows something, but a constant is right more often
     assert worse.chance + 0.1 < worse.top1 < 353 / 512
-    message = refusal(lambda: refuse_chance(worse, 3))
+    message = refusal(lambda: validate_above_chance(worse, 3))
     assert "more than guesses are, but it is no better than always" in message
     assert "most frequent class (353 right)" in message and "normalisation" not in message
-    answers, labels = sample(IMBALANCED, 1.0)
-    shifted = (answers + 1) % 3  # the classes in another order
-    assert "always answering the most frequent class (353 right): its classes, their" in refusal(
-        lambda: refuse_chance(score(shifted, labels), 3)
+    outputs, labels = sample(IMBALANCED, 1.0)
+    shifted = (outputs + 1) % 3  # the classes in another order
+    assert "always naming the most frequent class (353 right): its classes, their" in refusal(
+        lambda: validate_above_chance(score(shifted, labels), 3)
     )
 
 
 def test_too_few_images_are_said_to_be_too_few() -> None:
     for labels in ([0, 1], [0], [], [3] * 512):
         labels = torch.tensor(labels, dtype=torch.long)
-        message = refusal(lambda labels=labels: refuse_chance(score(labels, labels), 10))
+        message = refusal(lambda labels=labels: validate_above_chance(score(labels, labels), 10))
         assert f"{len(labels)} training images" in message and "too few" in message
         assert "teacher.check_samples=" in message and "teacher.trust=true" in message
-    refuse_chance(score(torch.arange(7), torch.arange(7)), 10)
+    validate_above_chance(score(torch.arange(7), torch.arange(7)), 10)
 
 
 def test_the_bound_of_balanced_classes() -> None:
     # Of 500 images and 10 classes: P(X >= 66) = .0125, P(X >= 67) = .0087.
     labels = torch.arange(500) % 10
     for hits, passes in ((66, False), (67, True)):
-        answers = labels.clone()
-        answers[hits:] = (answers[hits:] + 1 + torch.arange(500 - hits) // 10 % 9) % 10
-        found = score(answers, labels)
+        outputs = labels.clone()
+        outputs[hits:] = (outputs[hits:] + 1 + torch.arange(500 - hits) // 10 % 9) % 10
+        found = score(outputs, labels)
         assert found.hits == hits and found.chance == pytest.approx(0.1, abs=1e-3)
         if passes:
-            refuse_chance(found, 10)
+            validate_above_chance(found, 10)
         else:
-            message = refusal(lambda f=found: refuse_chance(f, 10))
+            message = refusal(lambda f=found: validate_above_chance(f, 10))
             assert "66 of 500" in message and "10 classes" in message and "teacher=none" in message

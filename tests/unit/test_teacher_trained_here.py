@@ -99,11 +99,11 @@ def test_a_student_teaches_as_its_file_says(
     small = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
     with torch.no_grad():
         logits = model((small - column(OWN["mean"])) / column(OWN["std"]))[:, [1, 3, 2, 0]]
-    answer = teacher(seen(pixels))
-    torch.testing.assert_close(answer.logits, logits, rtol=1e-3, atol=1e-4)
+    output = teacher(seen(pixels))
+    torch.testing.assert_close(output.logits, logits, rtol=1e-3, atol=1e-4)
     weight, bias = teacher.classifier()
-    assert answer.features is not None
-    torch.testing.assert_close(answer.features @ weight.T + bias, answer.logits)
+    assert output.features is not None
+    torch.testing.assert_close(output.features @ weight.T + bias, output.logits)
 
 
 def test_what_is_typed_counts_before_what_the_file_says(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_members_describe_themselves(tmp_path: Path) -> None:
     assert "teacher.members.b.name is test_vit" in refusal(lambda: build(members=members))
 
 
-def test_what_is_asked_for_a_store(tmp_path: Path) -> None:
+def test_what_is_asked_for_a_cache(tmp_path: Path) -> None:
     """The settings of a described file are those that say the same; others stay as typed."""
     model = create_timm_model("test_resnet", 4)
     path = written(tmp_path / "w.safetensors", model, "test_resnet", "timm")

@@ -119,7 +119,7 @@ def leaves_files(free, opened, draw_number, index):
 
 
 def test_a_worker_keeps_files_for_handing_batches_over(dataset, capfd):
-    """Else the thread that does it fails, and the main process waits for its answer."""
+    """Else the thread that does it fails, and the main process waits for its output."""
     data, refused = DATA.model_copy(update={"workers": 1}), []
     for free in range(1, 16):
         with Loader(dataset, functools.partial(leaves_files, free), data, CPU) as loader:
@@ -142,7 +142,7 @@ def test_an_error_without_workers_keeps_its_own_words(dataset):
         raise OSError(errno.EIO, "Input/output error")
 
     data = DATA.model_copy(update={"workers": 0})
-    with train_loader(dataset, data, AugmentConfig(), CPU, records=reads) as loader:
+    with train_loader(dataset, data, AugmentConfig(), CPU, cached=reads) as loader:
         with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
             list(loader.batches([[0]]))
 
@@ -218,7 +218,7 @@ def test_training_ends_in_one_line(ghosttrain, tiny, monkeypatch):
 
 @pytest.fixture
 def few_digits(tmp_path):
-    """60 of the embedded digits as IDX files, and what makes the shipped teacher store answers."""
+    """60 of the embedded digits as IDX files, and what makes the shipped teacher store outputs."""
     from ghosttrain.data.datasets import build_datasets
 
     train = build_datasets(DataConfig(name="digits"))[0]
@@ -230,7 +230,7 @@ def few_digits(tmp_path):
     return [
         "cache", "teacher=digits", "distill=soft_ce", "data=idx", f"data.root={tmp_path}",
         "data.val_split=val", "data.train_size=64", "teacher.check_samples=0", "train.epochs=1",
-        "targets.codec=topk:3", "targets.shard_size=10", "train.eval_batch=5",
+        "cache.codec=topk:3", "cache.shard_size=10", "train.eval_batch=5",
     ]  # fmt: skip
 
 
@@ -241,28 +241,28 @@ def write_idx(prefix, images, labels):
         path.write_bytes(head + array.astype(np.uint8).tobytes())
 
 
-def test_cache_ends_in_one_line_and_its_store_is_right_when_it_goes_on(
+def test_cache_ends_in_one_line_and_its_cache_is_right_when_it_goes_on(
     ghosttrain, few_digits, tmp_path, monkeypatch
 ):
-    store, whole = tmp_path / "store", tmp_path / "whole"
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
     args = [*few_digits, "data.workers=1"]
     # A batch has 4 tensors, with the teacher's view 5; the sample takes 24 batches of another
     # loader: the first files are written, then the memory is full.
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", failing_after(5 * 5))
-    monkeypatch.setattr("ghosttrain.engine.cache.SAMPLE", 5)
-    outcome = ghosttrain(*args, f"targets.dir={store}")
+    monkeypatch.setattr("ghosttrain.engine.cache_writer.SAMPLE", 5)
+    outcome = ghosttrain(*args, f"cache.dir={cache}")
     assert outcome.code == 2 and "do not fit into shared memory" in outcome.err
     assert outcome.err.count("\n") == 1
-    assert 0 < len(list(store.rglob("*.targets"))) < 6
+    assert 0 < len(list(cache.rglob("*.shard"))) < 6
     monkeypatch.undo()
-    monkeypatch.setattr("ghosttrain.engine.cache.SAMPLE", 5)
-    outcome = ghosttrain(*args, f"targets.dir={store}")
+    monkeypatch.setattr("ghosttrain.engine.cache_writer.SAMPLE", 5)
+    outcome = ghosttrain(*args, f"cache.dir={cache}")
     assert outcome.code == 0
     assert "note: 1 of 60 images looked at in" in outcome.out  # notes on the data are said here too
-    assert ghosttrain(*args, f"targets.dir={whole}").code == 0
+    assert ghosttrain(*args, f"cache.dir={whole}").code == 0
 
     def files(folder):
         paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".yaml",))
         return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
-    assert files(store) == files(whole)
+    assert files(cache) == files(whole)

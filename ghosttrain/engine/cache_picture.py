@@ -1,4 +1,4 @@
-"""A picture of what is being taught: augmented crops with the teacher's stored answers.
+"""A picture of what is being taught: augmented crops with the teacher's cached outputs.
 
 Shapes: B samples, K classes.
 """
@@ -17,13 +17,13 @@ from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import train_loader
 from ghosttrain.data.order import epoch_order
-from ghosttrain.distill.targets import Store
+from ghosttrain.distill.cache import TeacherCache
 
 SAMPLES, DRAWS, BEST = 6, 3, 3
 """Columns of the picture, rows at most, classes named above each crop."""
 
 
-def draw_picture(store: Store, config: Config, train_set: Dataset) -> Path:
+def draw_picture(cache: TeacherCache, config: Config, train_set: Dataset) -> Path:
     """Draw a few samples under a few draws with the teacher's top-3; return the picture's path.
 
     Raises:
@@ -33,12 +33,12 @@ def draw_picture(store: Store, config: Config, train_set: Dataset) -> Path:
     from matplotlib.figure import Figure
 
     indices = epoch_order(len(train_set), 0, 0)[:SAMPLES].tolist()
-    absent = {shard.draw for shard in store.missing()}
-    draws = [draw for draw in range(store.about.epochs) if draw not in absent][:DRAWS]
+    absent = {shard.draw for shard in cache.missing()}
+    draws = [draw for draw in range(cache.info.draws) if draw not in absent][:DRAWS]
     if not draws:
         raise UserError(
-            f"{store.folder} holds no whole draw yet: type python -m ghosttrain cache"
-            f" {store.folder} --repair"
+            f"{cache.folder} holds no whole draw yet: type python -m ghosttrain cache"
+            f" {cache.folder} --repair"
         )
     names = [_spoken(name) for name in train_set.classes]
     rows, columns = len(draws), len(indices)
@@ -50,11 +50,11 @@ def draw_picture(store: Store, config: Config, train_set: Dataset) -> Path:
     )
     data = config.data.model_copy(update={"workers": 0})
     cpu = torch.device("cpu")
-    with train_loader(train_set, data, config.augment, cpu, records=store.records) as loader:
+    with train_loader(train_set, data, config.augment, cpu, cached=cache.read) as loader:
         for row, draw in enumerate(draws):
             (batch,) = loader.batches([indices], draw)
-            assert batch.records is not None
-            probabilities_BK = store.decode(batch.records).logits.softmax(dim=1)
+            assert batch.cached is not None
+            probabilities_BK = cache.decode(batch.cached).logits.softmax(dim=1)
             for column in range(columns):
                 axis = axes[row][column]
                 pixels = (batch.images[column] * std + mean).clamp(0, 1).expand(3, -1, -1)
@@ -64,8 +64,8 @@ def draw_picture(store: Store, config: Config, train_set: Dataset) -> Path:
                 axis.set_xticks([])
                 axis.set_yticks([])
             axes[row][0].set_ylabel(f"draw {draw}")
-    figure.suptitle(f"{store.about.notes['teacher']}; {store.about.codec}", fontsize=8, wrap=True)
-    path = store.folder / "inspect.png"
+    figure.suptitle(f"{cache.info.notes['teacher']}; {cache.info.codec}", fontsize=8, wrap=True)
+    path = cache.folder / "inspect.png"
     figure.savefig(path, dpi=110)
     return path
 

@@ -16,7 +16,7 @@ from conftest import only_run
 from ghosttrain.cli import main
 from ghosttrain.engine import launch
 from ghosttrain.engine.folder import RESULT_KEYS
-from ghosttrain.output import Output, go_on_without, lasting_output, printable
+from ghosttrain.terminal import Output, go_on_without, lasting_output, printable
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "ghosttrain"]
@@ -94,7 +94,7 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(args):
 
 
 def test_what_only_prints_ends_quietly_when_its_reader_has_seen_enough(tmp_path, monkeypatch):
-    """A finished run, and a look at stored answers: nothing goes on, so nothing is said of it."""
+    """A finished run, and a look at cached outputs: nothing goes on, so nothing is said of it."""
     (tmp_path / "mine").mkdir()
     tops, sizes = {"top1": 1.0, "top5": 5.0}, ("params_train", "macs_train", "eval_size")
     result = dict.fromkeys(RESULT_KEYS, 0) | {"weights": {"ema": tops}, "best": tops | {"epoch": 1}}
@@ -111,14 +111,14 @@ def test_what_only_prints_ends_quietly_when_its_reader_has_seen_enough(tmp_path,
         print("longer than twenty letters")
         return 0
 
-    monkeypatch.setattr(launch, "store_answers", look)
+    monkeypatch.setattr(launch, "cache_outputs", look)
     for flag, said in (("--inspect", ""), ("--dry-run", ""), ("--repair", "Broken pipe")):
         assert main(["cache", "D", flag]) == 0
         assert said in err.getvalue() and bool(err.getvalue()) is bool(said)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_an_answer_that_cannot_be_printed_is_a_failure(monkeypatch, capsys):
+def test_an_output_that_cannot_be_printed_is_a_failure(monkeypatch, capsys):
     for args in (["--version"], ["--help"], ["--cfg", "job"]):
         with open("/dev/full", "w") as full, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", full)

@@ -1,20 +1,20 @@
-"""The folder of a teacher's stored answers: written once, read by every run and worker.
+"""The folder of a teacher's cached outputs: written once, read by every run and worker.
 
-Owns the files, their identity and their checks; not the bytes of an answer (codecs.py), nor which
-fingerprint a run has and when to write (engine/).
+Owns the files, their identity and their checks; not the bytes of an output (codecs.py), nor which
+key a run has and when to write (engine/).
 
-    about.json                    what is stored and for what (`About`); written last: it makes the
-                                  folder a store
-    tables.safetensors            what all answers share (`Codec.tables`)
+    cache.json                    what is stored, and for what (`CacheInfo`); written last: it makes
+                                  the folder a cache
+    tables.safetensors            what all outputs share (`Codec.tables`)
     config.yaml                   the settings it was made with, for people
-    draws/00003/000017.targets    answers to samples [17 S, 18 S) of draw 3, S = shard_size
+    draws/00003/000017.shard      outputs for samples [17 S, 18 S) of draw 3, S = shard_size
 
 A shard is a line of text with the version of the format, filled to 64 bytes; 32 bytes of identity,
-a hash of what the store is for and of the shard's place in it; the SHA-256 of the body; the body,
-one record of R bytes a sample. So a file that was cut, damaged, or copied from another store or
+a hash of what the cache is for and of the shard's place in it; the SHA-256 of the body; the body,
+R bytes a sample. So a file that was cut, damaged, or copied from another cache or
 place is found. Every file is written beside its name, and takes it when it is whole and on disk.
 
-Shapes: B batch, R bytes of a record.
+Shapes: B batch, R bytes of a sample's output.
 """
 
 from __future__ import annotations
@@ -40,65 +40,67 @@ from torch import Tensor
 from ghosttrain.config.errors import UserError, raise_if_of_the_system
 from ghosttrain.config.lock import locked
 from ghosttrain.config.paths import expanded
-from ghosttrain.distill.answer import Answer
 from ghosttrain.distill.codecs import Codec, make_codec
+from ghosttrain.distill.teacher_output import TeacherOutput
 
 FORMAT = 1
 OPEN_FILES = 512
 """Shards that a process keeps mapped: each holds a file descriptor, of which 1024 are usual."""
-_MAGIC = f"ghosttrain targets {FORMAT}\n".encode().ljust(64, b"\0")
+_MAGIC = f"ghosttrain cache {FORMAT}\n".encode().ljust(64, b"\0")
 _HEADER = len(_MAGIC) + 2 * 32  # identity and checksum; the body starts at a multiple of 64
-_OWN = {"about.json", "tables.safetensors", "config.yaml", "draws"}
+_OWN = {"cache.json", "tables.safetensors", "config.yaml", "draws"}
 
 
 class Shard(NamedTuple):
-    """One file of answers."""
+    """One file of outputs."""
 
     draw: int
     number: int
 
 
 @dataclass(frozen=True)
-class About:
-    """What a store holds, and for what."""
+class CacheInfo:
+    """What a cache holds, and for what."""
 
-    fingerprint: dict[str, Any]
-    """Everything the answers depend on, by name: JSON values."""
+    key: dict[str, Any]
+    """Everything the outputs depend on, by name: JSON values."""
     codec: str
     num_classes: int
     widths: tuple[int, ...]
     """Of the teacher's pooled features, where they are what is stored."""
-    record_bytes: int
+    bytes_per_image: int
     """R"""
     samples: int
-    epochs: int
-    """Draws of each sample. Not part of a shard's identity: a store may be given more."""
+    draws: int
+    """Draws of each sample. Not part of a shard's identity: a cache may be given more."""
     shard_size: int
     """Samples in a shard; the last one of a draw may have fewer."""
     notes: dict[str, Any]
     """For people; not part of a shard's identity."""
 
 
-def is_store(folder: str | Path) -> bool:
-    """Whether there are stored answers, or at least their beginning, in `folder`."""
-    return (expanded(folder) / "about.json").is_file()
+def is_cache(folder: str | Path) -> bool:
+    """Whether there are cached outputs, or at least their beginning, in `folder`."""
+    return (expanded(folder) / "cache.json").is_file()
 
 
-def refuse_foreign(folder: str | Path) -> None:
-    """Raise UserError where a folder that is no store yet holds something else."""
+def validate_folder(folder: str | Path) -> None:
+    """Raise UserError where a folder that is no cache yet holds something else."""
     folder = expanded(folder)
-    if is_store(folder) or not folder.is_dir():
+    if is_cache(folder) or not folder.is_dir():
         return
     if any(path.name not in _OWN and not path.name.startswith(".") for path in folder.iterdir()):
         raise _taken(folder)
 
 
-def create(folder: str | Path, about: About, tables: Mapping[str, Tensor], settings: str) -> Store:
-    """Make a folder a store without answers yet, and return it.
+def create(
+    folder: str | Path, info: CacheInfo, tables: Mapping[str, Tensor], settings: str
+) -> TeacherCache:
+    """Make a folder a cache without outputs yet, and return it.
 
     Args:
         folder: a new one, or an empty one.
-        about: what will be stored.
+        info: what will be stored.
         tables: of the codec.
         settings: the text of config.yaml.
 
@@ -106,107 +108,107 @@ def create(folder: str | Path, about: About, tables: Mapping[str, Tensor], setti
         UserError: the folder holds something, or cannot be written; the codec does not fit.
     """
     folder = expanded(folder)
-    about = replace(about, fingerprint=_as_json(about.fingerprint), notes=_as_json(about.notes))
-    codec = make_codec(about.codec, about.num_classes, about.widths, tables)
+    info = replace(info, key=_as_json(info.key), notes=_as_json(info.notes))
+    codec = make_codec(info.codec, info.num_classes, info.widths, tables)
     packed = save({name: x.cpu() for name, x in codec.tables.items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            refuse_foreign(folder)
-            if is_store(folder):
+            validate_folder(folder)
+            if is_cache(folder):
                 raise _taken(folder)
             _write(folder / "tables.safetensors", packed)
             _write(folder / "config.yaml", settings.encode())
-            _write_about(folder, about, hashlib.sha256(packed).hexdigest())
+            _write_info(folder, info, hashlib.sha256(packed).hexdigest())
     except OSError as error:
-        raise UserError(f"cannot write stored answers to {folder}: {_why(error)}") from None
-    return Store(folder, about, codec)
+        raise UserError(f"cannot write cached outputs to {folder}: {_why(error)}") from None
+    return TeacherCache(folder, info, codec)
 
 
-def open_store(folder: str | Path) -> Store:
-    """Return the store in `folder`.
+def open_cache(folder: str | Path) -> TeacherCache:
+    """Return the cache in `folder`.
 
     Raises:
-        UserError: no folder, no store in it, one of another version, or a damaged one.
+        UserError: no folder, no cache in it, one of another version, or a damaged one.
     """
     folder = expanded(folder)
     if not folder.is_dir():
-        raise UserError(f"targets.dir={folder} is no folder: {_how_to_store(folder)}")
-    if not is_store(folder):
-        raise UserError(f"targets.dir={folder} holds no stored answers: {_how_to_store(folder)}")
+        raise UserError(f"cache.dir={folder} is no folder: {_how_to_store(folder)}")
+    if not is_cache(folder):
+        raise UserError(f"cache.dir={folder} holds no cached outputs: {_how_to_store(folder)}")
     try:
-        fields = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        fields = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
         found, digest = fields.pop("format"), fields.pop("tables", "")
-        about = TypeAdapter(About).validate_python(fields) if found == FORMAT else None
+        info = TypeAdapter(CacheInfo).validate_python(fields) if found == FORMAT else None
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise _damaged(folder / "about.json", error) from None
-    if about is None:
+        raise _damaged(folder / "cache.json", error) from None
+    if info is None:
         raise UserError(
             f"{folder} was stored in format {found}, this version reads {FORMAT}: store anew in"
-            " another targets.dir"
+            " another cache.dir"
         )
     path = folder / "tables.safetensors"
     try:
         packed = path.read_bytes()
         if hashlib.sha256(packed).hexdigest() != digest:
             raise ValueError("its checksum is wrong")
-        codec = make_codec(about.codec, about.num_classes, about.widths, load(packed))
-        if codec.record_bytes != about.record_bytes:
-            raise ValueError(f"{about.codec} makes records of {codec.record_bytes} bytes")
+        codec = make_codec(info.codec, info.num_classes, info.widths, load(packed))
+        if codec.bytes_per_image != info.bytes_per_image:
+            raise ValueError(f"{info.codec} makes {codec.bytes_per_image} bytes an image")
     except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(path, error) from None
-    return Store(folder, about, codec)
+    return TeacherCache(folder, info, codec)
 
 
-class Store:
-    """Stored answers. May be sent to other processes; each maps the files that it reads itself."""
+class TeacherCache:
+    """Cached outputs. May be sent to other processes; each maps the files that it reads itself."""
 
-    def __init__(self, folder: Path, about: About, codec: Codec) -> None:
+    def __init__(self, folder: Path, info: CacheInfo, codec: Codec) -> None:
         self.folder = folder
-        self.about = about
+        self.info = info
         self.codec = codec
         self._verified: set[Shard] = set()
         self._draw = -1
         self._open: dict[int, np.ndarray] = {}  # shards of this draw by number, (samples, R)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.folder, self.about, self.codec.to("cpu"))
+        return TeacherCache, (self.folder, self.info, self.codec.to("cpu"))
 
-    def to(self, device: torch.device | str) -> Store:
-        """Return the store that decodes on `device`."""
-        return Store(self.folder, self.about, self.codec.to(device))
+    def to(self, device: torch.device | str) -> TeacherCache:
+        """Return the cache that decodes on `device`."""
+        return TeacherCache(self.folder, self.info, self.codec.to(device))
 
-    def decode(self, records_BR: Tensor) -> Answer:
-        """Return the answers that records (B, R) on the store's device hold."""
-        return self.codec.decode(records_BR)
+    def decode(self, cached_BR: Tensor) -> TeacherOutput:
+        """Return the outputs that cached bytes (B, R) on the cache's device hold."""
+        return self.codec.decode(cached_BR)
 
     # --- what there is ----------------------------------------------------------------------------
 
     def shards(self) -> list[Shard]:
-        """Return all shards that a complete store has, draw by draw."""
-        numbers = range(-(-self.about.samples // self.about.shard_size))
-        return [Shard(draw, number) for draw in range(self.about.epochs) for number in numbers]
+        """Return all shards that a complete cache has, draw by draw."""
+        numbers = range(-(-self.info.samples // self.info.shard_size))
+        return [Shard(draw, number) for draw in range(self.info.draws) for number in numbers]
 
     def samples(self, shard: Shard) -> range:
-        """Return the samples whose answers are in `shard`."""
-        start = shard.number * self.about.shard_size
-        return range(start, min(start + self.about.shard_size, self.about.samples))
+        """Return the samples whose outputs are in `shard`."""
+        start = shard.number * self.info.shard_size
+        return range(start, min(start + self.info.shard_size, self.info.samples))
 
     def path(self, shard: Shard) -> Path:
         """Return the file of `shard`."""
-        return self.folder / "draws" / f"{shard.draw:05d}" / f"{shard.number:06d}.targets"
+        return self.folder / "draws" / f"{shard.draw:05d}" / f"{shard.number:06d}.shard"
 
     def digest(self) -> str:
-        """Return the codec and 16 hexadecimal digits that tell this store from others."""
+        """Return the codec and 16 hexadecimal digits that tell this cache from others."""
         digest = hashlib.sha256(self._identity(Shard(0, 0)))
         for name in sorted(self.codec.tables):
             digest.update(self.codec.tables[name].cpu().numpy().tobytes())
-        return f"{self.about.codec} {digest.hexdigest()[:16]}"
+        return f"{self.info.codec} {digest.hexdigest()[:16]}"
 
     def total_bytes(self) -> int:
-        """Return the size on disk of all shards of the complete store."""
-        per_draw = self.about.samples * self.about.record_bytes
-        return self.about.epochs * per_draw + len(self.shards()) * _HEADER
+        """Return the size on disk of all shards of the complete cache."""
+        per_draw = self.info.samples * self.info.bytes_per_image
+        return self.info.draws * per_draw + len(self.shards()) * _HEADER
 
     def missing(self) -> list[Shard]:
         """Return the shards that are not there, or not whole: by their size, nothing is read."""
@@ -220,11 +222,11 @@ class Store:
                 found.append((shard, why))
         return found
 
-    def difference(self, fingerprint: Mapping[str, Any]) -> list[str]:
+    def difference(self, key: Mapping[str, Any]) -> list[str]:
         """Return a line `name: stored X, now Y` for each value that is another one now; names of
         nested values are joined by points.
         """
-        old, new = dict(_leaves(self.about.fingerprint)), dict(_leaves(_as_json(fingerprint)))
+        old, new = dict(_leaves(self.info.key)), dict(_leaves(_as_json(key)))
         lines = []
         for name in sorted(old | new):
             if name not in old or name not in new or old[name] != new[name]:
@@ -242,29 +244,29 @@ class Store:
         """
         return _locked(self.folder)
 
-    def extended(self, epochs: int) -> Store:
-        """Return the store with room for `epochs` draws, noted on disk; never with fewer."""
-        if epochs <= self.about.epochs:
+    def extended(self, draws: int) -> TeacherCache:
+        """Return the cache with room for `draws` draws of each image (on disk too); never fewer."""
+        if draws <= self.info.draws:
             return self
-        about = replace(self.about, epochs=epochs)
-        path = self.folder / "about.json"
+        info = replace(self.info, draws=draws)
+        path = self.folder / "cache.json"
         try:
-            _write_about(self.folder, about, json.loads(path.read_bytes())["tables"])
+            _write_info(self.folder, info, json.loads(path.read_bytes())["tables"])
         except OSError as error:
             raise UserError(f"cannot write {path}: {_why(error)}") from None
-        return Store(self.folder, about, self.codec)
+        return TeacherCache(self.folder, info, self.codec)
 
-    def write(self, shard: Shard, records: Tensor) -> None:
-        """Write the records (samples, R) of a shard, whole or not at all.
+    def write(self, shard: Shard, cached: Tensor) -> None:
+        """Write the bytes (samples, R) of a shard, whole or not at all.
 
         Raises:
             UserError: it cannot be written.
-            ValueError: records of another shape, or not uint8 on the CPU.
+            ValueError: bytes of another shape, or not uint8 on the CPU.
         """
-        shape = (len(self.samples(shard)), self.about.record_bytes)
-        if tuple(records.shape) != shape or records.dtype != torch.uint8:
-            raise ValueError(f"{shard} takes uint8 {shape}, got {records.dtype} {records.shape}")
-        body = records.contiguous().numpy().data
+        shape = (len(self.samples(shard)), self.info.bytes_per_image)
+        if tuple(cached.shape) != shape or cached.dtype != torch.uint8:
+            raise ValueError(f"{shard} takes uint8 {shape}, got {cached.dtype} {cached.shape}")
+        body = cached.contiguous().numpy().data
         path = self.path(shard)
         header = _MAGIC + self._identity(shard) + hashlib.sha256(body).digest()
         try:
@@ -275,8 +277,8 @@ class Store:
 
     # --- reading ----------------------------------------------------------------------------------
 
-    def records(self, draw: int, indices: Sequence[int]) -> Tensor:
-        """Return the records (B, R), uint8, of one draw of these samples, in their order.
+    def read(self, draw: int, indices: Sequence[int]) -> Tensor:
+        """Return the cached bytes (B, R), uint8, of one draw of these samples, in their order.
 
         A process verifies the checksum of a shard when it first reads it, and keeps shards of one
         draw open, the last one that was asked for: at most `OPEN_FILES`.
@@ -287,8 +289,8 @@ class Store:
         """
         if draw != self._draw:
             self._draw, self._open = draw, {}
-        size, count = self.about.shard_size, self.about.samples
-        records = np.empty((len(indices), self.about.record_bytes), np.uint8)
+        size, count = self.info.shard_size, self.info.samples
+        cached = np.empty((len(indices), self.info.bytes_per_image), np.uint8)
         for row, index in enumerate(indices):
             if not 0 <= index < count:
                 raise IndexError(f"sample {index} of {count}")
@@ -297,22 +299,22 @@ class Store:
                 if len(self._open) >= OPEN_FILES:
                     del self._open[next(iter(self._open))]  # the one opened first
                 self._open[number] = self._verify(Shard(draw, number))
-            records[row] = self._open[number][place]
-        return torch.from_numpy(records)
+            cached[row] = self._open[number][place]
+        return torch.from_numpy(cached)
 
     def _verify(self, shard: Shard) -> np.ndarray:
-        """Return the records of a shard, of which the checksum was found right in this process."""
-        records, why = self._map(shard, verify=shard not in self._verified)
+        """Return the bytes of a shard, of which the checksum was found right in this process."""
+        cached, why = self._map(shard, verify=shard not in self._verified)
         if why:
             raise UserError(
                 f"{self.path(shard)} {why}: type python -m ghosttrain cache"
                 f" {shlex.quote(str(self.folder))} --repair"
             )
         self._verified.add(shard)
-        return records
+        return cached
 
     def _map(self, shard: Shard, verify: bool = True) -> tuple[np.ndarray, str]:
-        """Return the records of a shard, memory-mapped, and what is wrong with them, if anything.
+        """Return the bytes of a shard, memory-mapped, and what is wrong with them, if anything.
 
         Without `verify`, what it takes the reading of the body to know is not looked for.
         """
@@ -329,13 +331,13 @@ class Store:
             return nothing, f"cannot be read: {_why(error)}"
         magic, at = mapped[: len(_MAGIC)], len(_MAGIC)
         if magic != _MAGIC:
-            return nothing, "is no file of stored answers of this version"
+            return nothing, "is no file of cached outputs of this version"
         if mapped[at : at + 32] != self._identity(shard):
-            return nothing, "belongs to another store or to another place in this one"
+            return nothing, "belongs to another cache or to another place in this one"
         body = memoryview(mapped)[_HEADER:]
         if verify and hashlib.sha256(body).digest() != mapped[at + 32 : _HEADER]:
             return nothing, "is damaged: its checksum is wrong"
-        return np.frombuffer(body, np.uint8).reshape(-1, self.about.record_bytes), ""
+        return np.frombuffer(body, np.uint8).reshape(-1, self.info.bytes_per_image), ""
 
     def _size(self, shard: Shard) -> int | None:
         try:
@@ -344,11 +346,11 @@ class Store:
             return None
 
     def _whole(self, shard: Shard) -> int:
-        return _HEADER + len(self.samples(shard)) * self.about.record_bytes
+        return _HEADER + len(self.samples(shard)) * self.info.bytes_per_image
 
     def _identity(self, shard: Shard) -> bytes:
         """Return 32 bytes that tell this shard from all others of this and other stores."""
-        stored = asdict(replace(self.about, epochs=0, notes={}))
+        stored = asdict(replace(self.info, draws=0, notes={}))
         return hashlib.sha256(json.dumps([stored, *shard], sort_keys=True).encode()).digest()
 
 
@@ -403,36 +405,35 @@ def _write(path: Path, *parts: Any) -> None:
         raise
 
 
-def _write_about(folder: Path, about: About, tables: str) -> None:
-    fields = {"format": FORMAT, "tables": tables, **asdict(about)}
-    _write(folder / "about.json", (json.dumps(fields, indent=1) + "\n").encode())
+def _write_info(folder: Path, info: CacheInfo, tables: str) -> None:
+    fields = {"format": FORMAT, "tables": tables, **asdict(info)}
+    _write(folder / "cache.json", (json.dumps(fields, indent=1) + "\n").encode())
 
 
 def _locked(folder: Path) -> AbstractContextManager[None]:
     return locked(
         folder,
-        f"another process is storing answers in {folder}: wait for it, or type another targets.dir",
+        f"another process is storing outputs in {folder}: wait for it, or type another cache.dir",
     )
 
 
 def _taken(folder: Path) -> UserError:
     return UserError(
-        f"{folder} is not empty: stored answers need a folder of their own, type another"
-        " targets.dir"
+        f"{folder} is not empty: cached outputs need a folder of their own, type another cache.dir"
     )
 
 
 def _how_to_store(folder: Path) -> str:
     return (
         "type python -m ghosttrain cache, the settings of the run and"
-        f" targets.dir={shlex.quote(str(folder))} targets.epochs=N"
+        f" cache.dir={shlex.quote(str(folder))} cache.draws=N"
     )
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    """Return what to raise where a file of a store is damaged; OSError where the system failed."""
+    """Return what to raise where a file of a cache is damaged; OSError where the system failed."""
     raise_if_of_the_system(error, path)
-    return UserError(f"{path} cannot be read ({_why(error)}): store anew in another targets.dir")
+    return UserError(f"{path} cannot be read ({_why(error)}): store anew in another cache.dir")
 
 
 def _why(error: Exception) -> str:

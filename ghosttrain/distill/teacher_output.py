@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 
-class Answer(NamedTuple):
-    """A teacher's answer to a batch of images, in float32 and without gradient."""
+class TeacherOutput(NamedTuple):
+    """A teacher's output for a batch of images, in float32 and without gradient."""
 
     logits: Tensor
     """(B, K), in the order of the data's classes."""
@@ -21,8 +21,8 @@ class Answer(NamedTuple):
     """(B, F): what the teacher's classifier sees; None where it has no such layer."""
 
 
-def concatenated(parts: Sequence[Answer]) -> Answer:
-    """Return the answers to several batches, of the same teacher, as the answer to one."""
+def concatenated(parts: Sequence[TeacherOutput]) -> TeacherOutput:
+    """Return the outputs of one teacher for several batches as the output for one."""
     features = [part.features for part in parts if part.features is not None]
     logits = torch.cat([part.logits for part in parts])
-    return Answer(logits, torch.cat(features) if features else None)
+    return TeacherOutput(logits, torch.cat(features) if features else None)

@@ -1,9 +1,9 @@
-"""Where the teacher's answer to a batch comes from: a live teacher, or a store of its answers.
+"""Where the teacher's output for a batch comes from: a live teacher, or a cache.
 
-Owns the checks before the first step (the teacher knows the classes; the store belongs to this
-data, policy and teacher) and the fingerprint that ties a store to what it was made for.
+Owns the checks before the first step (the teacher knows the classes; the cache belongs to this
+data, policy and teacher) and the cache_key that ties a cache to what it was made for.
 
-Shapes: B batch, C channels, H W map, R bytes of a stored answer.
+Shapes: B batch, C channels, H W map, R bytes of a cached output.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from ghosttrain.data.augment import View
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import eval_loader
 from ghosttrain.data.order import epoch_order, eval_batches
-from ghosttrain.distill.answer import Answer
+from ghosttrain.distill.cache import TeacherCache, open_cache
 from ghosttrain.distill.pretrained import as_asked, networks, weights_digest
-from ghosttrain.distill.targets import Store, open_store
 from ghosttrain.distill.teacher import (
     Score,
     Teacher,
     build_teacher,
     check_teacher,
-    refuse_chance,
+    validate_above_chance,
 )
+from ghosttrain.distill.teacher_output import TeacherOutput
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The teacher of a run, or what stands for it. Called with a batch, it answers."""
+class TeacherSource:
+    """The teacher of a run, or what stands for it. Called with a batch, it outputs."""
 
     about: str = "none"
     """One line for the head of the log."""
     teacher: Teacher | None = None
-    store: Store | None = None
+    cache: TeacherCache | None = None
     draws: int | None = None
     """How many draws of each image are used, over and over; None: each epoch has its own."""
 
     def __call__(
-        self, images: Tensor, views: Mapping[View, Tensor], records: Tensor | None
-    ) -> Answer | None:
-        """Return the answer to images (B, C, H, W), their larger views or their stored records."""
-        if self.store is not None and records is not None:
-            return self.store.decode(records)
+        self, images: Tensor, views: Mapping[View, Tensor], cached: Tensor | None
+    ) -> TeacherOutput | None:
+        """Return the output to images (B, C, H, W), their larger views or their cached bytes."""
+        if self.cache is not None and cached is not None:
+            return self.cache.decode(cached)
         return None if self.teacher is None else self.teacher(images, views)
 
     @property
@@ -65,64 +65,64 @@ class Answers:
         return self.teacher.views if self.teacher is not None else ()
 
     @property
-    def records(self) -> Callable[[int, Sequence[int]], Tensor] | None:
-        """What the loader asks for the stored answers (B, R) to (draw number, sample numbers)."""
-        return self.store.records if self.store is not None else None
+    def cached(self) -> Callable[[int, Sequence[int]], Tensor] | None:
+        """What the loader asks for the cached outputs (B, R) to (draw number, sample numbers)."""
+        return self.cache.read if self.cache is not None else None
 
     @property
     def num_features(self) -> int:
-        """Pooled features in an answer; 0: it has none."""
-        if self.store is not None:
-            return sum(self.store.about.widths)
+        """Pooled features in an output; 0: it has none."""
+        if self.cache is not None:
+            return sum(self.cache.info.widths)
         return sum(self.teacher.widths) if self.teacher is not None else 0
 
-    def resumed(self, before: Mapping[str, Any]) -> Answers:
-        """Return the answers that a run began with: a store may have been given more draws since.
+    def resumed(self, before: Mapping[str, Any]) -> TeacherSource:
+        """Return the outputs that a run began with: a cache may have been given more draws since.
 
         Raises:
-            UserError: other answers than those `state()` was taken of.
+            UserError: other outputs than those `state()` was taken of.
         """
         now = self.state()
         if before == now:
             return self
-        if before["store"] != now["store"]:
+        if before["cache"] != now["cache"]:
             raise UserError(
-                f"this run began with the stored answers {before['store']}, targets.dir now holds"
-                f" {now['store']}: put the old ones back, or type run.fresh=true"
+                f"this run began with the cached outputs {before['cache']}, cache.dir now holds"
+                f" {now['cache']}: put those back, or type run.fresh=true"
             )
         about = f"{self.about}, of which this run goes on with {before['draws']}"
         return replace(self, draws=before["draws"], about=about)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, so that a resumed run has the same answers."""
-        return {"draws": self.draws, "store": self.store.digest() if self.store else None}
+        """Return what a checkpoint keeps, so that a resumed run has the same outputs."""
+        return {"draws": self.draws, "cache": self.cache.digest() if self.cache else None}
 
     def draw_number(self, epoch: int) -> int:
         """Return which draw of each image an epoch (from 0) takes."""
         return epoch if self.draws is None else epoch % self.draws
 
 
-def ready_answers(config: Config, train_set: Dataset, device: torch.device) -> Answers:
-    """Return what answers in this run, checked; with `distill=none` nothing does.
+def build_teacher_source(config: Config, train_set: Dataset, device: torch.device) -> TeacherSource:
+    """Return what outputs in this run, checked; with `distill=none` nothing does.
 
     Raises:
-        UserError: the teacher cannot be had or does not know the classes; the store is not there,
+        UserError: the teacher cannot be had or does not know the classes; the cache is not there,
             not complete, or belongs to something else; no features where the settings need them.
     """
     if config.distill.name == "none":
-        return Answers()
-    if config.targets.dir is not None:
-        answers = _stored(config, train_set, device)
+        return TeacherSource()
+    if config.cache.dir is not None:
+        outputs = _stored(config, train_set, device)
     else:
         teacher, about = ready_teacher(config, train_set, device)
-        answers = Answers(about, teacher)
-    if config.distill.features_weight and not answers.num_features:
+        outputs = TeacherSource(about, teacher)
+    if config.distill.features_weight and not outputs.num_features:
         raise UserError(
             "distill.features_weight needs the teacher's pooled features: a teacher whose"
             " classifier is one linear layer, an ensemble with teacher.average=logit, or, with"
-            " targets.dir, a store made with targets.codec=features:8"
+            " cache.dir, a cache made with cache.codec=features:8"
         )
-    return answers
+    return outputs
 
 
 def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> tuple[Teacher, str]:
@@ -143,7 +143,7 @@ def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> t
         who = ["the teacher", *(f"the teacher's member {name!r}" for name in teacher.members)]
         for found, name in zip(scores, who, strict=False):
             if not cfg.trust:
-                refuse_chance(found, len(train_set.classes), name)
+                validate_above_chance(found, len(train_set.classes), name)
     return teacher, _describe(cfg, teacher, scores)
 
 
@@ -174,71 +174,71 @@ def loss_note(config: Config) -> str:
     return f"distill={config.distill.name} at T = {config.distill.temperature}"
 
 
-# --- Stored answers -------------------------------------------------------------------------------
+# --- Cached outputs -------------------------------------------------------------------------------
 
 
-def _stored(config: Config, train_set: Dataset, device: torch.device) -> Answers:
-    """Open the store of `targets.dir` and make sure that it was made for this run."""
-    store = open_store(Path(str(config.targets.dir)))
-    refuse_other(store, fingerprint(config, train_set))
-    if config.targets.codec not in ("auto", store.about.codec):
+def _stored(config: Config, train_set: Dataset, device: torch.device) -> TeacherSource:
+    """Open the cache of `cache.dir` and make sure that it was made for this run."""
+    cache = open_cache(Path(str(config.cache.dir)))
+    validate_key(cache, cache_key(config, train_set))
+    if config.cache.codec not in ("auto", cache.info.codec):
         raise UserError(
-            f"targets.dir={store.folder} holds {store.about.codec}: leave"
-            f" targets.codec={config.targets.codec} out, or store anew in another targets.dir"
+            f"cache.dir={cache.folder} holds {cache.info.codec}: leave"
+            f" cache.codec={config.cache.codec} out, or store anew in another cache.dir"
         )
-    draws = config.targets.epochs or store.about.epochs
-    if draws > store.about.epochs:
+    draws = config.cache.draws or cache.info.draws
+    if draws > cache.info.draws:
         raise UserError(
-            f"targets.epochs={draws}, but {store.folder} holds {store.about.epochs} draws of each"
-            f" image: type targets.epochs={store.about.epochs}, or store more with python -m"
+            f"cache.draws={draws}, but {cache.folder} holds {cache.info.draws} draws of each"
+            f" image: type cache.draws={cache.info.draws}, or store more with python -m"
             " ghosttrain cache"
         )
-    missing = [shard for shard in store.missing() if shard.draw < draws]
+    missing = [shard for shard in cache.missing() if shard.draw < draws]
     if missing:
         raise UserError(
-            f"targets.dir={store.folder} is not complete: {len(missing)} of its files missing or"
-            f" cut short (first: {store.path(missing[0])}); type python -m ghosttrain cache"
-            f" {shlex.quote(str(store.folder))} --repair"
+            f"cache.dir={cache.folder} is not complete: {len(missing)} of its files missing or"
+            f" cut short (first: {cache.path(missing[0])}); type python -m ghosttrain cache"
+            f" {shlex.quote(str(cache.folder))} --repair"
         )
-    notes = store.about.notes
+    notes = cache.info.notes
     about = (
-        f"stored answers of {notes['teacher']}; {store.about.codec},"
-        f" {store.about.record_bytes} bytes each, {draws} draws of each image"
+        f"cached outputs of {notes['teacher']}; {cache.info.codec},"
+        f" {cache.info.bytes_per_image} bytes each, {draws} draws of each image"
     )
     if notes["loss"] != loss_note(config):
         about += (
             f"; note: the codec was measured with {notes['loss']}, what it keeps of this run's"
-            " gradient is not known (cache --dry-run with another targets.dir measures it)"
+            " gradient is not known (cache --dry-run with another cache.dir measures it)"
         )
-    return Answers(about, store=store.to(device), draws=draws)
+    return TeacherSource(about, cache=cache.to(device), draws=draws)
 
 
-def refuse_other(store: Store, now: Mapping[str, Any]) -> None:
-    """Raise UserError, naming what differs, unless the store was made for fingerprint `now`.
+def validate_key(cache: TeacherCache, now: Mapping[str, Any]) -> None:
+    """Raise UserError, naming what differs, unless the cache was made for cache_key `now`.
 
-    Weights that are not on this machine are those of the store if they have the same name, and what
+    Weights that are not on this machine are those of the cache if they have the same name, and what
     they would say of themselves is what they said then.
     """
     networks_now = {}
     for name, network in now["teacher"].items():
-        old = store.about.fingerprint["teacher"].get(name, {})
-        if network["weights"] == store.about.notes["absent"].get(name):
-            unknown = ["weights", *store.about.notes.get("left_open", {}).get(name, ())]
+        old = cache.info.key["teacher"].get(name, {})
+        if network["weights"] == cache.info.notes["absent"].get(name):
+            unknown = ["weights", *cache.info.notes.get("left_open", {}).get(name, ())]
             unknown = [key for key in unknown if key == "weights" or network[key] is None]
             network = network | {key: old.get(key) for key in unknown}
         networks_now[name] = network
     now = {**now, "teacher": networks_now}
-    lines = store.difference(now)
+    lines = cache.difference(now)
     if lines:
         more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
         raise UserError(
-            f"targets.dir={store.folder} was stored for something else ({'; '.join(lines[:4])}"
-            f"{more}): type the settings it was stored with, or store anew in another targets.dir"
+            f"cache.dir={cache.folder} was stored for something else ({'; '.join(lines[:4])}"
+            f"{more}): type the settings it was stored with, or store anew in another cache.dir"
         )
 
 
-def fingerprint(config: Config, train_set: Dataset) -> dict[str, Any]:
-    """Return everything that a stored answer depends on, by name, as JSON values.
+def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
+    """Return everything that a cached output depends on, by name, as JSON values.
 
     The weights are a digest of their file, or `absent`. What their file says about itself counts
     like settings that say the same.

@@ -1,8 +1,8 @@
-"""The verb `cache`: ask the teacher once, and store its answers for every run to come.
+"""The verb `cache`: ask the teacher once, and store its outputs for every run to come.
 
 Owns the choice of the codec by measurement, and the writing: draw by draw, file by file, each rank
 its own files, so that a command that was killed goes on where it was. The format of the files is
-distill/targets.py's, how an answer becomes bytes is distill/codecs.py's.
+distill/cache.py's, how an output becomes bytes is distill/codecs.py's.
 
 Legend: B batch, K classes, n images of the sample.
 """
@@ -30,7 +30,15 @@ from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset, build_datasets
 from ghosttrain.data.loader import Loader, train_loader
 from ghosttrain.data.order import epoch_order, eval_batches
-from ghosttrain.distill.answer import Answer, concatenated
+from ghosttrain.distill.cache import (
+    CacheInfo,
+    Shard,
+    TeacherCache,
+    create,
+    is_cache,
+    open_cache,
+    validate_folder,
+)
 from ghosttrain.distill.codecs import (
     Codec,
     Loss,
@@ -42,61 +50,53 @@ from ghosttrain.distill.codecs import (
 )
 from ghosttrain.distill.losses import LOSSES
 from ghosttrain.distill.pretrained import left_open, networks
-from ghosttrain.distill.targets import (
-    About,
-    Shard,
-    Store,
-    create,
-    is_store,
-    open_store,
-    refuse_foreign,
-)
 from ghosttrain.distill.teacher import Teacher
+from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
 from ghosttrain.engine import distributed
-from ghosttrain.engine.answers import (
+from ghosttrain.engine.cache_picture import draw_picture
+from ghosttrain.engine.folder import clock
+from ghosttrain.engine.teacher_source import (
     absent,
-    fingerprint,
+    cache_key,
     loss_note,
     ready_teacher,
-    refuse_other,
+    validate_key,
 )
-from ghosttrain.engine.folder import clock
-from ghosttrain.engine.inspect import draw_picture
 
 SAMPLE = 512
 """Images on which a codec is measured."""
 LEAST_COSINE = 0.995
-"""What `targets.codec=auto` keeps of the gradient's direction."""
+"""What `cache.codec=auto` keeps of the gradient's direction."""
 
 
-def cache(
+def fill_cache(
     config: Config | None, dry_run: bool = False, repair: bool = False, inspect: bool = False
 ) -> None:
-    """Store the teacher's answers to `targets.epochs` draws of every training image.
+    """Store the teacher's outputs for `cache.draws` draws of every training image.
 
     Args:
         config: all settings on rank 0; None on the other ranks, which receive rank 0's.
         dry_run: measure and print, write nothing.
         repair: read every file that exists, and make again those that are damaged or missing.
-        inspect: draw a picture of a few stored answers instead.
+        inspect: draw a picture of a few cached outputs instead.
 
     Raises:
-        UserError: the teacher cannot be had or knows nothing; the folder holds other answers; the
+        UserError: the teacher cannot be had or knows nothing; the folder holds other outputs; the
             codec does not fit.
     """
     distributed.start(patience=timedelta(days=30))  # ranks end at other times, a slow one last
     config = distributed.broadcast(config)
-    assert config is not None and config.targets.dir is not None
+    assert config is not None and config.cache.dir is not None
     device = distributed.pick_device(config.launch.device)
     train_set, _ = build_datasets(config.data)
-    folder = Path(config.targets.dir)
-    if repair and not is_store(folder):
-        raise UserError(f"there is nothing to repair: {folder} holds no stored answers")
-    refuse_foreign(folder)
+    folder = Path(config.cache.dir)
+    if repair and not is_cache(folder):
+        raise UserError(f"there is nothing to repair: {folder} holds no cached outputs")
+    validate_folder(folder)
     if inspect:
-        store = open_store(folder)
-        refuse_other(store, fingerprint(config, train_set))
-        _say(f"picture: {draw_picture(store, config, train_set)}")
+        cache = open_cache(folder)
+        validate_key(cache, cache_key(config, train_set))
+        _say(f"picture: {draw_picture(cache, config, train_set)}")
         return distributed.stop()
 
     teacher, about_teacher = ready_teacher(config, train_set, device)
@@ -105,22 +105,22 @@ def cache(
     for note in train_set.notes if distributed.rank() == 0 else ():
         _say(f"  {note}")
     _say(f"teacher: {about_teacher}")
-    found: Store | None = None
+    found: TeacherCache | None = None
     with ExitStack() as lock:
         if distributed.rank() == 0:
-            now = fingerprint(config, train_set)
-            if is_store(folder):
-                found = _existing(open_store(folder), config, now)
+            now = cache_key(config, train_set)
+            if is_cache(folder):
+                found = _existing(open_cache(folder), config, now)
             elif not repair:
                 found = _new(asking, now, about_teacher, dry_run)
             if found is not None and not dry_run:
                 lock.enter_context(found.locked())
-                found = found if repair else found.extended(_epochs(config))
+                found = found if repair else found.extended(_draws(config))
         found = distributed.broadcast(found)
         if found is not None and dry_run:
-            _say_missing(found, _epochs(config))
+            _say_missing(found, _draws(config))
         elif found is not None:
-            write_missing(found, asking, found.about.epochs if repair else _epochs(config), repair)
+            write_missing(found, asking, found.info.draws if repair else _draws(config), repair)
     distributed.stop()
 
 
@@ -147,10 +147,10 @@ class Asking:
             self.teacher.views,
         )  # fmt: skip
 
-    def answers(
+    def outputs(
         self, loader: Loader, parts: Iterable[Sequence[int]], draw: int
-    ) -> Iterator[Answer]:
-        """Yield the answers to parts of the images under one draw, batch by batch; no batch reaches
+    ) -> Iterator[TeacherOutput]:
+        """Yield the outputs to parts of the images under one draw, batch by batch; no batch reaches
         from one part into the next.
         """
         plan = (batch for part in parts for batch in eval_batches(part, self.batch))
@@ -163,70 +163,71 @@ class Asking:
 
 @dataclass(frozen=True)
 class Sample:
-    """The teacher's answers to two draws of a few images, and how long they took."""
+    """The teacher's outputs for two draws of a few images, and how long they took."""
 
     labels: Tensor
     """(n,)"""
-    answer: Answer
-    other: Answer
+    output: TeacherOutput
+    other: TeacherOutput
     """To another draw of the same images."""
     images_per_second: float
 
 
-def _epochs(config: Config) -> int:
+def _draws(config: Config) -> int:
     """Return how many draws to store: without augmentation they would all be the same."""
     if config.augment.policy == "none":
         return 1
-    return config.targets.epochs or config.train.epochs
+    return config.cache.draws or config.train.epochs
 
 
-def _say_missing(store: Store, epochs: int) -> None:
-    """Say what is left to write of the first `epochs` draws of a store that exists."""
-    about = store.about
-    more = max(epochs - about.epochs, 0) * store.total_bytes() / about.epochs
-    left = sum(shard.draw < epochs for shard in store.missing())
+def _say_missing(cache: TeacherCache, draws: int) -> None:
+    """Say what is left to write of the first `draws` draws of a cache that exists."""
+    info = cache.info
+    more = max(draws - info.draws, 0) * cache.total_bytes() / info.draws
+    left = sum(shard.draw < draws for shard in cache.missing())
     _say(
-        f"{store.folder}: {about.codec}, {_count(about.epochs, 'draw')}, "
-        f"{_count(left, 'file')} missing; {_count(epochs, 'draw')} add {_bytes(more)}"
+        f"{cache.folder}: {info.codec}, {_count(info.draws, 'draw')}, "
+        f"{_count(left, 'file')} missing; {_count(draws, 'draw')} add {_bytes(more)}"
     )
 
 
-def _existing(store: Store, config: Config, now: Mapping[str, Any]) -> Store:
-    """Return the store, made sure that it was begun with these settings (`now`: fingerprint)."""
-    refuse_other(store, now)
-    for name, old in (("codec", store.about.codec), ("shard_size", store.about.shard_size)):
-        new = getattr(config.targets, name)
+def _existing(cache: TeacherCache, config: Config, now: Mapping[str, Any]) -> TeacherCache:
+    """Return the cache, made sure that it was begun with these settings (`now`: cache_key)."""
+    validate_key(cache, now)
+    for name, old in (("codec", cache.info.codec), ("shard_size", cache.info.shard_size)):
+        new = getattr(config.cache, name)
         if new not in ("auto", old):
             raise UserError(
-                f"{store.folder} was begun with targets.{name}={old}: type that, or another "
-                "targets.dir"
+                f"{cache.folder} was begun with cache.{name}={old}: type that, or another cache.dir"
             )
-    return store
+    return cache
 
 
-def _new(asking: Asking, now: dict[str, Any], about_teacher: str, dry_run: bool) -> Store | None:
-    """Measure, choose a codec, say what storing will take, and make a store; None if `dry_run`."""
-    config, n, epochs = asking.config, len(asking.train_set), _epochs(asking.config)
+def _new(
+    asking: Asking, now: dict[str, Any], about_teacher: str, dry_run: bool
+) -> TeacherCache | None:
+    """Measure, choose a codec, say what storing will take, and make a cache; None if `dry_run`."""
+    config, n, draws = asking.config, len(asking.train_set), _draws(asking.config)
     sample = _ask_sample(asking)
     codec, quality = _choose(config, asking.teacher, sample)
     ranks = distributed.world_size()
-    seconds = n * epochs / sample.images_per_second / ranks
+    seconds = n * draws / sample.images_per_second / ranks
     _say(
-        f"{_count(epochs, 'draw')} of {n:,} images x {codec.record_bytes} bytes = "
-        f"{_bytes(codec.record_bytes * n * epochs)}; at {sample.images_per_second:.0f} images/s x "
-        f"{ranks} this will take about {clock(seconds)}"
+        f"{_count(draws, 'draw')} of {n:,} images x {codec.bytes_per_image} bytes = "
+        f"{_bytes(codec.bytes_per_image * n * draws)}; at {sample.images_per_second:.0f} images/s "
+        f"x {ranks} this will take about {clock(seconds)}"
     )
     if dry_run:
         return None
-    about = About(
-        fingerprint=now,
+    info = CacheInfo(
+        key=now,
         codec=codec.name,
         num_classes=codec.num_classes,
         widths=codec.widths,
-        record_bytes=codec.record_bytes,
+        bytes_per_image=codec.bytes_per_image,
         samples=n,
-        epochs=epochs,
-        shard_size=config.targets.shard_size,
+        draws=draws,
+        shard_size=config.cache.shard_size,
         notes={
             "teacher": about_teacher,
             "absent": {name: absent(each) for name, each in networks(config.teacher).items()},
@@ -237,42 +238,44 @@ def _new(asking: Asking, now: dict[str, Any], about_teacher: str, dry_run: bool)
         },
     )
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    return create(Path(str(config.targets.dir)), about, codec.tables, settings)
+    return create(Path(str(config.cache.dir)), info, codec.tables, settings)
 
 
 def _ask_sample(asking: Asking) -> Sample:
     """Ask the teacher about two draws of a few random images."""
     indices = epoch_order(len(asking.train_set), 0, 0)[:SAMPLE].tolist()
-    answers, seen, since = [], 0, 0.0
+    outputs, seen, since = [], 0, 0.0
     with asking.loader() as loader:
         for draw in (0, 1):
             parts = []
-            for answer in asking.answers(loader, [indices], draw):
-                parts.append(answer)
-                seen += len(answer.logits)
+            for output in asking.outputs(loader, [indices], draw):
+                parts.append(output)
+                seen += len(output.logits)
                 if not since:  # the first batch waits for the workers to start
                     since, seen = time.perf_counter(), 0
             logits, features = concatenated(parts)
-            answers.append(Answer(logits.cpu(), features.cpu() if features is not None else None))
+            outputs.append(
+                TeacherOutput(logits.cpu(), features.cpu() if features is not None else None)
+            )
     rate = max(seen, 1) / max(time.perf_counter() - since, 1e-9)
-    first, other = answers
+    first, other = outputs
     return Sample(torch.from_numpy(asking.train_set.labels[indices]), first, other, rate)
 
 
 def _choose(config: Config, teacher: Teacher, sample: Sample) -> tuple[Codec, Quality]:
     """Return the codec that was asked for, or the smallest that is good enough, and how good."""
-    told, num_classes = config.targets.codec, sample.answer.logits.shape[1]
+    told, num_classes = config.cache.codec, sample.output.logits.shape[1]
     names = candidates(num_classes, teacher.widths) if told == "auto" else [told]
     if config.distill.features_weight:
         names = [name for name in names if parse(name)[0] == "features"]
         if not names:
             raise UserError(
-                f"distill.features_weight needs the teacher's features, which targets.codec={told} "
-                "does not store (or this teacher does not have): type targets.codec=features:8 or "
+                f"distill.features_weight needs the teacher's features, which cache.codec={told} "
+                "does not store (or this teacher does not have): type cache.codec=features:8 or "
                 "distill.features_weight=0"
             )
     students = {
-        "uniform": torch.zeros_like(sample.answer.logits),
+        "uniform": torch.zeros_like(sample.output.logits),
         "another draw": sample.other.logits,
     }
     _say(
@@ -283,26 +286,26 @@ def _choose(config: Config, teacher: Teacher, sample: Sample) -> tuple[Codec, Qu
     codec, quality = None, Quality(0.0, 0.0)
     for name in names:
         codec = make_codec(name, num_classes, teacher.widths, _tables(name, teacher, sample))
-        quality = measure(codec, sample.answer, students, _losses(config, sample.labels))
+        quality = measure(codec, sample.output, students, _losses(config, sample.labels))
         good = quality.cosine >= LEAST_COSINE
         mark = "   <- chosen" if good or name == names[-1] else ""
         _say(
-            f"  {name:<12}{codec.record_bytes:>7}{100 * quality.loss_error:>10.2f} %"
+            f"  {name:<12}{codec.bytes_per_image:>7}{100 * quality.loss_error:>10.2f} %"
             f"{quality.cosine:>9.4f}{mark}"
         )
         if good:
             break
     assert codec is not None
     if not quality.cosine >= LEAST_COSINE:
-        _say(f"  note: below {LEAST_COSINE}, what targets.codec=auto looks for")
+        _say(f"  note: below {LEAST_COSINE}, what cache.codec=auto looks for")
     return codec, quality
 
 
 def _tables(name: str, teacher: Teacher, sample: Sample) -> dict[str, Tensor]:
-    """Return what a codec needs besides each answer, and what is stored once."""
+    """Return what a codec needs besides each output, and what is stored once."""
     kind, _ = parse(name)
     if kind == "topk":
-        return {"mean": sample.answer.logits.softmax(dim=1).mean(dim=0)}
+        return {"mean": sample.output.logits.softmax(dim=1).mean(dim=0)}
     if kind == "features" and teacher.widths:
         weight, bias = teacher.classifier()
         return {"weight": weight.cpu(), "bias": bias.cpu()}
@@ -327,53 +330,53 @@ def _losses(config: Config, labels: Tensor) -> list[Loss]:
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def write_missing(store: Store, asking: Asking, epochs: int, repair: bool = False) -> None:
-    """Write this rank's part of the files of the first `epochs` draws that are missing or, with
+def write_missing(cache: TeacherCache, asking: Asking, draws: int, repair: bool = False) -> None:
+    """Write this rank's part of the files of the first `draws` draws that are missing or, with
     `repair`, damaged.
     """
     todo: list[Shard] | None = None
     if distributed.rank() == 0:
-        for shard, why in store.damaged() if repair else []:
-            _say(f"damaged: {store.path(shard)} ({why})")
-            store.path(shard).unlink()
-        todo = [shard for shard in store.missing() if shard.draw < epochs]
+        for shard, why in cache.damaged() if repair else []:
+            _say(f"damaged: {cache.path(shard)} ({why})")
+            cache.path(shard).unlink()
+        todo = [shard for shard in cache.missing() if shard.draw < draws]
     todo = distributed.broadcast(todo)
     assert todo is not None
     rank, ranks = distributed.rank(), distributed.world_size()
     mine = todo[rank::ranks]
     started, storing = time.perf_counter(), 0.0
-    progress = _Progress(sum(len(store.samples(shard)) for shard in mine))
+    progress = _Progress(sum(len(cache.samples(shard)) for shard in mine))
     with asking.loader() as loader, progress:
         for draw in sorted({shard.draw for shard in mine}):
             shards = [shard for shard in mine if shard.draw == draw]
-            answers = asking.answers(loader, map(store.samples, shards), draw)
+            outputs = asking.outputs(loader, map(cache.samples, shards), draw)
             for shard in shards:
-                records: list[Tensor] = []
-                for _ in eval_batches(store.samples(shard), asking.batch):
-                    answer = next(answers)
+                cached: list[Tensor] = []
+                for _ in eval_batches(cache.samples(shard), asking.batch):
+                    output = next(outputs)
                     since = time.perf_counter()
-                    records.append(store.codec.encode(answer))
+                    cached.append(cache.codec.encode(output))
                     storing += time.perf_counter() - since
-                    progress.add(len(answer.logits))
+                    progress.add(len(output.logits))
                 since = time.perf_counter()
-                store.write(shard, torch.cat(records))
+                cache.write(shard, torch.cat(cached))
                 storing += time.perf_counter() - since
     distributed.barrier()
     seconds = time.perf_counter() - started
     _say(
-        f"{store.folder}: {_count(epochs, 'draw')} of {store.about.samples:,} images, "
-        f"{store.about.codec}, {_bytes(store.total_bytes() * epochs / store.about.epochs)} in "
-        f"{_count(len(store.shards()) * epochs // store.about.epochs, 'file')}"
+        f"{cache.folder}: {_count(draws, 'draw')} of {cache.info.samples:,} images, "
+        f"{cache.info.codec}, {_bytes(cache.total_bytes() * draws / cache.info.draws)} in "
+        f"{_count(len(cache.shards()) * draws // cache.info.draws, 'file')}"
     )
     if todo:
-        done = sum(len(store.samples(shard)) for shard in todo)
+        done = sum(len(cache.samples(shard)) for shard in todo)
         share = f", {100 * storing / seconds:.1f} % of the time for storing" if mine else ""
         speed = f"{done / seconds:.0f} images/s{share}"
         _say(f"wrote {_count(len(todo), 'file')} in {clock(seconds)} ({speed})")
     else:
         _say(f"nothing to write: all files are {'intact' if repair else 'there'}")
-    folder = shlex.quote(str(store.folder))
-    _say(f"train with them: the same settings without `cache`, targets.dir={folder}")
+    folder = shlex.quote(str(cache.folder))
+    _say(f"train with them: the same settings without `cache`, cache.dir={folder}")
 
 
 class _Progress:
