@@ -10,14 +10,14 @@ __version__ = "0.1.0"
 __all__ = ["create_model", "fuse", "load_run"]
 
 if TYPE_CHECKING:
-    from ghosttrain.engine.checkpoint import load_run
+    from ghosttrain.engine.load import load_run
     from ghosttrain.models.registry import create_model
     from ghosttrain.models.reparam import fuse
 
 _HOMES = {
     "create_model": "ghosttrain.models.registry",
     "fuse": "ghosttrain.models.reparam",
-    "load_run": "ghosttrain.engine.checkpoint",
+    "load_run": "ghosttrain.engine.load",
 }
 
 

@@ -118,10 +118,11 @@ def _train(options: Options) -> int:
 
         return sweep(options.overrides, options.config_dir)
     if int(os.environ.get("RANK", "0")) > 0:
+        from ghosttrain.engine.classification import CLASSIFICATION
         from ghosttrain.engine.train import train
 
         go_on_without()
-        train(None, [])  # the settings come from rank 0
+        train(CLASSIFICATION, None, [])  # the settings come from rank 0
         return 0
     composed = compose(options.overrides, options.config_dir)
     if options.cfg:
@@ -158,7 +159,7 @@ def _eval(options: Options) -> int:
 
 def _fuse(options: Options) -> int:
     """Write the inference model of a run."""
-    from ghosttrain.engine.checkpoint import fuse_run
+    from ghosttrain.engine.load import fuse_run
 
     if options.overrides:
         raise UserError(

@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H W map, K classes, F pooled features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,20 +55,31 @@ def pooled_width(network: Any, in_chans: int, size: int) -> int:
     return layer.in_features if same and close else 0
 
 
-class WithFeatures(nn.Module):
-    """A student, and a linear projection of its pooled features onto the teacher's.
+class StudentOutput(NamedTuple):
+    """What the network that is trained says of a batch."""
 
-    The projection is trained with the student and thrown away with the teacher: it is neither in
-    the average nor in the deployed weights. In training the features have the dropout that the
-    classifier sees.
+    logits: Tensor
+    """(B, K)"""
+    features: Tensor | None = None
+    """(B, F): its pooled features, projected onto the teacher's; None without a projection."""
+
+
+class Network(nn.Module):
+    """What is trained: a student and, where a loss compares features, a linear projection of its
+    pooled features onto the teacher's.
+
+    The projection is thrown away with the teacher: it is neither in the average nor in the deployed
+    weights. In training the features have the dropout that the classifier sees.
     """
 
-    def __init__(self, student: nn.Module, num_features: int, teacher_features: int) -> None:
+    def __init__(self, student: nn.Module, projection: nn.Linear | None = None) -> None:
         super().__init__()
         self.student = student
-        self.project = nn.Linear(num_features, teacher_features)
+        self.projection = nn.Module() if projection is None else projection
 
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (B, K) and projected features (B, teacher_features)."""
+    def forward(self, images_BCHW: Tensor) -> StudentOutput:
+        """Return logits (B, K) and, with a projection, projected features (B, F)."""
+        if not isinstance(self.projection, nn.Linear):
+            return StudentOutput(self.student(images_BCHW))
         features_BF = pool(self.student, images_BCHW)
-        return classify(self.student, features_BF), self.project(features_BF)
+        return StudentOutput(classify(self.student, features_BF), self.projection(features_BF))

@@ -8,44 +8,68 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ghosttrain.data.loader import Batch, Loader
+from ghosttrain.config.schema import Config
+from ghosttrain.data.datasets import Dataset
+from ghosttrain.data.loader import Batch, eval_loader
 from ghosttrain.data.order import eval_batches, eval_indices
 from ghosttrain.engine import distributed
 from ghosttrain.models.reparam import using_engine
 
+Table = dict[str, dict[str, float]]
+"""Name of a model -> "top1" and "top5" in per cent, "n" images."""
 
-def held_out_batches(loader: Loader, n: int, batch: int) -> Iterator[Batch]:
-    """Return this rank's batches of a held-out set of `n` images, each image on exactly one
-    rank.
+
+class HeldOutImages:
+    """The batches of the held-out set that belong to this rank, as often as they are iterated over.
+
+    Every image is on exactly one rank. The worker processes end with the block or with `close`.
     """
-    indices = eval_indices(n, distributed.rank(), distributed.world_size())
-    return loader.batches(eval_batches(indices, batch))
+
+    def __init__(self, dataset: Dataset, config: Config, device: torch.device, batch: int) -> None:
+        """`batch`: images per forward pass and rank."""
+        self.indices = eval_indices(len(dataset), distributed.rank(), distributed.world_size())
+        self.batch = batch
+        self.loader = eval_loader(dataset, config.data, device, config.train.channels_last)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.loader.batches(eval_batches(self.indices, self.batch))
+
+    def __enter__(self) -> HeldOutImages:
+        self.loader.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.loader.__exit__(*exc_info)
+
+    def first_batch(self) -> Iterator[Batch]:
+        """Return the first batch alone; nothing where this rank has no images."""
+        return self.loader.batches(eval_batches(self.indices[: self.batch], self.batch))
 
 
 @torch.inference_mode()
-def try_first_batch(model: nn.Module, loader: Loader, n: int, batch: int) -> None:
-    """Ask `model` about this rank's first batch of the held-out set, and forget the answer: what
-    cannot be read or does not fit is said before an epoch was trained.
+def try_first_batch(model: nn.Module, held_images: HeldOutImages) -> None:
+    """Show `model` this rank's first batch of the held-out set, and forget its output: what cannot
+    be read or does not fit is said before an epoch was trained.
 
     Raises:
         UserError: an image is broken.
     """
-    indices = eval_indices(n, distributed.rank(), distributed.world_size())[:batch]
     training = model.training
     model.eval()
-    for images, *_ in loader.batches(eval_batches(indices, batch)):
-        model(images)
+    for batch in held_images.first_batch():
+        model(batch.images)
     model.train(training)
 
 
 @torch.inference_mode()
 def evaluate(
     models: Mapping[str, nn.Module], batches: Iterable[Batch], device: torch.device
-) -> tuple[dict[str, dict[str, float]], float]:
+) -> tuple[Table, float]:
     """Evaluate all models on the same batches, in float32 and eval mode.
 
     Args:
@@ -68,8 +92,8 @@ def evaluate(
     with using_engine(together, "branches") if "fused" in models else nullcontext():
         for images, labels, *_ in batches:
             logits = {name: model(images).float() for name, model in models.items()}
-            for row, answer in zip(counts, logits.values(), strict=True):
-                better = classes_before(answer, labels)
+            for row, logits_BK in zip(counts, logits.values(), strict=True):
+                better = classes_before(logits_BK, labels)
                 row[0] += (better < 1).sum()
                 row[1] += (better < 5).sum()
                 row[2] += len(labels)

@@ -80,9 +80,10 @@ def launch(composed: Composed) -> int:
         why = f"the budget {config.budget!r} of data={config.data.name} replaces values"
         notes.insert(0, f"{why} of the recipe (budget=full leaves them):")
     with opened(config, notes):
+        from ghosttrain.engine.classification import CLASSIFICATION
         from ghosttrain.engine.train import train
 
-        train(config, notes)
+        train(CLASSIFICATION, config, notes)
     return 0
 
 

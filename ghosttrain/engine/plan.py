@@ -6,38 +6,88 @@ The composer cannot do this: a folder's number of images is known only after it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ghosttrain.config.compose import batch_split
-from ghosttrain.config.schema import Config
-from ghosttrain.data.order import steps_per_epoch
-from ghosttrain.optim.schedule import scaled_lr
+from ghosttrain.config.schema import Config, ScheduleConfig
+from ghosttrain.data.order import steps_per_epoch, train_batches
+from ghosttrain.optim.schedule import lr_at, scaled_lr
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is and how its batch is cut."""
+    """How long a run is, how its batches are cut, and the learning rate of every step."""
 
-    steps_per_epoch: int
-    total_steps: int
-    epochs: int
-    warmup_steps: int
+    images: int
+    """Training images."""
+    seed: int
+    ranks: int
+    """Processes."""
+    global_batch: int
+    """Images per optimizer step, over all ranks and micro-batches."""
     micro_batch: int
     """Images per forward pass and rank: what batch norm sees."""
     accumulation: int
-    lr: float
-    """Peak learning rate after scaling."""
+    """Micro-batches per optimizer step and rank."""
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    peak_lr: float
+    """Learning rate after the warm-up, scaled to the batch."""
+    schedule: ScheduleConfig
+    eval_every: int
+    """Epochs between two evaluations."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that the run begins."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch (from 0) that optimizer step `step` (from 0) belongs to."""
+        return step // self.steps_per_epoch
+
+    def end_of(self, epoch: int) -> int:
+        """Return how many steps are done when `epoch` (from 0) has ended."""
+        return min((epoch + 1) * self.steps_per_epoch, self.total_steps)
 
     def epochs_after(self, step: int) -> int:
         """Return how many epochs have begun when `step` optimizer steps are done."""
         return -(-step // self.steps_per_epoch)
 
-    def is_evaluated(self, step: int, every: int) -> bool:
-        """Whether the weights after `step` steps are evaluated: at the end of every `every`-th
+    def epoch_label(self, step: int) -> str:
+        """Return `epoch 3/10` when `step` optimizer steps are done."""
+        return f"epoch {self.epochs_after(step)}/{self.epochs}"
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the weights after `step` steps are evaluated: at the end of every `eval_every`-th
         epoch, and of the run.
         """
         epochs, rest = divmod(step, self.steps_per_epoch)
-        return step >= self.total_steps or (step > 0 and rest == 0 and epochs % every == 0)
+        return step >= self.total_steps or (
+            step > 0 and rest == 0 and epochs % self.eval_every == 0
+        )
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step` (from 0)."""
+        return lr_at(step, self.total_steps, self.warmup_steps, self.peak_lr, self.schedule)
+
+    def batches(self, step: int, rank: int) -> Iterator[list[int]]:
+        """Return the sample numbers of every micro-batch of `rank`, from optimizer step `step` to
+        the end of its epoch.
+        """
+        epoch = self.epoch_of(step)
+        return train_batches(
+            self.images,
+            self.seed,
+            epoch,
+            self.global_batch,
+            self.micro_batch,
+            rank=rank,
+            world=self.ranks,
+            start_step=step - epoch * self.steps_per_epoch,
+        )
 
     def long_warmup(self) -> str | None:
         """Return a line if the warm-up takes more than a fifth of the run."""
@@ -66,11 +116,16 @@ def make_plan(config: Config, n_train: int, ranks: int) -> Plan:
     warmup = round(config.schedule.warmup_epochs * per_epoch)
     # A short trial of a long recipe still gets past its warm-up.
     return Plan(
-        steps_per_epoch=per_epoch,
-        total_steps=total,
-        epochs=-(-total // per_epoch),
-        warmup_steps=min(warmup, total // 2),
+        images=n_train,
+        seed=config.seed,
+        ranks=ranks,
+        global_batch=train.global_batch,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        lr=scaled_lr(config.optim, train.global_batch),
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        warmup_steps=min(warmup, total // 2),
+        peak_lr=scaled_lr(config.optim, train.global_batch),
+        schedule=config.schedule,
+        eval_every=train.eval_every,
     )

@@ -42,10 +42,11 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
         return spawn(("eval", str(folder), *overrides), config.launch.nproc)
 
     from ghosttrain.data.datasets import build_datasets
-    from ghosttrain.data.loader import eval_loader
     from ghosttrain.engine import distributed
-    from ghosttrain.engine.checkpoint import Which, can_fuse, classes_of, load_run
-    from ghosttrain.engine.evaluate import evaluate, held_out_batches
+    from ghosttrain.engine.evaluate import HeldOutImages, evaluate
+    from ghosttrain.engine.load import classes_of, load_run
+    from ghosttrain.engine.student import has_fused_form
+    from ghosttrain.engine.weights_file import WeightsKind
 
     distributed.start()
     device = distributed.pick_device(config.launch.device)
@@ -55,13 +56,11 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
             f"{held_out.source} has other classes than {folder} was trained on "
             f"({renamed(classes, held_out.classes)}): type data.root=/the/data/it/was/trained/on"
         )
-    forms: tuple[Which, ...] = ("raw", "ema", "fused") if can_fuse(config) else ("raw", "ema")
-    models = {str(name): load_run(folder, name).to(device) for name in forms}
+    kinds: list[WeightsKind] = ["raw", "ema", *(("fused",) if has_fused_form(config) else ())]
+    models = {str(kind): load_run(folder, kind).to(device) for kind in kinds}
     batch = config.train.eval_batch or config.train.micro_batch or config.train.global_batch
-    channels_last = config.train.channels_last
-    with eval_loader(held_out, config.data, device, channels_last) as loader:
-        batches = held_out_batches(loader, len(held_out), batch)
-        table, difference = evaluate(models, batches, device)
+    with HeldOutImages(held_out, config, device, batch) as held_images:
+        table, difference = evaluate(models, held_images, device)
     if distributed.rank() == 0:
         notes = [*held_out.notes]
         listing = result["data"]["held_out"] if result else None

@@ -20,7 +20,7 @@ pass, one line each."""
 HALVES = {"train": "training", "held_out": "held-out"}
 
 
-def listings(train_set: Dataset, held_out: Dataset) -> Listings:
+def measure_listings(train_set: Dataset, held_out: Dataset) -> Listings:
     """Return the listings of both halves of the data."""
     return {"train": train_set.listing(), "held_out": held_out.listing(), "accepted": []}
 
@@ -38,7 +38,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def check_same_data(saved: Mapping[str, Any] | None, now: Listings, changed: str) -> Listings:
+def validate_same_data(saved: Mapping[str, Any] | None, now: Listings, changed: str) -> Listings:
     """Return the listings of a run, with every change that was accepted on the way.
 
     Args:
@@ -72,10 +72,10 @@ def check_same_data(saved: Mapping[str, Any] | None, now: Listings, changed: str
     return now | {"accepted": [*before["accepted"], line]}
 
 
-def without_classes(data: Listings) -> Listings:
+def without_classes(data: Mapping[str, Any]) -> Listings:
     """Return listings without the class names, which the weights' file holds already."""
     halves = {key: {k: v for k, v in data[key].items() if k != "classes"} for key in HALVES}
-    return data | halves
+    return {**data, **halves}
 
 
 def note_on_result(config: Config, result: Mapping[str, Any]) -> str | None:
@@ -83,7 +83,7 @@ def note_on_result(config: Config, result: Mapping[str, Any]) -> str | None:
     if config.data.root is None:  # embedded data cannot change
         return None
     try:
-        found = changes(result["data"], listings(*build_datasets(config.data)))
+        found = changes(result["data"], measure_listings(*build_datasets(config.data)))
     except UserError as error:
         return f"note: its data cannot be compared with today's: {error}"
     if not found:

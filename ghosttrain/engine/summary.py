@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,53 @@ from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.distill.pretrained import networks
-from ghosttrain.engine import distributed
 from ghosttrain.engine.folder import result_lines
 from ghosttrain.engine.plan import Plan
+from ghosttrain.engine.same_data import without_classes
+from ghosttrain.engine.state import TrainState
 from ghosttrain.models.moments import compiled
 from ghosttrain.models.profile import count_macs, count_params
 
 
-def head(
-    config: Config,
-    plan: Plan,
-    run: Path,
-    train_set: Dataset,
-    held_out: Dataset,
-    student: nn.Module,
-    about_teacher: str,
-    device: torch.device,
-    notes: list[str],
-) -> list[str]:
+@dataclass(frozen=True)
+class Description:
+    """What is known of a run when it starts."""
+
+    config: Config
+    plan: Plan
+    folder: Path
+    train_set: Dataset
+    held_out: Dataset
+    listings: Mapping[str, Any]
+    """What the data are (`same_data.measure_listings`)."""
+    teacher: str
+    """What the teacher is, in one line."""
+    device: torch.device
+    notes: list[str]
+    """Lines for the reader of the log and the card."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured when a run ended."""
+
+    table: Mapping[str, Mapping[str, float]]
+    """Kind of weights -> top-1, top-5 in per cent, number of images."""
+    fuse_difference: float
+    """Largest absolute difference between a logit of the average and of its fused form."""
+    models: Mapping[str, nn.Module]
+    """Kind of weights -> network."""
+    seconds: float
+    """Of the whole run, evaluations included."""
+
+
+def head(run: Description, student: nn.Module) -> list[str]:
     """Return the first lines of a run: what is trained on what, and what differs from the recipe as
     published.
     """
-    data, optim, ranks = config.data, config.optim, distributed.world_size()
-    lines = [f"run folder: {run}"]
+    config, plan, train_set, held_out = run.config, run.plan, run.train_set, run.held_out
+    data, optim, ranks = config.data, config.optim, plan.ranks
+    lines = [f"run folder: {run.folder}"]
     lines.append(f"data: {train_set.describe()}; held out {len(held_out)}")
     if data.name == "digits":
         lines.append(
@@ -44,7 +69,7 @@ def head(
             "data.root=/path"
         )
     lines += [f"  {note}" for note in (*train_set.notes, *held_out.notes)]
-    lines += notes
+    lines += run.notes
     lines.append(
         f"student: {config.model.name}, {count_params(student) / 1e6:.3f} M parameters in training "
         "form"
@@ -52,12 +77,12 @@ def head(
     if config.model.weights:
         said = (getattr(student, "weights_dialect", "timm"), getattr(student, "weights_note", ""))
         lines.append(f"weights: {config.model.weights} ({'; '.join(filter(None, said))})")
-    lines.append(f"teacher: {about_teacher}")
+    lines.append(f"teacher: {run.teacher}")
     seen = "seen by batch norm" + (", of all ranks together" if config.train.sync_bn else "")
     lines.append(
         f"batch: {config.train.global_batch} = {plan.micro_batch} ({seen}) x {plan.accumulation} "
         f"accumulated x {ranks} {'process' if ranks == 1 else 'processes'}, on "
-        f"{device_name(device)}"
+        f"{device_name(run.device)}"
     )
     scaled = "as set"
     if optim.lr_batch is not None and optim.lr_batch != config.train.global_batch:
@@ -65,7 +90,7 @@ def head(
         scaled = (
             f"{optim.lr:g} at batch {optim.lr_batch}, scaled by the {rule} rule; optim.lr=X sets it"
         )
-    lines.append(f"optimizer: {optim.name}, learning rate {plan.lr:.3g} ({scaled})")
+    lines.append(f"optimizer: {optim.name}, learning rate {plan.peak_lr:.3g} ({scaled})")
     lines.append(
         f"length: {plan.total_steps} steps, {plan.epochs} epochs of {plan.steps_per_epoch}; "
         f"warm-up {plan.warmup_steps} steps"
@@ -73,24 +98,35 @@ def head(
     return [*lines, *filter(None, [plan.long_warmup()])]
 
 
-def sizes(config: Config, models: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Return parameters and MACs of the training form and of the fused form (of the same model, if
-    it has none).
-    """
-    trained, size, chans = models["ema"], config.data.eval_size, config.data.in_chans
-    fused = models.get("fused", trained)
+def result(run: Description, state: TrainState, measured: Measured) -> dict[str, Any]:
+    """Return what `result.json` holds: accuracy, sizes and times of a finished run."""
+    models, size, chans = measured.models, run.config.data.eval_size, run.config.data.in_chans
+    average = models["ema"]
+    fused = models.get("fused", average)  # a timm model has no other form
     return {
-        "name": config.model.name,
-        "params_train": count_params(trained),
-        "params_fused": count_params(fused),
-        "macs_train": count_macs(trained, size, chans),
-        "macs_fused": count_macs(fused, size, chans),
-        "eval_size": size,
+        "headline": "ema",
+        "weights": measured.table,
+        "best": state.best,
+        "fuse_max_diff": measured.fuse_difference,
+        "model": {
+            "name": run.config.model.name,
+            "params_train": count_params(average),
+            "params_fused": count_params(fused),
+            "macs_train": count_macs(average, size, chans),
+            "macs_fused": count_macs(fused, size, chans),
+            "eval_size": size,
+        },
+        "seconds": measured.seconds,
+        "images_per_second": state.step * run.plan.global_batch / state.seconds,
+        "steps": state.step,
+        "data": without_classes(run.listings),
+        "device": device_name(run.device),
     }
 
 
-def card(config: Config, result: dict[str, Any], held_out: Dataset, notes: list[str]) -> str:
+def card(run: Description, result: dict[str, Any]) -> str:
     """Return the model card of a finished run, as Markdown."""
+    config, notes = run.config, run.notes
     table = "\n".join(result_lines(result))
     policy = config.augment.policy
     said = "\n".join(note.replace("  ", "- ", 1) if note[:2] == "  " else note for note in notes)
@@ -100,7 +136,7 @@ def card(config: Config, result: dict[str, Any], held_out: Dataset, notes: list[
     return f"""# {run_name(config)}
 
 `{config.model.name}` trained with the recipe `{config.recipe}` on {config.data.name}, seed
-{config.seed}, on {result["device"]}. The result is the final EMA weights on {len(held_out)}
+{config.seed}, on {result["device"]}. The result is the final EMA weights on {len(run.held_out)}
 held-out images.
 
 ```

@@ -28,6 +28,7 @@ from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import distributed
 from ghosttrain.engine.folder import clock, replacing, write_text
+from ghosttrain.engine.plan import Plan
 from ghosttrain.terminal import failures, printable, reason
 
 Row = dict[str, float]
@@ -112,12 +113,11 @@ class Tracker:
     def __init__(
         self,
         config: Config,
-        folder: Path | None,
+        plan: Plan,
         start_step: int,
-        total_steps: int,
-        evaluates_first: bool = False,
+        folder: Path | None,
     ) -> None:
-        """Open every place; `evaluates_first`: the weights of `start_step` are evaluated again."""
+        """Open every place. A run that goes on evaluates the weights of `start_step` again."""
         self.folder = folder
         self.bar: tqdm[Any] | None = None
         self.wandb: Any = None
@@ -125,10 +125,14 @@ class Tracker:
         self.failed: set[str] = set()
         if folder is None:
             return
-        self.started, self.start_step, self.total = time.perf_counter(), start_step, total_steps
+        self.started, self.start_step = time.perf_counter(), start_step
+        self.total = plan.total_steps
         self.log_file = Journal(folder / LOG)
         self.metrics = Journal(
-            folder / METRICS, first=lambda: forget_rows(folder, start_step, evaluates_first)
+            folder / METRICS,
+            first=lambda: forget_rows(
+                folder, start_step, evaluates_first=plan.is_evaluated(start_step)
+            ),
         )
         self._attempt(METRICS, self.metrics.flush)
         asked, mode = config.tracker.wandb, wandb_mode(config)
@@ -179,10 +183,13 @@ class Tracker:
         said += ["TensorBoard"] if self.tensorboard is not None else []
         return [f"tracking: {', '.join(said)}"] if said else []
 
-    def say(self, line: str) -> None:
-        """Print a line and keep it in log.txt."""
-        if self.folder is None:
-            return
+    def say(self, *lines: str) -> None:
+        """Print lines and keep them in log.txt."""
+        if self.folder is not None:
+            for line in lines:
+                self._say(line)
+
+    def _say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.write(line, file=sys.stdout)
         else:

@@ -224,7 +224,7 @@ def part_of(state: State, wanted: Collection[str]) -> tuple[State, str]:
 
 
 def read_about(path: Path, origin: str) -> About:
-    """Return what the metadata of a file say, as `engine/checkpoint.py` and `save_packed` wrote
+    """Return what the metadata of a file say, as `engine/weights_file.py` and `save_packed` wrote
     them. Nothing is known where there are none; UserError where they are damaged.
     """
     if path.suffix != ".safetensors":

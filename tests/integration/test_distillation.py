@@ -20,7 +20,8 @@ from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import train_loader
 from ghosttrain.distill.cache import open_cache
 from ghosttrain.distill.teacher import build_teacher
-from ghosttrain.engine.checkpoint import load_run, load_state
+from ghosttrain.engine.load import load_run
+from ghosttrain.engine.state import read_checkpoint
 from ghosttrain.engine.track import read_metrics
 
 
@@ -111,7 +112,7 @@ def test_the_features_term_trains_a_projection_and_resumes_exactly(
             row["label"] + row["soft_ce"] + row["features"], rel=1e-5
         )
     assert rows[0]["features"] == pytest.approx(0.5, abs=0.1), "1 - cosine of unrelated features"
-    saved = load_state(only_run(tmp_path / "whole") / "checkpoints" / "last.pt")
+    saved = read_checkpoint(only_run(tmp_path / "whole") / "checkpoints" / "last.pt")
     assert saved["projection"]["weight"].shape == (1280, 1280)
     assert not any("project.weight" in key for key in load_run(only_run(tmp_path / "whole"))
                    .state_dict()), "the projection is not deployed"  # fmt: skip
@@ -119,12 +120,12 @@ def test_the_features_term_trains_a_projection_and_resumes_exactly(
     run = tmp_path / "resumed"
     arguments = [*photos, *features, f"run.root={run}"]
     killed = f"""
-import ghosttrain.engine.train as t
-real = t.save_state
+import ghosttrain.engine.state as t
+real = t.write_checkpoint
 def save(path, state):
     real(path, state)
     raise SystemExit(9)
-t.save_state = save
+t.write_checkpoint = save
 from ghosttrain.cli import main
 main({arguments!r})
 """
@@ -216,16 +217,16 @@ def test_stored_outputs_are_the_teachers_on_the_same_pixels(ghosttrain, stored, 
 @pytest.fixture
 def seen(monkeypatch) -> list[dict[str, torch.Tensor]]:
     """What reaches the loss: images and the teacher's logits of every forward pass."""
-    import ghosttrain.engine.train as train_module
+    import ghosttrain.engine.classification as classification
 
     passes: list[dict[str, torch.Tensor]] = []
-    real = train_module.objective
+    real = classification.objective
 
     def spy(config, progress, forward, output, images, targets):
         passes.append({"images": images.clone(), "logits": output.logits.clone()})
         return real(config, progress, forward, output, images, targets)
 
-    monkeypatch.setattr(train_module, "objective", spy)
+    monkeypatch.setattr(classification, "objective", spy)
     return passes
 
 
@@ -468,21 +469,21 @@ def test_a_part_of_the_draws_suffices_for_a_part(ghosttrain, cache, stored):
 
 def test_a_resumed_run_keeps_the_draws_it_began_with(ghosttrain, stored, tmp_path, monkeypatch):
     """Also where the cache was given more draws since; another cache is refused."""
-    import ghosttrain.engine.train as train_module
+    import ghosttrain.engine.state as state_module
 
     write = ["cache.shard_size=16", "cache.codec=logits:8"]
     assert ghosttrain("cache", *stored, *write, "cache.draws=1").code == 0
     whole = f"run.root={tmp_path / 'whole'}"
     assert ghosttrain(*stored, whole, "train.epochs=3").code == 0
 
-    real = train_module.save_state
+    real = state_module.write_checkpoint
 
     def save(path: Path, state: dict) -> None:
         real(path, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "save_state", save)
+        patch.setattr(state_module, "write_checkpoint", save)
         assert ghosttrain(*stored, "train.epochs=3").code == 130
     assert ghosttrain("cache", *stored, *write, "cache.draws=3").code == 0
     outcome = ghosttrain(*stored, "train.epochs=3")

@@ -16,7 +16,7 @@ from torch import nn
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.data.order import train_batches
-from ghosttrain.engine.train import check_finite, check_weights
+from ghosttrain.engine.train import validate_finite_row, validate_finite_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -185,13 +185,13 @@ def test_a_checkpoint_is_kept_only_where_there_is_one(tmp_path):
     for kept in (False, True):
         last.write_bytes(b"") if kept else None
         for check in (
-            lambda: check_finite({"loss": float("nan")}, 5, last),
-            lambda: check_weights(bad, bad, 5, last),
+            lambda: validate_finite_row({"loss": float("nan")}, 5, last),
+            lambda: validate_finite_weights(bad, bad, 5, last),
         ):
             with pytest.raises(UserError, match="at step 5: training diverged; ") as stopped:
                 check()
             assert ("the checkpoint of the last epoch is kept" in str(stopped.value)) is kept
-    check_finite({"loss": 1.0}, 5, last)
+    validate_finite_row({"loss": 1.0}, 5, last)
 
 
 def test_weights_that_are_not_finite_are_never_saved(ghosttrain, tiny, tmp_path):

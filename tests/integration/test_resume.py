@@ -12,8 +12,8 @@ from conftest import make_images, only_run
 from safetensors.torch import load_file
 from test_mistakes import refused
 
-from ghosttrain.engine.checkpoint import load_state, save_state
 from ghosttrain.engine.folder import read_config
+from ghosttrain.engine.state import read_checkpoint, write_checkpoint
 from ghosttrain.engine.track import read_metrics
 
 
@@ -34,7 +34,7 @@ def stopped_after_an_epoch(ghosttrain, own: list[str], tmp_path: Path) -> Path:
     refused(ghosttrain(*own, "train.eval_batch=5"), "class2", "6.JPEG")
     bad.write_bytes(whole)
     run = only_run(tmp_path)
-    assert load_state(run / "checkpoints" / "last.pt")["step"] == 3
+    assert read_checkpoint(run / "checkpoints" / "last.pt")["step"] == 3
     return run
 
 
@@ -119,13 +119,15 @@ def test_changed_data_are_refused_by_name_and_accepted_on_record(ghosttrain, own
     add_images(images)
     drop_a_held_out_image(images)
     found = "data changed after step 3: training images: 48 -> 50; held-out images: 21 -> 20"
-    save_state(last, load_state(last) | {"best": {"top1": 101.0, "epoch": 1}})  # on other images
+    write_checkpoint(
+        last, read_checkpoint(last) | {"best": {"top1": 101.0, "epoch": 1}}
+    )  # on other images
     accepted = ghosttrain(*own, "data.changed=accept")
     assert accepted.code == 0, accepted.err
     assert found in accepted.out and found in (run / "card.md").read_text()
     result = json.loads((run / "result.json").read_text())
     assert result["data"]["accepted"] == [found] and result["weights"]["ema"]["n"] == 20
-    assert load_state(last)["data"]["accepted"] == [found]
+    assert read_checkpoint(last)["data"]["accepted"] == [found]
     tops = [row["ema_top1"] for row in read_metrics(run) if row["kind"] == "eval"]
     assert result["best"]["top1"] == max(tops) and len(tops) == 2
 

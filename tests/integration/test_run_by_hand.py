@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import by_hand
@@ -13,8 +14,11 @@ from by_hand import Plain
 from conftest import only_run
 from safetensors.torch import load_file
 
-from ghosttrain.engine import train
-from ghosttrain.engine.checkpoint import load_state, read_weights
+from ghosttrain.engine import classification
+from ghosttrain.engine import state as state_module
+from ghosttrain.engine import student as student_module
+from ghosttrain.engine.state import read_checkpoint
+from ghosttrain.engine.weights_file import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=[0.0, 0.5], ids=["no dropout", "dropout"])
 def dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(
-        train, "build_student", lambda _, classes: Plain(len(classes), request.param)
+        student_module, "build_student", lambda _, classes: Plain(len(classes), request.param)
     )
     return request.param
 
@@ -49,7 +53,7 @@ def test_losses_rates_weights_averages_and_accuracies(images, dropout, tmp_path)
     assert [row["loss"] for row in train_rows] == pytest.approx(losses, rel=1e-5)  # float32 sums
     assert len({row["loss"] for row in train_rows}) == by_hand.STEPS
 
-    saved = load_state(run / "checkpoints" / "last.pt")
+    saved = read_checkpoint(run / "checkpoints" / "last.pt")
     # The images of a run are float32, those of the loop float64.
     assert by_hand.difference(saved["student"], raw) < 1e-6
     assert by_hand.difference(saved["ema"]["model"], average) < 1e-6
@@ -88,7 +92,7 @@ def test_the_student_has_the_memory_format_of_the_settings(
         students.append(Plain(len(classes)))
         return students[0]
 
-    monkeypatch.setattr(train, "build_student", build_student)
+    monkeypatch.setattr(student_module, "build_student", build_student)
     settings = [f"train.channels_last={channels_last}", "train.max_steps=1"]
     assert by_hand.run(images, tmp_path, *settings) == 0
     weight = students[0].conv.weight
@@ -97,25 +101,25 @@ def test_the_student_has_the_memory_format_of_the_settings(
 
 
 def test_the_best_average_is_kept_with_its_epoch(images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(len(classes)))
+    monkeypatch.setattr(student_module, "build_student", lambda _, classes: Plain(len(classes)))
     tops = iter([(50, 10), (20, 60), (80, 60), (10, 30), (70, 40)])  # raw and EMA, epoch by epoch
-    real, averages = train.evaluate, []
+    task, averages = classification.CLASSIFICATION, []
 
     def evaluate(models, batches, device):
-        table, difference = real(models, batches, device)
+        table, difference = task.evaluate(models, batches, device)
         if "fused" not in models:
             averages.append({k: v.clone() for k, v in models["ema"].state_dict().items()})
             table["raw"]["top1"], table["ema"]["top1"] = next(tops)
         return table, difference
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(classification, "CLASSIFICATION", replace(task, evaluate=evaluate))
     assert by_hand.run(images, tmp_path) == 0
     run = only_run(tmp_path)
     for name, average in (("checkpoints/best", averages[1]), ("model", averages[4])):
         state, about = read_weights(run / f"{name}.safetensors")
         assert by_hand.difference(state, average) == 0
         assert about["classes"] == [f"class{label}" for label in range(by_hand.CLASSES)]
-        assert about["form"] == "ema"
+        assert about["kind"] == "ema"
     result = json.loads((run / "result.json").read_text())
     assert result["best"] == {"top1": 60, "epoch": 2}
 
@@ -126,26 +130,28 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     images, tmp_path, monkeypatch, optimizer, epochs
 ) -> None:
     """Bit for bit, with dropout and augmentation: weights, average, metrics, the best epoch."""
-    monkeypatch.setattr(train, "build_student", lambda _, classes: Plain(len(classes), 0.5))
+    monkeypatch.setattr(
+        student_module, "build_student", lambda _, classes: Plain(len(classes), 0.5)
+    )
     settings = [f"optim={optimizer}", "augment=compact"]
     assert by_hand.run(images, tmp_path / "whole", *settings) == 0
-    real, saved = train.save_state, []
+    real, saved = state_module.write_checkpoint, []
 
-    def save_state(path, state):
+    def write_checkpoint(path, state):
         real(path, state)
         saved.append(state["step"])
         if len(saved) == epochs:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_state", save_state)
+    monkeypatch.setattr(state_module, "write_checkpoint", write_checkpoint)
     assert by_hand.run(images, tmp_path / "cut", *settings) == 130
-    monkeypatch.setattr(train, "save_state", real)
+    monkeypatch.setattr(state_module, "write_checkpoint", real)
     assert by_hand.run(images, tmp_path / "cut", *settings) == 0
 
     whole, cut = only_run(tmp_path / "whole"), only_run(tmp_path / "cut")
     for name in ("model.safetensors", "checkpoints/best.safetensors"):
         assert by_hand.difference(load_file(whole / name), load_file(cut / name)) == 0
-    one, two = (load_state(run / "checkpoints" / "last.pt") for run in (whole, cut))
+    one, two = (read_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, cut))
     assert all(torch.equal(one["student"][k], two["student"][k]) for k in one["student"])
     assert one["best"] == two["best"] and one["ema"]["updates"] == two["ema"]["updates"]
 

@@ -13,6 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -23,9 +24,12 @@ from by_hand import Plain
 from conftest import only_run
 from torch import Tensor, nn
 
-from ghosttrain.engine import distributed, train
-from ghosttrain.engine.checkpoint import load_state
-from ghosttrain.engine.evaluate import evaluate, held_out_batches
+from ghosttrain.config.schema import Config
+from ghosttrain.engine import distributed
+from ghosttrain.engine import evaluate as evaluate_module
+from ghosttrain.engine import student as student_module
+from ghosttrain.engine.evaluate import HeldOutImages, evaluate
+from ghosttrain.engine.state import read_checkpoint
 from ghosttrain.engine.track import Meter
 
 RUNS = {
@@ -55,7 +59,7 @@ def one_rank(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ["GHOSTTRAIN_RENDEZVOUS"] = f"file://{folder}/cache"
     distributed.start()
-    torch.save(answers_of(rank), folder / f"{rank}.pt")
+    torch.save(outputs_of(rank), folder / f"{rank}.pt")
     distributed.stop()
     images: list[int] = []
     add = Meter.add
@@ -69,14 +73,14 @@ def one_rank(rank: int, folder: Path) -> None:
         os.environ["GHOSTTRAIN_RENDEZVOUS"] = f"file://{folder}/cache_{name}"
         dtype = torch.float32 if optimizer == "sgd" else torch.float64
         student = partial(Plain, dropout=dropout, dtype=dtype, batch_norm="batch_norm" in name)
-        train.build_student = lambda _, classes, student=student: student(len(classes))
+        student_module.build_student = lambda _, classes, student=student: student(len(classes))
         given = settings(name, micro_batch, optimizer)
         images.clear()
         assert by_hand.run(folder / "images", folder / name, *given) == 0
         (folder / f"{name}{rank}.json").write_text(json.dumps(images))
 
 
-def answers_of(rank: int) -> dict[str, Any]:
+def outputs_of(rank: int) -> dict[str, Any]:
     """Return what this rank gets of every function of `distributed`, of the meter and of
     `evaluate`."""
     outputs: dict[str, Any] = {"rank": distributed.rank(), "ranks": distributed.world_size()}
@@ -122,7 +126,9 @@ def answers_of(rank: int) -> dict[str, Any]:
                 logits[self.wrong_at, 0] += 0.5
             return logits[numbers]
 
-    batches = list(held_out_batches(Batches(), len(LABELS), 2))
+    with mock.patch.object(evaluate_module, "eval_loader", lambda *_: Batches()):
+        held_images = HeldOutImages(range(len(LABELS)), Config(), torch.device("cpu"), batch=2)
+    batches = list(held_images)
     outputs["images"] = [numbers.tolist() for numbers, _ in batches]
     models = {"ema": Table(), "fused": Table(wrong_at=3)}  # image 3 is rank 1's
     outputs["table"], outputs["difference"] = evaluate(models, batches, torch.device("cpu"))
@@ -199,7 +205,9 @@ def whole(folder: Path) -> dict[str, dict[str, Tensor]]:
     ]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                train, "build_student", lambda _, classes, d=dtype: Plain(len(classes), 0, d)
+                student_module,
+                "build_student",
+                lambda _, classes, d=dtype: Plain(len(classes), 0, d),
             )
             root = folder / name
             given = settings(name, micro_batch, optimizer)
@@ -209,7 +217,7 @@ def whole(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def state_of(root: Path) -> dict[str, Tensor]:
-    saved = load_state(only_run(root) / "checkpoints" / "last.pt")
+    saved = read_checkpoint(only_run(root) / "checkpoints" / "last.pt")
     average = {f"average {name}": value for name, value in saved["ema"]["model"].items()}
     return saved["student"] | average
 

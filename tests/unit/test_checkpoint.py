@@ -14,16 +14,10 @@ from torch import nn
 
 from ghosttrain.config.errors import UserError, mistake
 from ghosttrain.config.schema import PLAIN, Config, DataConfig, ModelConfig
-from ghosttrain.engine.checkpoint import (
-    can_fuse,
-    describe_weights,
-    load_into,
-    load_state,
-    read_weights,
-    save_state,
-    save_weights,
-    without_start,
-)
+from ghosttrain.engine.load import without_start
+from ghosttrain.engine.state import read_checkpoint, write_checkpoint
+from ghosttrain.engine.student import has_fused_form
+from ghosttrain.engine.weights_file import describe_weights, load_into, read_weights, write_weights
 from ghosttrain.models import files
 
 
@@ -53,8 +47,8 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
         "classes": ["a", "b"],
         "data": {"train": {"images": 5, "digest": "x"}, "accepted": []},
     }
-    save_state(tmp_path / "last.pt", state)
-    back = load_state(tmp_path / "last.pt")
+    write_checkpoint(tmp_path / "last.pt", state)
+    back = read_checkpoint(tmp_path / "last.pt")
     assert back.keys() == state.keys()
     assert all(torch.equal(back["student"][k], v) for k, v in state["student"].items())
     assert back["student"]["0.weight"].dtype == torch.float64
@@ -78,19 +72,19 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, said):
     path = tmp_path / "last.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(UserError, match=said) as refusal:
-        load_state(path)
+        read_checkpoint(path)
     assert "move it away to start this run anew" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_checkpoint_cut_anywhere_is_refused(tmp_path):
     path = tmp_path / "last.pt"
-    save_state(path, {"student": {"x": torch.arange(1000.0)}})
+    write_checkpoint(path, {"student": {"x": torch.arange(1000.0)}})
     whole = path.read_bytes()
     for share in (0.1, 0.5, 0.9, 0.999):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(UserError, match="is damaged"):
-            load_state(path)
+            read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +102,12 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, er
             torch.empty(2**58)
         raise error
 
-    save_state(tmp_path / "last.pt", {"student": {}})
-    save_weights(tmp_path / "x.safetensors", small(), {})
+    write_checkpoint(tmp_path / "last.pt", {"student": {}})
+    write_weights(tmp_path / "x.safetensors", small(), {})
     monkeypatch.setattr(torch, "load", fail)
     monkeypatch.setattr(files, "safe_open", fail)
     for name, read in (
-        ("last.pt", load_state),
+        ("last.pt", read_checkpoint),
         ("last.pt", files.read_state),
         ("x.safetensors", files.read_state),
         ("x.safetensors", lambda path: files.read_about(path, "x")),
@@ -125,7 +119,7 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, er
 
 
 def test_a_file_that_cannot_be_opened_is_not_called_missing(tmp_path):
-    save_weights(tmp_path / "x.safetensors", small(), {})
+    write_weights(tmp_path / "x.safetensors", small(), {})
     failures = []
     with limited(resource.RLIMIT_NOFILE, 3):
         for read in (read_weights, files.read_state):
@@ -145,7 +139,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     torch.save({"student": Evil()}, tmp_path / "last.pt")
     with pytest.raises(UserError, match="is damaged"):
-        load_state(tmp_path / "last.pt")
+        read_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "made").exists()
 
 
@@ -172,10 +166,10 @@ def test_a_weights_file_says_what_it_is(tmp_path):
     )
     path = tmp_path / "x.safetensors"
     model = small()
-    save_weights(path, model, describe_weights(config, ["a", "b"], "ema"))
+    write_weights(path, model, describe_weights(config, ["a", "b"], "ema"))
     tensors, about = read_weights(path)
     assert all(torch.equal(tensors[k], v) for k, v in model.state_dict().items())
-    assert about["classes"] == ["a", "b"] and about["form"] == "ema"
+    assert about["classes"] == ["a", "b"] and about["kind"] == "ema"
     assert about["model"]["name"] == "ghostnetv3_050" and "weights" not in about["model"]
     assert about["reparam"] == PLAIN.model_dump(mode="json")
     assert about["input"]["eval_size"] == 96 and about["input"]["mean"] == [0.1, 0.2, 0.3]
@@ -192,21 +186,21 @@ def test_a_weights_file_says_what_it_is(tmp_path):
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
     """torch meets the failed write, then fails to end its archive: "unexpected pos"."""
     last, best = tmp_path / "last.pt", tmp_path / "best.safetensors"
-    save_state(last, {"student": {"x": torch.zeros(10)}})
-    save_weights(best, small(), {})
+    write_checkpoint(last, {"student": {"x": torch.zeros(10)}})
+    write_weights(best, small(), {})
     before = [path.read_bytes() for path in (last, best)]
     large = nn.Linear(500, 500)
     with limited(resource.RLIMIT_FSIZE, 100_000):
         for size in (40_000, 400_000):  # fails in the middle, and when the rest is flushed
             state = {"student": {"x": torch.zeros(size), "y": torch.zeros(20)}}
             with pytest.raises(UserError, match=r"cannot write .*last.pt \(File too large\); make"):
-                save_state(last, state)
+                write_checkpoint(last, state)
         with pytest.raises(UserError, match=r"cannot write .*best.safetensors \(File too large\)"):
-            save_weights(best, large, {})
+            write_weights(best, large, {})
     assert [path.read_bytes() for path in (last, best)] == before
     assert sorted(tmp_path.iterdir()) == [best, last]
     with pytest.raises(RuntimeError, match="(?i)bug"):  # another error keeps its trace
-        save_state(last, {"student": Unsavable()})
+        write_checkpoint(last, {"student": Unsavable()})
     assert sorted(tmp_path.iterdir()) == [best, last]
 
 
@@ -218,4 +212,6 @@ class Unsavable:
 def test_a_run_goes_on_without_the_file_it_started_from():
     config = Config(model=ModelConfig(weights="gone.pth", dropout=0.1))
     assert without_start(config).model == ModelConfig(dropout=0.1)
-    assert can_fuse(config) and not can_fuse(Config(model=ModelConfig(name="x", source="timm")))
+    assert has_fused_form(config) and not has_fused_form(
+        Config(model=ModelConfig(name="x", source="timm"))
+    )

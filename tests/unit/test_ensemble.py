@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
-from ghosttrain.distill.features import WithFeatures, pooled_width
+from ghosttrain.distill.features import Network, pooled_width
 from ghosttrain.distill.pretrained import class_columns, weights_digest
 from ghosttrain.distill.teacher import Teacher, build_teacher, check_teacher
 from ghosttrain.models.registry import create_model
@@ -161,7 +161,8 @@ def test_a_student_gives_its_pooled_features_with_its_logits(name: str) -> None:
     width = pooled_width(student, 3, 64)
     assert width == student.classifier.in_features and student.training == before
     images = torch.rand(2, 3, 64, 64)
-    logits, projected = WithFeatures(student, width, 7)(images)
+    logits, projected = Network(student, torch.nn.Linear(width, 7))(images)
+    assert Network(student)(images).features is None
     torch.testing.assert_close(logits, student(images))
     assert projected.shape == (2, 7)
 

@@ -14,8 +14,10 @@ from ghosttrain.config.schema import AugmentConfig, Config, DistillConfig, Train
 from ghosttrain.data.augment import mix_batch
 from ghosttrain.data.loader import Batch
 from ghosttrain.distill import losses as distill_losses
+from ghosttrain.distill.features import StudentOutput
 from ghosttrain.distill.teacher_output import TeacherOutput
-from ghosttrain.engine.train import mixed, mixed_precision, objective
+from ghosttrain.engine.classification import mixed, objective
+from ghosttrain.engine.train import mixed_precision
 
 B, K, F = 6, 5, 4
 RNG = np.random.default_rng(0)
@@ -34,7 +36,7 @@ class Fixed(nn.Module):
         self.output = output
 
     def forward(self, images: Tensor) -> Any:
-        return self.output
+        return self.output if isinstance(self.output, tuple) else StudentOutput(self.output)
 
 
 def terms(
@@ -238,7 +240,7 @@ def batch() -> Batch:
 
 def test_without_mixup_targets_are_the_labels_and_all_else_is_as_it_was() -> None:
     given = batch()
-    images, views, targets = mixed(given, K, Config(), 3)
+    images, views, targets = mixed(given, K, AugmentConfig(), 3)
     assert images is given.images and views is given.views
     assert targets.numpy().tolist() == HARD.tolist()
 
@@ -247,7 +249,7 @@ def test_without_mixup_targets_are_the_labels_and_all_else_is_as_it_was() -> Non
 def test_images_targets_and_views_are_mixed_by_one_draw(kind: str) -> None:
     augment = AugmentConfig(policy="with_mixup", **{kind: 0.8})
     given = batch()
-    images, views, targets = mixed(given, K, Config(augment=augment), 3)
+    images, views, targets = mixed(given, K, augment, 3)
     numbers = list(range(10, 10 + B))
     expected = mix_batch(given.images, given.labels, K, augment, 3, numbers)
     assert torch.equal(images, expected[0]) and torch.equal(targets, expected[1])
@@ -255,7 +257,7 @@ def test_images_targets_and_views_are_mixed_by_one_draw(kind: str) -> None:
     whole = given.views[16, "bicubic"] / 255
     assert torch.equal(view, mix_batch(whole, given.labels, K, augment, 3, numbers)[0])
     assert not torch.equal(view, whole)
-    other = mixed(given, K, Config(augment=augment), 4)[2]
+    other = mixed(given, K, augment, 4)[2]
     assert not torch.equal(other, targets)  # each epoch draws anew
 
 

@@ -51,13 +51,13 @@ def test_the_learning_rate_is_scaled_to_the_batch():
     lamb = OptimConfig(lr=0.5, lr_batch=400)
     sgd = OptimConfig(name="sgd", lr=0.5, lr_batch=400)
     for optim, lr in ((lamb, 0.25), (sgd, 0.125), (OptimConfig(lr=0.5, lr_batch=None), 0.5)):
-        assert make_plan(config(optim=optim, global_batch=100), 1000, 1).lr == lr
+        assert make_plan(config(optim=optim, global_batch=100), 1000, 1).peak_lr == lr
 
 
 @pytest.mark.parametrize(("every", "evaluated"), [(1, [4, 8, 12, 14]), (2, [8, 14]), (9, [14])])
 def test_epochs_are_evaluated_at_their_end_and_at_the_end_of_the_run(every, evaluated):
-    plan = make_plan(config(epochs=5, global_batch=10, max_steps=14), 40, ranks=1)
-    assert [step for step in range(15) if plan.is_evaluated(step, every)] == evaluated
+    plan = make_plan(config(epochs=5, global_batch=10, max_steps=14, eval_every=every), 40, ranks=1)
+    assert [step for step in range(15) if plan.is_evaluated(step)] == evaluated
     assert [plan.epochs_after(step) for step in (0, 1, 4, 5, 14)] == [0, 1, 1, 2, 4]
 
 

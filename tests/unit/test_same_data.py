@@ -9,9 +9,9 @@ from ghosttrain.data import datasets
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.engine.same_data import (
     changes,
-    check_same_data,
-    listings,
+    measure_listings,
     note_on_result,
+    validate_same_data,
     without_classes,
 )
 
@@ -57,16 +57,16 @@ def test_every_difference_is_said_once(now, said):
 
 def test_a_resumed_run_refuses_other_data_or_keeps_a_record():
     saved = {"data": data(), "step": 30, "optimizer": {"state": {}}}
-    assert check_same_data(saved, data(), "refuse") == data()
-    assert check_same_data(None, data(), "refuse") == data()
+    assert validate_same_data(saved, data(), "refuse") == data()
+    assert validate_same_data(None, data(), "refuse") == data()
     more = data(train=(1440, "t"))
     with pytest.raises(UserError, match=r"1,437 -> 1,440\): .*data.changed=accept .*run.fresh"):
-        check_same_data(saved, more, "refuse")
-    first = check_same_data(saved, more, "accept")
+        validate_same_data(saved, more, "refuse")
+    first = validate_same_data(saved, more, "accept")
     assert first["accepted"] == ["data changed after step 30: training images: 1,437 -> 1,440"]
     later = {"data": first, "step": 50, "optimizer": {"state": {}}}
-    assert check_same_data(later, more, "refuse")["accepted"] == first["accepted"]
-    second = check_same_data(later, data(), "accept")["accepted"]
+    assert validate_same_data(later, more, "refuse")["accepted"] == first["accepted"]
+    second = validate_same_data(later, data(), "accept")["accepted"]
     assert second == [
         *first["accepted"],
         "data changed after step 50: training images: 1,440 -> 1,437",
@@ -76,17 +76,17 @@ def test_a_resumed_run_refuses_other_data_or_keeps_a_record():
 def test_what_cannot_be_accepted_says_why():
     saved = {"data": data(), "step": 30, "optimizer": {"state": {}}}
     with pytest.raises(UserError, match=r"run.fresh=true \(it cannot .* has 2 outputs\)"):
-        check_same_data(saved, data(classes=("a", "cat", "dog")), "accept")
+        validate_same_data(saved, data(classes=("a", "cat", "dog")), "accept")
     done = saved | {"optimizer": {}}
     with pytest.raises(UserError, match="has taken all its steps"):
-        check_same_data(done, data(train=(1440, "t")), "accept")
-    assert check_same_data(done, data(held_out=(361, "h")), "accept")["accepted"]
+        validate_same_data(done, data(train=(1440, "t")), "accept")
+    assert validate_same_data(done, data(held_out=(361, "h")), "accept")["accepted"]
 
 
 def test_a_finished_run_says_that_its_data_are_others(tmp_path, monkeypatch):
     make_images(tmp_path / "d", classes=2, train=2, val=1)
     config = Config(data=DataConfig(name="folder", root=str(tmp_path / "d")))
-    result = {"data": without_classes(listings(*build_datasets(config.data)))}
+    result = {"data": without_classes(measure_listings(*build_datasets(config.data)))}
     assert "classes" not in result["data"]["train"]
     monkeypatch.setattr(datasets, "look", lambda _: pytest.fail("it decodes images"))
     assert note_on_result(config, result) is None

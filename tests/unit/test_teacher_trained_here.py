@@ -18,7 +18,7 @@ from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
 from ghosttrain.distill.pretrained import as_asked
 from ghosttrain.distill.teacher import Teacher, build_teacher
-from ghosttrain.engine.checkpoint import describe_weights, save_weights
+from ghosttrain.engine.weights_file import describe_weights, write_weights
 from ghosttrain.models.registry import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
 
@@ -46,7 +46,7 @@ def written(
     config = schema.Config(
         model=schema.ModelConfig(**model_settings), data=schema.DataConfig(**data)
     )
-    save_weights(path, model, describe_weights(config, ["dog", "ant", "cat", "bee"], form))
+    write_weights(path, model, describe_weights(config, ["dog", "ant", "cat", "bee"], form))
     return str(path)
 
 

@@ -12,8 +12,9 @@ from torch import tensor
 
 from ghosttrain.config.compose import compose
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Config
+from ghosttrain.config.schema import Config, TrainConfig
 from ghosttrain.engine import distributed, track
+from ghosttrain.engine.plan import Plan, make_plan
 from ghosttrain.engine.track import Journal, Meter, Tracker, describe, read_metrics
 
 ROW = {"loss": 1.25, "label": 1.0, "kl": 0.25, "lr": 0.00123, "images_per_second": 540.4}
@@ -71,10 +72,16 @@ def test_a_meter_gives_the_mean_over_ranks(monkeypatch, clock):
     assert meter.read() == {"loss": 2.5, "kl": 1.0, "images_per_second": 48.0}
 
 
+def plan_of(total: int) -> Plan:
+    """A plan of one epoch: only its end is evaluated."""
+    train = {"global_batch": 1, "max_steps": total, "epochs": 1}
+    return make_plan(Config(train=TrainConfig(**train)), total + 1, ranks=1)
+
+
 def started(folder: Path, *, step: int = 0, total: int = 100, **tracker) -> Tracker:
     config = Config()
     config = config.model_copy(update={"tracker": config.tracker.model_copy(update=tracker)})
-    return Tracker(config, folder, step, total)
+    return Tracker(config, plan_of(total), step, folder)
 
 
 def test_rows_and_lines_are_in_the_folder_as_soon_as_they_are_written(tmp_path, capsys):
@@ -91,7 +98,7 @@ def test_rows_and_lines_are_in_the_folder_as_soon_as_they_are_written(tmp_path, 
 
 def test_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with Tracker(Config(), None, 0, 100) as tracker:
+    with Tracker(Config(), plan_of(100), 0, None) as tracker:
         tracker.say("a line")
         tracker.log("train", 10, ROW)
         tracker.draw_curves("title")
@@ -112,7 +119,7 @@ def test_a_resumed_run_forgets_the_rows_of_steps_that_run_again(tmp_path):
         tracker.log("eval", 30, {"ema_top1": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30, 30]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
-    Tracker(Config(), tmp_path, 30, 100, evaluates_first=True)  # its last evaluation runs again
+    started(tmp_path, step=30, total=30)  # the evaluation of its last step runs again
     assert [row["kind"] for row in read_metrics(tmp_path)] == ["train"] * 3
 
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ghosttrain.config.compose import compose
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import PLAIN, Config, ModelConfig
-from ghosttrain.engine.checkpoint import build_student, describe_weights, save_weights
+from ghosttrain.engine.student import build_student
+from ghosttrain.engine.weights_file import describe_weights, write_weights
 from ghosttrain.models import sources
 from ghosttrain.models.files import (
     About,
@@ -433,7 +434,7 @@ def test_a_classifier_is_matched_by_the_names_of_its_classes(
     theirs = build_student(config(None), classes).eval()
     torch.nn.init.normal_(head(theirs).bias)
     about = describe_weights(config(None), classes, "ema")
-    save_weights(tmp_path / "x.safetensors", theirs, about)
+    write_weights(tmp_path / "x.safetensors", theirs, about)
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         same, moved = start(*classes), start("cat", "ant", "bee")
@@ -461,7 +462,7 @@ def test_another_stem_of_the_weights_is_said(tmp_path: Path) -> None:
 
     path = tmp_path / "x.safetensors"
     about = describe_weights(config("small"), ["ant", "bee"], "ema")
-    save_weights(path, build_student(config("small"), ["ant", "bee"]), about)
+    write_weights(path, build_student(config("small"), ["ant", "bee"]), about)
     for stride, said in (
         ("small", ""),
         ("standard", "they were trained with another stem than model.input_stride=standard: type "

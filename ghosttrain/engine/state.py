@@ -1,0 +1,118 @@
+"""What a run needs to go on: the one place that knows the keys of a checkpoint.
+
+`checkpoints/last.pt` holds the trained network (student and projection), its average, the
+optimizer, how far the run is, and what it was begun with (classes, data, cached teacher outputs).
+It is written atomically and read with `weights_only`: it can hold data, never code. The teacher's
+own weights are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ghosttrain.config.errors import UserError, raise_if_of_the_system
+from ghosttrain.distill.features import Network
+from ghosttrain.engine.folder import replacing
+from ghosttrain.engine.weights_file import load_into
+from ghosttrain.optim.ema import Ema
+
+Checkpoint = dict[str, Any]
+NO_BEST = {"top1": -1.0, "epoch": 0}
+
+
+@dataclass
+class TrainState:
+    """The state of a run. It saves itself, and restores itself from what it saved."""
+
+    network: Network
+    optimizer: Optimizer
+    ema: Ema
+    classes: Sequence[str]
+    """Names of the classes in the order of the logits."""
+    listings: Mapping[str, Any]
+    """What the data are (`same_data.measure_listings`)."""
+    step: int = 0
+    """Optimizer steps done."""
+    seconds: float = 0.0
+    """Time spent, over all processes that worked on this run."""
+    best: dict[str, float] = field(default_factory=lambda: dict(NO_BEST))
+    """Best held-out top-1 of the average in per cent, and the epoch after which it was measured."""
+
+    def save(self, path: Path, teacher: Mapping[str, Any], is_last: bool) -> None:
+        """Write a checkpoint atomically.
+
+        Args:
+            path: the file.
+            teacher: `TeacherSource.state()`.
+            is_last: no step follows: the optimizer's state is left out.
+        """
+        write_checkpoint(
+            path,
+            {
+                "student": self.network.student.state_dict(),
+                "projection": self.network.projection.state_dict(),
+                "ema": self.ema.state_dict(),
+                "optimizer": {} if is_last else self.optimizer.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "best": self.best,
+                "classes": self.classes,
+                "data": self.listings,
+                "teacher": teacher,
+            },
+        )
+
+    def restore(self, saved: Checkpoint, path: Path) -> None:
+        """Go on from a checkpoint, which was read from `path`.
+
+        Raises:
+            UserError: it holds the weights of another network.
+        """
+        load_into(self.network.student, saved["student"], path)
+        self.network.projection.load_state_dict(saved["projection"])
+        self.ema.load_state_dict(saved["ema"])
+        if saved["optimizer"]:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
+        if saved["data"]["held_out"] != self.listings["held_out"]:
+            self.best = dict(NO_BEST)  # it was measured on other images
+
+
+def student_weights(saved: Checkpoint, kind: str) -> dict[str, Tensor]:
+    """Return the state dict of a checkpoint's student: `raw`, or `ema`, its average."""
+    return saved["student"] if kind == "raw" else saved["ema"]["model"]
+
+
+def write_checkpoint(path: Path, saved: Checkpoint) -> None:
+    """Write a checkpoint atomically."""
+    with replacing(path) as file:
+        torch.save(saved, file)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        UserError: the file is damaged, or is no checkpoint of this project.
+        OSError: it cannot be read now: no permission, no memory, a failing disk.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler lets anything out: KeyError, struct.error
+        raise_if_of_the_system(error, path)
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())[:80]}); move it away to start this "
+            "run anew"
+        ) from None
+    if not isinstance(saved, dict) or "student" not in saved:
+        raise UserError(
+            f"{path} is no checkpoint of ghosttrain; move it away to start this run anew"
+        )
+    return saved

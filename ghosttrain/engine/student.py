@@ -1,0 +1,103 @@
+"""From the settings to the network that is trained: the student, and a projection beside it where
+the distillation loss compares features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.schema import Config
+from ghosttrain.distill.features import Network, pooled_width
+from ghosttrain.models.collapse import synchronize
+from ghosttrain.models.files import other_input_stride, other_normalisation
+from ghosttrain.models.registry import create_model, create_timm_model
+from ghosttrain.models.timm_sides import check_timm_sides
+
+
+def build_network(
+    config: Config,
+    classes: Sequence[str],
+    teacher_features: int,
+    micro_batch: int,
+    device: torch.device,
+) -> Network:
+    """Return the network to train, on `device`.
+
+    Args:
+        config: all settings.
+        classes: names of the data's classes in the order of its labels.
+        teacher_features: pooled features in the teacher's output, onto which the student's are
+            projected where `distill.features_weight` is set.
+        micro_batch: images that batch norm sees together.
+        device: where it is trained.
+
+    Raises:
+        UserError: weights that cannot be had or do not fit; images of a size that a timm model
+            cannot take; no pooled features where a loss needs them.
+    """
+    student = build_student(config, classes)
+    if config.model.source == "timm":
+        check_timm_sides(student, config.model.name, len(classes), config.data, micro_batch)
+    student = student.to(device)
+    if config.train.channels_last:
+        student = student.to(memory_format=torch.channels_last)
+    if config.train.sync_bn:
+        student = synchronize(student)
+    projection = None
+    if config.distill.features_weight:
+        width = pooled_width(student, config.data.in_chans, config.data.train_size)
+        if not width:
+            raise UserError(
+                f"{config.model.name} has no pooled features below one linear layer: type "
+                "distill.features_weight=0"
+            )
+        projection = nn.Linear(width, teacher_features)
+    return Network(student, projection).to(device)
+
+
+def build_student(config: Config, classes: Sequence[str]) -> nn.Module:
+    """Return the student of `config`, freshly initialised or with `model.weights`.
+
+    `classes` are the names of the data's classes in the order of its labels.
+    """
+    model, in_chans = config.model, config.data.in_chans
+    student: Any
+    if model.source == "timm":
+        student = create_timm_model(
+            model.name,
+            len(classes),
+            in_chans,
+            model.dropout,
+            model.weights,
+            new_classifier=True,
+            classes=classes,
+        )
+    else:
+        student = create_model(
+            model.name,
+            len(classes),
+            in_chans,
+            config.reparam,
+            model.dropout,
+            model.weights,
+            input_stride=model.input_stride,
+            new_classifier=True,
+            classes=classes,
+        )
+    if model.weights:
+        about, notes = student.weights_about, [student.weights_note]
+        if model.source == "ghosttrain":  # a timm model has no such setting
+            notes.append(other_input_stride(about, model.input_stride))
+        notes.append(other_normalisation(about, config.data.mean, config.data.std))
+        student.weights_note = "; ".join(filter(None, notes))
+    return student
+
+
+def has_fused_form(config: Config) -> bool:
+    """Whether the student of `config` has an inference form of its own."""
+    return config.model.source == "ghosttrain"

@@ -1,0 +1,83 @@
+"""Files of weights that a run leaves: safetensors whose metadata say which network they are of.
+
+They load again without the run. They are written atomically and can hold data, never code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ghosttrain.config.errors import UserError, raise_if_of_the_system
+from ghosttrain.config.paths import utf8_name
+from ghosttrain.config.schema import Config
+from ghosttrain.engine.folder import replacing
+from ghosttrain.models.weights import mismatch
+
+WeightsKind = Literal["ema", "raw", "fused"]
+"""The average of a run, what its optimizer left, or the average in inference form."""
+
+
+def describe_weights(config: Config, classes: Sequence[str], kind: WeightsKind) -> dict[str, str]:
+    """Return safetensors metadata: what the weights are and what images they expect."""
+    data = config.data
+    about = {
+        "model": config.model.model_dump(mode="json", exclude={"weights"}),
+        "reparam": None if kind == "fused" else config.reparam.model_dump(mode="json"),
+        "kind": kind,
+        "classes": list(classes),
+        "input": data.model_dump(
+            mode="json",
+            include={"in_chans", "mean", "std", "eval_size", "crop_pct", "interpolation"},
+        ),
+    }
+    return {"format": "pt", "ghosttrain": json.dumps(about)}
+
+
+def write_weights(path: Path, model: nn.Module, about: dict[str, str]) -> None:
+    """Write a model's weights as safetensors, atomically."""
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    with replacing(path) as file:
+        file.write(save(state, metadata=about))  # save_file would make it private to the user
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a weights file's tensors and what its metadata says they are.
+
+    Raises:
+        UserError: damaged, or not written by `write_weights`.
+        OSError: it cannot be read now: no permission, no memory, a failing disk.
+    """
+    try:
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["ghosttrain"])
+            return load_file(name), about
+    except (OSError, SafetensorError, KeyError, ValueError, MemoryError) as error:
+        raise_if_of_the_system(error, path)
+        raise UserError(
+            f"{path} cannot be read as weights of ghosttrain: {' '.join(str(error).split())}"
+        ) from None
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None:
+    """Load a state dict whose every key and shape must match.
+
+    Raises:
+        UserError: naming what does not fit: these are the weights of another model.
+    """
+    wrong = [key for keys in mismatch(model.state_dict(), state).values() for key in keys]
+    if wrong:
+        raise UserError(
+            f"{origin} holds the weights of another model: {len(wrong)} entries do not fit (first: "
+            f"{wrong[0]}); "
+            "choose another run.name or run.fresh=true"
+        )
+    model.load_state_dict(state)
