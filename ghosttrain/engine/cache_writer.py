@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
-from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.data.datasets import Dataset, build_datasets, notes_on
 from ghosttrain.data.loader import Loader, train_loader
 from ghosttrain.data.order import epoch_order, eval_batches
 from ghosttrain.distill.cache import (
@@ -102,7 +102,7 @@ def fill_cache(
     teacher, about_teacher = ready_teacher(config, train_set, device)
     asking = Asking(config, train_set, teacher, device)
     _say(f"data: {train_set.describe()}")
-    for note in train_set.notes if distributed.rank() == 0 else ():
+    for note in notes_on(train_set) if distributed.rank() == 0 else ():
         _say(f"  {note}")
     _say(f"teacher: {about_teacher}")
     found: TeacherCache | None = None

@@ -41,7 +41,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
 
         return spawn(("eval", str(folder), *overrides), config.launch.nproc)
 
-    from ghosttrain.data.datasets import build_datasets
+    from ghosttrain.data.datasets import build_datasets, notes_on
     from ghosttrain.engine import distributed
     from ghosttrain.engine.evaluate import HeldOutImages, evaluate
     from ghosttrain.engine.load import classes_of, load_run
@@ -62,11 +62,11 @@ def evaluate_run(folder: Path, overrides: list[str]) -> int:
     with HeldOutImages(held_out, config, device, batch) as held_images:
         table, difference = evaluate(models, held_images, device)
     if distributed.rank() == 0:
-        notes = [*held_out.notes]
-        listing = result["data"]["held_out"] if result else None
-        if listing and listing["digest"] != held_out.listing()["digest"]:
+        notes = [*notes_on(held_out)]
+        identity = result["data"]["held_out"] if result else None
+        if identity and identity["digest"] != held_out.identity()["digest"]:
             notes.append(
-                f"note: these are not the held-out images of the run ({listing['images']:,} then, "
+                f"note: these are not the held-out images of the run ({identity['images']:,} then, "
                 f"{len(held_out):,} now)"
             )
         print("\n".join([*notes, *_lines(table, difference, result)]))

@@ -1,8 +1,9 @@
 """Whether a run goes on with the data that it began with. Imports no torch.
 
-A checkpoint and `result.json` hold the listings of the training and the held-out images: number,
-and a digest of classes, labels and file names; the checkpoint the class names too. Training images
-decide the schedule and what a label means, held-out images decide the metric: both are compared.
+A checkpoint and `result.json` hold a record of the data: of the training and of the held-out images
+their number and a digest of classes, labels and file names; the checkpoint holds the class names
+too. Training images decide the schedule and what a label means, held-out images decide the metric:
+both are compared.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset, build_datasets
 
-Listings = dict[str, Any]
-"""`train` and `held_out`: `Dataset.listing()`; `accepted`: changes that `data.changed=accept` let
+DataRecord = dict[str, Any]
+"""`train` and `held_out`: `Dataset.identity()`; `accepted`: changes that `data.changed=accept` let
 pass, one line each."""
 HALVES = {"train": "training", "held_out": "held-out"}
 
 
-def measure_listings(train_set: Dataset, held_out: Dataset) -> Listings:
-    """Return the listings of both halves of the data."""
-    return {"train": train_set.listing(), "held_out": held_out.listing(), "accepted": []}
+def describe_data(train_set: Dataset, held_out: Dataset) -> DataRecord:
+    """Return the record of both halves of the data."""
+    return {"train": train_set.identity(), "held_out": held_out.identity(), "accepted": []}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two listings, in words; [] if nothing does."""
+    """Return what differs between two records, in words; [] if nothing does."""
     old, new = (each["train"].get("classes") for each in (before, now))
     lines = [renamed(old, new)] if old and new and old != new else []
     names = "file names" if old else "class names, file names"  # `result.json` holds no classes
@@ -38,12 +39,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def validate_same_data(saved: Mapping[str, Any] | None, now: Listings, changed: str) -> Listings:
-    """Return the listings of a run, with every change that was accepted on the way.
+def validate_same_data(
+    saved: Mapping[str, Any] | None, now: DataRecord, changed: str
+) -> DataRecord:
+    """Return the record of a run's data, with every change that was accepted on the way.
 
     Args:
         saved: the checkpoint that it resumes from; None: it begins.
-        now: listings of the data as they are.
+        now: the record of the data as they are.
         changed: `data.changed`.
 
     Raises:
@@ -72,8 +75,8 @@ def validate_same_data(saved: Mapping[str, Any] | None, now: Listings, changed: 
     return now | {"accepted": [*before["accepted"], line]}
 
 
-def without_classes(data: Mapping[str, Any]) -> Listings:
-    """Return listings without the class names, which the weights' file holds already."""
+def without_classes(data: Mapping[str, Any]) -> DataRecord:
+    """Return the record without the class names, which the weights' file holds already."""
     halves = {key: {k: v for k, v in data[key].items() if k != "classes"} for key in HALVES}
     return {**data, **halves}
 
@@ -83,7 +86,7 @@ def note_on_result(config: Config, result: Mapping[str, Any]) -> str | None:
     if config.data.root is None:  # embedded data cannot change
         return None
     try:
-        found = changes(result["data"], measure_listings(*build_datasets(config.data)))
+        found = changes(result["data"], describe_data(*build_datasets(config.data)))
     except UserError as error:
         return f"note: its data cannot be compared with today's: {error}"
     if not found:

@@ -36,8 +36,8 @@ class TrainState:
     ema: Ema
     classes: Sequence[str]
     """Names of the classes in the order of the logits."""
-    listings: Mapping[str, Any]
-    """What the data are (`same_data.measure_listings`)."""
+    data_record: Mapping[str, Any]
+    """What the data are (`same_data.describe_data`)."""
     step: int = 0
     """Optimizer steps done."""
     seconds: float = 0.0
@@ -64,7 +64,7 @@ class TrainState:
                 "seconds": self.seconds,
                 "best": self.best,
                 "classes": self.classes,
-                "data": self.listings,
+                "data": self.data_record,
                 "teacher": teacher,
             },
         )
@@ -81,7 +81,7 @@ class TrainState:
         if saved["optimizer"]:
             self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
-        if saved["data"]["held_out"] != self.listings["held_out"]:
+        if saved["data"]["held_out"] != self.data_record["held_out"]:
             self.best = dict(NO_BEST)  # it was measured on other images
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
-from ghosttrain.data.datasets import Dataset
+from ghosttrain.data.datasets import Dataset, notes_on
 from ghosttrain.distill.pretrained import networks
 from ghosttrain.engine.folder import result_lines
 from ghosttrain.engine.plan import Plan
@@ -32,8 +32,8 @@ class Description:
     folder: Path
     train_set: Dataset
     held_out: Dataset
-    listings: Mapping[str, Any]
-    """What the data are (`same_data.measure_listings`)."""
+    data_record: Mapping[str, Any]
+    """What the data are (`same_data.describe_data`)."""
     teacher: str
     """What the teacher is, in one line."""
     device: torch.device
@@ -68,7 +68,7 @@ def head(run: Description, student: nn.Module) -> list[str]:
             "  no other data was named, so this is the embedded set; ImageNet: type data=imagenet "
             "data.root=/path"
         )
-    lines += [f"  {note}" for note in (*train_set.notes, *held_out.notes)]
+    lines += [f"  {note}" for note in (*notes_on(train_set), *notes_on(held_out))]
     lines += run.notes
     lines.append(
         f"student: {config.model.name}, {count_params(student) / 1e6:.3f} M parameters in training "
@@ -119,7 +119,7 @@ def result(run: Description, state: TrainState, measured: Measured) -> dict[str,
         "seconds": measured.seconds,
         "images_per_second": state.step * run.plan.global_batch / state.seconds,
         "steps": state.step,
-        "data": without_classes(run.listings),
+        "data": without_classes(run.data_record),
         "device": device_name(run.device),
     }
 

@@ -270,7 +270,7 @@ def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
                 "flip",
             },
         ),
-        "images": train_set.manifest(),
+        "images": train_set.content_digest(),
         "versions": {
             "augmentation": augment.VERSION,
             **{name: _minor(name) for name in ("pillow", "torch", "timm")},

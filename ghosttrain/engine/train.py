@@ -78,8 +78,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     train_set, held_out = task.build_data(config.data)
     classes = train_set.classes
     saved = read_checkpoint(checkpoint) if checkpoint.is_file() else None
-    listings = same_data.validate_same_data(
-        saved, same_data.measure_listings(train_set, held_out), config.data.changed
+    data_record = same_data.validate_same_data(
+        saved, same_data.describe_data(train_set, held_out), config.data.changed
     )
     plan = make_plan(config, len(train_set), ranks)
     teacher = build_teacher_source(config, train_set, device)
@@ -102,18 +102,18 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     student = network.student
     optimizer = build_optimizer(config.optim, network)
     ema = Ema(student, config.ema.decay, config.ema.warmup)
-    state = TrainState(network, optimizer, ema, classes, listings)
+    state = TrainState(network, optimizer, ema, classes, data_record)
     if saved is not None:
         state.restore(saved, checkpoint)
         teacher = teacher.resumed(saved["teacher"])
         notes.append(f"resumed after epoch {plan.epochs_after(state.step)}, step {state.step}")
-        notes += listings["accepted"]
+        notes += data_record["accepted"]
         saved = None  # its memory
 
     # ---------------------------------------------------------------- Loop
     tracker = track.Tracker(config, plan, state.step, run if rank == 0 else None)
     about = summary.Description(
-        config, plan, run, train_set, held_out, listings, teacher.about, device, notes
+        config, plan, run, train_set, held_out, data_record, teacher.about, device, notes
     )
     kind = describe_weights(config, classes, "ema")
     if config.train.compile:

@@ -14,8 +14,7 @@ from PIL import Image
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import DataConfig
-from ghosttrain.data import datasets
-from ghosttrain.data.datasets import ArrayDataset, FolderDataset, build_datasets
+from ghosttrain.data.datasets import ArrayDataset, FolderDataset, build_datasets, folder, notes_on
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
@@ -205,7 +204,7 @@ def test_imagenet_is_a_folder_of_1000_classes(root, monkeypatch):
         "1,000",
         f"data=folder data.root={root}",
     )
-    monkeypatch.setattr(datasets, "IMAGENET_CLASSES", 3)
+    monkeypatch.setattr(folder, "IMAGENET_CLASSES", 3)
     monkeypatch.setenv("IMAGENET_DIR", str(root))
     train, _ = build_datasets(DataConfig(name="imagenet"))
     assert len(train) == 9
@@ -311,8 +310,10 @@ def test_idx_of_black_or_faint_images_is_said(tmp_path):
     images[1:, 2, 2] = 1
     write_idx(tmp_path, "train", images, np.arange(6))
     train, _ = build_datasets(idx_data(tmp_path, val_split="train"))
-    assert "brightest pixel of 6 images looked at" in train.notes[0]
-    assert "1 of 6 images looked at" in train.notes[1] and "(first: 0)" in train.notes[1]
+    assert "brightest pixel of 6 images looked at" in notes_on(train)[0]
+    assert (
+        "1 of 6 images looked at" in notes_on(train)[1] and "(first: image 0)" in notes_on(train)[1]
+    )
 
 
 @pytest.mark.parametrize("kind", ["images", "labels"])
@@ -349,27 +350,27 @@ def test_idx_refuses_a_gz_with_damage_inside(tmp_path):
         refused(idx_data(tmp_path, val_split="train"), f"cannot read {path} (", "fetch it again")
 
 
-# --- manifest ---------------------------------------------------------------------------------
+# --- digest -----------------------------------------------------------------------------------
 
 
-def manifest(root):
-    return build_datasets(DataConfig(name="folder", root=str(root)))[0].manifest()
+def digest_of(root):
+    return build_datasets(DataConfig(name="folder", root=str(root)))[0].content_digest()
 
 
-def test_a_manifest_does_not_depend_on_where_the_folder_lies(root, tmp_path_factory):
-    first = manifest(root)
+def test_the_digest_does_not_depend_on_where_the_folder_lies(root, tmp_path_factory):
+    first = digest_of(root)
     assert len(first) == 64 and int(first, 16) >= 0
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "moved"
     shutil.copytree(root, elsewhere)
-    assert manifest(elsewhere) == first
+    assert digest_of(elsewhere) == first
     (root / "train").rename(root / "other")
     split = build_datasets(DataConfig(name="folder", root=str(root), train_split="other"))[0]
-    assert split.manifest() == first
+    assert split.content_digest() == first
     shutil.rmtree(root / "val" / "cat")  # only the training images are in it
     (root / "val" / "cat").mkdir()
     paint(root / "val" / "cat" / "new.png")
     (root / "other").rename(root / "train")
-    assert manifest(root) == first
+    assert digest_of(root) == first
 
 
 def rename_class(train):
@@ -392,40 +393,40 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_manifest_tells_other_images(root, change):
-    first = manifest(root)
+def test_the_digest_tells_other_images(root, change):
+    first = digest_of(root)
     CHANGES[change](root / "train")
-    assert manifest(root) != first
+    assert digest_of(root) != first
 
 
-def test_a_manifest_reads_evenly_spaced_files_the_first_and_the_last_among_them(root, monkeypatch):
+def test_the_digest_reads_evenly_spaced_files_the_first_and_the_last_among_them(root, monkeypatch):
     train, _ = build_datasets(DataConfig(name="folder", root=str(root)))
     read = []
-    monkeypatch.setattr(datasets, "read_file", lambda path: read.append(Path(path).name) or b"")
-    monkeypatch.setattr(datasets, "MANIFEST_FILES", 64)
+    monkeypatch.setattr(folder, "read_file", lambda path: read.append(Path(path).name) or b"")
+    monkeypatch.setattr(folder, "DIGEST_FILES", 64)
     n = 1000
     names = np.array([f"{i:04}.jpg".encode() for i in range(n)])
-    FolderDataset("here", ["a"], np.zeros(n, np.int64), 3, names).manifest()
+    FolderDataset("here", ["a"], np.zeros(n, np.int64), 3, names).content_digest()
     chosen = np.array([int(name[:4]) for name in read])
     assert len(chosen) == 64 and chosen[0] == 0 and chosen[-1] == n - 1
     assert set(np.diff(chosen)) <= {15, 16}
     read.clear()
-    train.manifest()
+    train.content_digest()
     assert read == [f"{i}.JPEG" for _ in range(3) for i in range(3)]  # all of a small set
 
 
-def test_a_manifest_names_a_file_that_is_gone(root):
+def test_the_digest_names_a_file_that_is_gone(root):
     train, _ = build_datasets(DataConfig(name="folder", root=str(root)))
     (root / "train" / "cat" / "2.JPEG").unlink()
     with pytest.raises(UserError, match=r"cat/2\.JPEG \(No such file"):
-        train.manifest()
+        train.content_digest()
 
 
-def test_a_manifest_of_arrays_tells_classes_labels_shapes_and_every_pixel():
+def test_the_digest_of_arrays_tells_classes_labels_shapes_and_every_pixel():
     images, labels = np.zeros((6, 4, 2), np.uint8), np.arange(6) % 2
 
     def digest(source="x", classes=("0", "1"), labels=labels, in_chans=3, images=images):
-        return ArrayDataset(source, list(classes), labels, in_chans, images).manifest()
+        return ArrayDataset(source, list(classes), labels, in_chans, images).content_digest()
 
     pixel, label = images.copy(), labels.copy()
     pixel[5, 3, 1] = 1
@@ -442,14 +443,14 @@ def test_a_manifest_of_arrays_tells_classes_labels_shapes_and_every_pixel():
     assert len({digest(), *others}) == 6
 
 
-def test_a_manifest_handles_names_all_at_once(monkeypatch):
+def test_the_digest_handles_names_all_at_once(monkeypatch):
     """A million names take a tenth of a second: it opens a few files, but calls nothing by name."""
-    monkeypatch.setattr(datasets, "read_file", lambda path: b"")
+    monkeypatch.setattr(folder, "read_file", lambda path: b"")
 
     def calls(n: int) -> int:
         names = np.array([b"n01440764_%d.JPEG" % i for i in range(n)])
         labels = np.arange(n) * 10 // n
         dataset = FolderDataset("here", [f"n{k:08}" for k in range(10)], labels, 3, names)
-        return count_calls(dataset.manifest)
+        return count_calls(dataset.content_digest)
 
     assert calls(100_000) - calls(50_000) < 25_000

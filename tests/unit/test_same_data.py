@@ -5,11 +5,10 @@ from conftest import make_images
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config, DataConfig
-from ghosttrain.data import datasets
-from ghosttrain.data.datasets import build_datasets
+from ghosttrain.data.datasets import FolderDataset, build_datasets
 from ghosttrain.engine.same_data import (
     changes,
-    measure_listings,
+    describe_data,
     note_on_result,
     validate_same_data,
     without_classes,
@@ -86,9 +85,9 @@ def test_what_cannot_be_accepted_says_why():
 def test_a_finished_run_says_that_its_data_are_others(tmp_path, monkeypatch):
     make_images(tmp_path / "d", classes=2, train=2, val=1)
     config = Config(data=DataConfig(name="folder", root=str(tmp_path / "d")))
-    result = {"data": without_classes(measure_listings(*build_datasets(config.data)))}
+    result = {"data": without_classes(describe_data(*build_datasets(config.data)))}
     assert "classes" not in result["data"]["train"]
-    monkeypatch.setattr(datasets, "look", lambda _: pytest.fail("it decodes images"))
+    monkeypatch.setattr(FolderDataset, "open", lambda *_: pytest.fail("it decodes images"))
     assert note_on_result(config, result) is None
     for split in ("train", "val"):
         (tmp_path / "d" / split / "class1").rename(tmp_path / "d" / split / "zebra")

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data import decode
 from ghosttrain.data.augment import eval_transform, train_transform
-from ghosttrain.data.datasets import build_datasets
+from ghosttrain.data.datasets import build_datasets, notes_on
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_images_are_found_at_any_depth_and_in_one_order(root):
     names = [os.fsdecode(name) for name in train.names[train.labels == 0]]
     assert names == sorted(names, key=os.fsencode) and len(names) == 3 + 6
     assert train.load(names.index("b/c/y.png")).getpixel((0, 0)) == (len("b/c/y.png"), 0, 0)
-    assert not any("left out" in note for note in train.notes)
+    assert not any("left out" in note for note in notes_on(train))
 
 
 def test_every_ending_that_the_decoder_reads_is_found(root):
@@ -68,7 +68,7 @@ def test_every_ending_that_the_decoder_reads_is_found(root):
         else:
             image.save(path)
     train, _ = build(root)
-    assert len(train) == 3 + 3 + 9 and "left out" not in train.notes[0]
+    assert len(train) == 3 + 3 + 9 and "left out" not in notes_on(train)[0]
     for index in range(6, len(train)):
         pixel = np.array(train.load(index).getpixel((8, 8)))
         assert (np.abs(pixel - (200, 30, 40)) < 12).all(), train.path(index)
@@ -85,8 +85,8 @@ def test_nothing_is_left_out_without_a_line(root):
     (cat / "deep" / "up").symlink_to(cat)
     os.mkfifo(cat / "pipe.jpg")
     train, held_out = build(root)
-    assert len(train) == 6 and held_out.notes == ()
-    (note,) = train.notes
+    assert len(train) == 6 and notes_on(held_out) == ()
+    (note,) = notes_on(train)
     for part in (
         f"left out of {root}/train: ",
         f"5 without an image's suffix (.txt 2, .db 1, .xml 1, none 1; first: {cat}/README)",
@@ -112,13 +112,13 @@ def test_a_link_that_leads_nowhere_is_refused(root, where):
 
 def test_hidden_links_that_lead_nowhere_are_hidden(root):
     (root / "train" / ".#lock").symlink_to("me@here")
-    assert "1 hidden" in build(root)[0].notes[0]
+    assert "1 hidden" in notes_on(build(root)[0])[0]
 
 
 def test_a_link_to_a_folder_above_ends(root):
     (root / "train" / "class0" / "all").symlink_to(root)
     train, _ = build(root)
-    assert "linked in a circle" in train.notes[0]
+    assert "linked in a circle" in notes_on(train)[0]
     assert len(train) == 6 + 6 - 3 + 4  # class0 finds what the root holds beside itself
 
 
@@ -184,12 +184,12 @@ def test_16_bit_images_of_a_small_range_are_said_once_with_the_setting(root, hig
     train, held_out = build(root)
     assert np.asarray(train.load(0)).max() == high >> 8
     for dataset, n in ((train, 6), (held_out, 4)):
-        note = dataset.notes[0]
+        note = notes_on(dataset)[0]
         assert f"{n} of {n} images looked at" in note and f"reach {high:,} of 65,535" in note
         assert f"type data.bit_depth={bits}" in note
-        assert len(dataset.notes) == (2 if bits == 8 else 1)  # and are of one colour
+        assert len(notes_on(dataset)) == (2 if bits == 8 else 1)  # and are of one colour
     train, held_out = build(root, bit_depth=bits)
-    assert train.notes == held_out.notes == ()
+    assert notes_on(train) == notes_on(held_out) == ()
     assert np.asarray(train.load(0)).max() == 255
 
 
@@ -198,21 +198,21 @@ def test_one_colour_is_said_once_and_is_no_error(root):
     deep(65535)(0).save(root / "train" / "class1" / "2.JPEG", format="PNG")
     train, held_out = build(root)
     first = root / "train" / "class0" / "0.JPEG"
-    assert train.notes == (
+    assert notes_on(train) == (
         f"note: 5 of 6 images looked at in {root}/train are of one colour (first: {first})",
     )
-    assert "4 of 4" in held_out.notes[0]
+    assert "4 of 4" in notes_on(held_out)[0]
 
 
 def test_masks_of_0_and_1_are_said(root):
     repaint(root, lambda n: Image.fromarray(np.eye(8, dtype=np.uint8)))
-    assert "brightest pixel of 6 images looked at" in build(root)[0].notes[0]
-    assert "is 1 of 255" in build(root)[0].notes[0]
+    assert "brightest pixel of 6 images looked at" in notes_on(build(root)[0])[0]
+    assert "is 1 of 255" in notes_on(build(root)[0])[0]
 
 
 def test_a_broken_image_is_left_to_who_needs_it(root):
     (root / "train" / "class0" / "0.JPEG").write_bytes(b"broken")
-    assert build(root)[0].notes == ()
+    assert notes_on(build(root)[0]) == ()
 
 
 # --- through the command line -------------------------------------------------------------------

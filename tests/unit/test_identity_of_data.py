@@ -11,7 +11,7 @@ from ghosttrain.data.datasets import FolderDataset, build_datasets
 
 
 def listing(root: Path) -> dict:
-    return build_datasets(DataConfig(name="folder", root=str(root)))[0].listing()
+    return build_datasets(DataConfig(name="folder", root=str(root)))[0].identity()
 
 
 def test_a_listing_tells_names_labels_and_classes_apart_and_not_where_they_lie(tmp_path):
@@ -32,15 +32,15 @@ def test_a_listing_tells_names_labels_and_classes_apart_and_not_where_they_lie(t
 
 def test_of_idx_files_and_digits_the_pixels_count():
     train, held_out = build_datasets(DataConfig(name="digits"))
-    before = train.listing()
-    assert before["images"] == 1437 and held_out.listing()["images"] == 360
+    before = train.identity()
+    assert before["images"] == 1437 and held_out.identity()["images"] == 360
     train.images[5, 0, 0] ^= 1
-    assert train.listing()["digest"] != before["digest"]
+    assert train.identity()["digest"] != before["digest"]
 
 
 def test_a_listing_opens_no_image():
     names = np.array([b"absent.jpg"] * 4)
     absent = FolderDataset("/absent", ["a", "b"], np.array([0, 0, 1, 1]), 3, names)
-    assert absent.listing()["images"] == 4
+    assert absent.identity()["images"] == 4
     with pytest.raises(ValueError, match="absent"):
-        absent.manifest()
+        absent.content_digest()

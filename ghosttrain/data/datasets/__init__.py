@@ -1,0 +1,67 @@
+"""Sample number -> (image, label): embedded digits, class folders (ImageNet too), IDX files.
+
+Owns what exists on disk and its checks: everything wrong with the data as a whole is said here,
+before training starts, in one line. Broken single files show when they are decoded. Knows nothing
+of order or augmentation.
+
+Legend: N images, H W map.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ghosttrain.config.errors import UserError
+from ghosttrain.config.paths import expanded
+from ghosttrain.config.schema import DataConfig
+from ghosttrain.data.datasets.base import ArrayDataset, Dataset
+from ghosttrain.data.datasets.digits import read_digits
+from ghosttrain.data.datasets.folder import FolderDataset, read_folders
+from ghosttrain.data.datasets.idx import read_idx
+from ghosttrain.data.datasets.inspection import notes_on
+
+__all__ = ["ArrayDataset", "Dataset", "FolderDataset", "build_datasets", "notes_on"]
+
+READERS = {"folder": read_folders, "imagenet": read_folders, "idx": read_idx}
+"""`data.name` -> what reads both halves of data that lie in a folder."""
+
+
+def build_datasets(data: DataConfig) -> tuple[Dataset, Dataset]:
+    """Return (training images, held-out images); the split never depends on a seed.
+
+    No image is decoded.
+
+    Raises:
+        UserError: the data are not there, not complete, or their two halves do not fit each other.
+    """
+    if data.name == "digits":
+        return read_digits(data.in_chans)
+    root = _root(data)
+    train, held_out = READERS[data.name](data, root)
+    if len(train.classes) < 2:
+        raise UserError(
+            f"{train.source} has one class, {train.classes[0]!r}: there is nothing to tell apart, "
+            "and the loss is 0 from the start; add images of another class (of what it is not, for "
+            "example)"
+        )
+    return train, held_out
+
+
+def _root(data: DataConfig) -> Path:
+    root = data.root or (os.environ.get("IMAGENET_DIR") if data.name == "imagenet" else None)
+    holds = {
+        "idx": f"{data.train_split}-images-idx3-ubyte[.gz]",
+        "folder": f"{data.train_split}/<class>/*.jpg",
+        "imagenet": f"{data.train_split}/<class>/*.JPEG",
+    }[data.name]
+    if not root:
+        variable = ", or set IMAGENET_DIR" if data.name == "imagenet" else ""
+        raise UserError(
+            f"data={data.name} needs its folder: type data.root=/path, which holds {holds}"
+            f"{variable}"
+        )
+    path = expanded(root)
+    if not path.is_dir():
+        raise UserError(f"data.root={root} is no folder: type data.root=/path, which holds {holds}")
+    return path

@@ -1,0 +1,88 @@
+"""IDX files: the format of MNIST and Fashion-MNIST."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.schema import DataConfig
+from ghosttrain.data.datasets.base import ArrayDataset, Dataset, splits
+from ghosttrain.data.datasets.folder import entries, some
+from ghosttrain.data.decode import image_remedy
+
+
+def read_idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
+    """Return the two halves of data in MNIST's format (http://yann.lecun.com/exdb/mnist/), plain or
+    gzipped. The classes are the values that occur among the training labels.
+
+    Raises:
+        UserError: a file is missing or damaged, or the files do not fit each other.
+    """
+    loaded = []
+    for split, key in splits(data):
+        image_file, label_file = (
+            _idx_file(root, split, key, kind) for kind in ("images-idx3", "labels-idx1")
+        )
+        images, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
+        if len(images) != len(labels):
+            raise UserError(
+                f"{image_file} holds {len(images):,} images, "
+                f"but {label_file} {len(labels):,} labels: fetch both again"
+            )
+        if not images.size:
+            raise UserError(f"{image_file} holds no images: its header says {images.shape}")
+        loaded.append((str(image_file), images, labels))
+    values = np.unique(loaded[0][2])
+    unknown = np.setdiff1d(loaded[1][2], values)
+    if unknown.size:
+        raise UserError(
+            f"{loaded[1][0]} has labels that {loaded[0][0]} lacks: {some(unknown.tolist())}"
+        )
+    classes = [str(value) for value in values]
+    train, val = (
+        ArrayDataset(name, classes, np.searchsorted(values, labels), data.in_chans, images)
+        for name, images, labels in loaded
+    )
+    return train, val
+
+
+def _idx_file(root: Path, split: str, key: str, kind: str) -> Path:
+    for name in (f"{split}-{kind}-ubyte", f"{split}-{kind}-ubyte.gz"):
+        if (root / name).is_file():
+            return root / name
+    prefixes = [
+        name.split(f"-{kind}-ubyte")[0] for name, _ in entries(root) if f"-{kind}-ubyte" in name
+    ]
+    hint = did_you_mean(split, prefixes)
+    raise UserError(f"no {split}-{kind}-ubyte[.gz] in {root}: type data.{key}=PREFIX.{hint}")
+
+
+def _read_idx(path: Path, dims: int) -> np.ndarray:
+    """Return the unsigned bytes of an IDX file with `dims` dimensions."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:  # the file itself may be intact
+            raise UserError(
+                f"cannot read {path} ({error.strerror}): {image_remedy(error)}"
+            ) from error
+        raise UserError(f"cannot read {path} ({error}): fetch it again") from error
+    magic = bytes([0, 0, 8, dims])  # 8: unsigned bytes
+    if raw[:4] != magic:
+        raise UserError(
+            f"{path} is no IDX file of unsigned bytes in {dims} dimensions: "
+            f"it begins with {raw[:4].hex() or 'nothing'}, not {magic.hex()}"
+        )
+    shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, 4 + 4 * dims, 4)]
+    body = len(raw) - (4 + 4 * dims)
+    expected = int(np.prod(shape, dtype=object))
+    if body != expected:
+        raise UserError(
+            f"{path} is damaged: its header {tuple(shape)} promises {expected:,} bytes, "
+            f"it holds {max(body, 0):,}: fetch it again"
+        )
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
