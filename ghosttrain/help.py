@@ -32,8 +32,8 @@ verbs
   report RUN...     results side by side: mean and standard deviation over seeds
   cache             store the teacher's outputs once (cache.dir=D cache.draws=E); --dry-run
                     only measures; cache D --repair, cache D --inspect
-  bench step        time and memory of a training step by engine (model= batch= size= rounds=
-                    threads= device= engines= input_stride=)
+  bench step        time and memory of a training step by forward (model= batch= size= rounds=
+                    threads= device= forwards= input_stride=)
   bench optim       time of LAMB and EMA against timm's (model= rounds= threads= device=)
   bench distill     cost of an epoch with stored targets against none and a live teacher (model=
                     teacher= codec= images= batch= size= rounds= threads= device=)

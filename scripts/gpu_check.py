@@ -28,7 +28,7 @@ from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models import moments
 from ghosttrain.models.collapse import synchronize
 from ghosttrain.models.registry import create_model
-from ghosttrain.models.reparam import RepConv2d, fuse, using_engine
+from ghosttrain.models.reparam import RepConv2d, fuse, using_forward
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("ghostnetv3_050", "mobilenetv2_050", "shufflenetv2_050")
@@ -177,7 +177,7 @@ def layers(device: torch.device) -> list[str]:
 
 def _trained(rep: nn.Module, x: Tensor, dy: Tensor, form: str, bf16: bool) -> tuple[Tensor, ...]:
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    with using_engine(rep, form), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+    with using_forward(rep, form), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         y = rep(x)
     y.backward(dy.to(y.dtype))
     grads = [p.grad for p in rep.parameters()]
@@ -223,7 +223,7 @@ def _gradient(
     model: nn.Module, images: Tensor, labels: Tensor, form: str, bf16: bool
 ) -> tuple[float, Tensor]:
     with (
-        using_engine(model, form),
+        using_forward(model, form),
         torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
     ):
         logits = model(images)
@@ -285,7 +285,7 @@ def bench(device: torch.device) -> list[str]:
     for model in ("ghostnetv3_100", "mobilenetv2_100", "shufflenetv2_100"):
         lines += _cli(
             "bench", "step", f"model={model}", f"device={device.type}", f"batch={batch}",
-            f"size={size}", f"rounds={rounds}", "engines=collapsed,branches",
+            f"size={size}", f"rounds={rounds}", "forwards=collapsed,branches",
         ).splitlines()  # fmt: skip
     lines += _cli("bench", "optim", f"device={device.type}", f"rounds={rounds}").splitlines()
     return lines

@@ -317,7 +317,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
         raise UserError(
             f"model.name={model.name} is no student.{hint} A timm model: model=timm model.name=NAME"
         )
-    named = config.reparam.model_copy(update={"engine": FULL.engine}) not in (FULL, PLAIN)
+    named = config.reparam.model_copy(update={"forward": FULL.forward}) not in (FULL, PLAIN)
     if model.source == "timm" and (named or model.input_stride != "standard"):
         raise UserError(
             f"timm's {model.name} is trained as it is: reparam settings and model.input_stride "

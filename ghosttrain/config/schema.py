@@ -94,7 +94,7 @@ class ReparamConfig(Section):
     """Re-parameterize the depthwise convolutions of the blocks."""
     stem: bool = False
     """Re-parameterize the first convolution too."""
-    engine: Literal["auto", "branches", "stacked", "collapsed"] = Field(
+    forward: Literal["auto", "branches", "stacked", "collapsed"] = Field(
         "auto", json_schema_extra=RESULT_NEUTRAL
     )
     """How the sum of branches is computed in training; all are equal up to rounding (`bench step`

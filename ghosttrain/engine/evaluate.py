@@ -18,7 +18,7 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import Batch, eval_loader
 from ghosttrain.data.order import eval_batches, eval_indices
 from ghosttrain.engine import distributed
-from ghosttrain.models.reparam import using_engine
+from ghosttrain.models.reparam import using_forward
 
 Table = dict[str, dict[str, float]]
 """Name of a model -> "top1" and "top5" in per cent, "n" images."""
@@ -89,7 +89,7 @@ def evaluate(
     largest = torch.zeros((), device=device)
     # Branch by branch beside the fused weights: one fold against another would prove nothing.
     together = nn.ModuleList(models.values())
-    with using_engine(together, "branches") if "fused" in models else nullcontext():
+    with using_forward(together, "branches") if "fused" in models else nullcontext():
         for images, labels, *_ in batches:
             logits = {name: model(images).float() for name, model in models.items()}
             for row, logits_BK in zip(counts, logits.values(), strict=True):

@@ -24,7 +24,7 @@ from ghosttrain.engine.weights_file import (
 )
 from ghosttrain.models.layers import Student
 from ghosttrain.models.profile import count_macs, count_params
-from ghosttrain.models.reparam import fuse, using_engine
+from ghosttrain.models.reparam import fuse, using_forward
 from ghosttrain.models.weights import export_state
 
 
@@ -101,7 +101,7 @@ def fuse_run(folder: str | Path, out: str | None = None, library: str | None = N
         return _write_for(library, model, fused, path)
     size, chans = config.data.eval_size, config.data.in_chans
     x = torch.randn(4, chans, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), using_engine(model, "branches"):
+    with torch.inference_mode(), using_forward(model, "branches"):
         difference = (model(x) - fused(x)).abs().max().item()
     write_weights(path, fused, describe_weights(config, classes_of(folder), "fused"))
     print(

@@ -15,8 +15,8 @@ evaluating the branches. A *form* knows how to get statistics, sums and gradient
 convolution (`Pointwise`, `Depthwise`, `Stacked`; `Normalize` is a batch norm alone); what is
 between them, `_SumOfBranches`, is the same for all, and is where processes add up their statistics.
 
-`choose` is the cost rule of `reparam.engine=auto`. Submodules are not called: hooks on a branch do
-not fire, and its parameters and buffers are used and updated as if they had.
+`choose_forward` is the cost rule of `reparam.forward=auto`. Submodules are not called: hooks on a
+branch do not fire, and its parameters and buffers are used and updated as if they had.
 
 Shapes: B batch, C channels (Ci in, Co out), H W map, k kernel side, N branches with kernels, M
 branches of one tap per channel (a depthwise 1x1 convolution, or the identity), P positions.
@@ -46,20 +46,20 @@ Kept = Sequence[Tensor]
 # --- what RepConv2d calls -------------------------------------------------------------------------
 
 
-def choose(rep: RepConv2d, x: Tensor) -> str:
+def choose_forward(rep: RepConv2d, x: Tensor) -> str:
     """Return how `rep` computes its output for x: "branches", "stacked", "collapsed" or "folded".
 
     Branches wherever the batch norms are not what the fast forms take: replaced, without weights,
     of several kinds, some frozen and others not, or in a reduced precision throughout. Folded is
     one convolution with running statistics, in evaluation and where every batch norm is frozen. In
-    training `rep.engine` says which, and "auto" is this rule, from multiplications and from
+    training `rep.forward_mode` says which, and "auto" is this rule, from multiplications and from
     timings on a CPU (`python -m ghosttrain bench step`):
 
     - a single branch, or maps that are not channels-last: branches;
     - on CUDA: branches. The fast forms start so many kernels that the GPU waits: a step of
       ghostnetv3_100 on 128 images of 224 pixels in float32 took 114 ms by branches, 176 to 187 ms
       collapsed, of which 75 ms of work (measured on an H100, `scripts/gpu_check.py`). Where memory
-      is short, engine=collapsed has 6.1 GiB in place of 11.2;
+      is short, forward=collapsed has 6.1 GiB in place of 11.2;
     - depthwise, k 3 or 5: collapsed where a compiled kernel takes the map, else branches;
     - 1x1: collapsed costs 4 Ci^2 + 6 Ci Co multiplications per position, stacked 6 N Ci Co and N
       maps in memory: collapsed up to Ci = 2 (N - 1) Co, where the two took equal time, and with an
@@ -73,7 +73,7 @@ def choose(rep: RepConv2d, x: Tensor) -> str:
     usual = type(first) in (BatchNorm, SyncBatchNorm2d) and first.weight is not None
     usual = usual and first.weight.dtype in (torch.float32, torch.double)
     usual = usual and all(type(bn) is type(first) and bn.eps == first.eps for bn in norms)
-    if rep.engine == "branches" or not usual:
+    if rep.forward_mode == "branches" or not usual:
         return "branches"
     from_batch = [bn.training or bn.running_mean is None for bn in norms]
     if any(from_batch) and not all(from_batch):
@@ -83,8 +83,8 @@ def choose(rep: RepConv2d, x: Tensor) -> str:
     conv, N = rep.convs()[0].conv, rep.num_branches
     if not first.synced and len(x) * x.shape[2] * x.shape[3] <= conv.stride[0] ** 2:
         return "branches"  # perhaps a single value: the batch norm refuses it
-    if rep.engine != "auto":
-        return rep.engine
+    if rep.forward_mode != "auto":
+        return rep.forward_mode
     slow = "stacked" if first.synced and len(norms) > 1 else "branches"
     if len(norms) == 1 or x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
         return slow
@@ -95,13 +95,13 @@ def choose(rep: RepConv2d, x: Tensor) -> str:
     return "collapsed" if form is Pointwise and cheap else "stacked"
 
 
-def forward_together(rep: RepConv2d, x: Tensor, engine: str) -> Tensor:
+def forward_together(rep: RepConv2d, x: Tensor, mode: str) -> Tensor:
     """Return the sum of the branches of `rep` with batch statistics, and update the running ones.
 
-    x (B, Ci, H, W) -> (B, Co, H', W'). `engine` is "stacked" or "collapsed".
+    x (B, Ci, H, W) -> (B, Co, H', W'). `mode` is "stacked" or "collapsed".
     """
     norms, conv = rep.norms(), rep.convs()[0].conv
-    form = form_of(conv) if engine == "collapsed" else Stacked
+    form = form_of(conv) if mode == "collapsed" else Stacked
     weight, taps = _kernels(rep, form)
     gamma, beta = (torch.stack([getattr(bn, name) for bn in norms]) for name in ("weight", "bias"))
     geometry = conv.stride[0], int(conv.padding[0]), conv.groups

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghosttrain.models.reparam import using_engine
+from ghosttrain.models.reparam import using_forward
 
 
 def count_params(model: nn.Module) -> int:
@@ -25,7 +25,7 @@ def count_macs(model: nn.Module, size: int, in_chans: int = 3) -> int:
     parameter = next(model.parameters())
     x = torch.zeros(1, in_chans, size, size, device=parameter.device, dtype=parameter.dtype)
     try:
-        branches = using_engine(model, "branches")  # in evaluation the others fold first
+        branches = using_forward(model, "branches")  # in evaluation the others fold first
         with torch.no_grad(), branches, FlopCounterMode(display=False) as counter:
             model.eval()(x)
     finally:

@@ -47,26 +47,26 @@ class RepConv2d(nn.Module):
         super().__init__()
         depthwise = groups == in_channels > 1
         if (depthwise and not reparam.depthwise) or (kernel_size == 1 and not reparam.pointwise):
-            reparam = PLAIN.model_copy(update={"engine": reparam.engine})
+            reparam = PLAIN.model_copy(update={"forward": reparam.forward})
 
         def branch(kernel_size: int) -> ConvBN:
             return ConvBN(in_channels, out_channels, kernel_size, stride, groups)
 
         has_scale = reparam.scale and kernel_size > 1
         has_identity = reparam.identity and in_channels == out_channels and stride == 1
-        self.num_branches, self.engine = reparam.branches, str(reparam.engine)
+        self.num_branches, self.forward_mode = reparam.branches, str(reparam.forward)
         self.branches = nn.ModuleList(branch(kernel_size) for _ in range(reparam.branches))
         self.scale = branch(1) if has_scale else None
         self.identity = BatchNorm(in_channels) if has_identity else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H', W'), without activation."""
-        engine = collapse.choose(self, x)
-        if engine == "branches":
+        mode = collapse.choose_forward(self, x)
+        if mode == "branches":
             return self.forward_branches(x)
-        if engine == "folded":
+        if mode == "folded":
             return collapse.forward_folded(self, x)
-        return collapse.forward_together(self, x, engine)
+        return collapse.forward_together(self, x, mode)
 
     def convs(self) -> list[ConvBN]:
         """Return the branches that convolve: the k x k ones, then the scale."""
@@ -120,17 +120,17 @@ def share_gain(model: nn.Module) -> None:
 
 
 @contextmanager
-def using_engine(model: nn.Module, name: str) -> Iterator[None]:
-    """Compute every `RepConv2d` of `model` by this engine within the block."""
+def using_forward(model: nn.Module, name: str) -> Iterator[None]:
+    """Compute every `RepConv2d` of `model` this way within the block."""
     reps = [m for m in model.modules() if isinstance(m, RepConv2d)]
-    before = [rep.engine for rep in reps]
+    before = [rep.forward_mode for rep in reps]
     try:
         for rep in reps:
-            rep.engine = name
+            rep.forward_mode = name
         yield
     finally:
         for rep, old in zip(reps, before, strict=True):
-            rep.engine = old
+            rep.forward_mode = old
 
 
 def fuse(model: nn.Module) -> nn.Module:

@@ -395,7 +395,7 @@ def form_of(state: Mapping[str, Tensor]) -> ReparamConfig | None:
 
 
 def _spell(form: ReparamConfig) -> str:
-    settings = form.model_dump(exclude={"engine"})
+    settings = form.model_dump(exclude={"forward"})
     return " ".join(f"reparam.{name}={str(value).lower()}" for name, value in settings.items())
 
 

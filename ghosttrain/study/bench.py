@@ -8,7 +8,7 @@ from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.sizes import SIDES, family
 from ghosttrain.models.registry import STUDENTS
 
-ENGINES = ("auto", "collapsed", "stacked", "branches")
+FORWARDS = ("auto", "collapsed", "stacked", "branches")
 DEFAULTS: dict[str, dict[str, str]] = {
     "step": {
         "model": "ghostnetv3_100",
@@ -17,7 +17,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "rounds": "10",
         "threads": "1",
         "device": "auto",
-        "engines": ",".join(ENGINES),
+        "forwards": ",".join(FORWARDS),
         "input_stride": "standard",
     },
     "optim": {"model": "ghostnetv3_130", "rounds": "30", "threads": "1", "device": "auto"},
@@ -39,7 +39,7 @@ def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
     """Run the benchmark named by `names`, with settings `key=value`; return its table.
 
     Raises:
-        UserError: there is no such benchmark, setting, model, engine or device.
+        UserError: there is no such benchmark, setting, model, forward or device.
     """
     if len(names) != 1 or names[0] not in DEFAULTS:
         shown = ", ".join(f"bench {name}" for name in DEFAULTS)
@@ -54,10 +54,11 @@ def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
     if settings["model"] not in STUDENTS:
         hint = did_you_mean(settings["model"], STUDENTS)
         raise UserError(f"model={settings['model']} is no student.{hint}")
-    engines = tuple(settings.pop("engines", "").split(","))
-    for engine in engines:
-        if names[0] == "step" and engine not in ENGINES:
-            raise UserError(f"engines={engine} is no engine.{did_you_mean(engine, ENGINES)}")
+    forwards = tuple(settings.pop("forwards", "").split(","))
+    for forward in forwards:
+        if names[0] == "step" and forward not in FORWARDS:
+            hint = did_you_mean(forward, FORWARDS)
+            raise UserError(f"forwards={forward} is no forward.{hint}")
     device = settings.pop("device")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={device}: choose auto, cpu or cuda")
@@ -90,7 +91,11 @@ def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
             f"size={strides[stride].least} or more"
         )
     rows = bench_step.bench_step(
-        model, **numbers, device=pick_device(device, "device"), engines=engines, input_stride=stride
+        model,
+        **numbers,
+        device=pick_device(device, "device"),
+        forwards=forwards,
+        input_stride=stride,
     )
     return bench_step.describe(rows)
 

@@ -1,4 +1,4 @@
-"""`bench step`: forward and backward of a student by every engine, against plain and timm's.
+"""`bench step`: forward and backward of a student by every forward, against plain and timm's.
 
 Sides take turns within a round, so that whatever else the machine does falls on all of them. Peak
 memory comes from a process of its own per side: what one side left behind must not hide another's.
@@ -22,7 +22,7 @@ from ghosttrain.config.schema import PLAIN
 from ghosttrain.engine.summary import device_name
 from ghosttrain.models.profile import count_macs
 from ghosttrain.models.registry import create_model, create_timm_model
-from ghosttrain.study.bench import ENGINES
+from ghosttrain.study.bench import FORWARDS
 from ghosttrain.study.timing import quartiles, timed
 
 Row = dict[str, Any]
@@ -39,10 +39,10 @@ def bench_step(
     rounds: int = 10,
     threads: int = 1,
     device: torch.device | None = None,
-    engines: tuple[str, ...] = ENGINES,
+    forwards: tuple[str, ...] = FORWARDS,
     input_stride: str = "standard",
 ) -> list[Row]:
-    """Return a row for every engine, for the plain network and, if timm has it, for timm's.
+    """Return a row for every forward, for the plain network and, if timm has it, for timm's.
 
     A step is forward and backward of (batch, 3, size, size) images in float32, channels-last; the
     plain network is `reparam=none`, trained as PyTorch does it. A row names `side`; `cpu_ms` and
@@ -52,7 +52,7 @@ def bench_step(
     image, as written branch by branch. What all rows share stands in each.
     """
     device = device or torch.device("cpu")
-    sides = [*engines, PLAIN_SIDE]
+    sides = [*forwards, PLAIN_SIDE]
     if in_timm(model_name) and input_stride == "standard":
         sides.append(TIMM)
     arguments = (model_name, input_stride, batch, size, threads, device)
@@ -113,7 +113,7 @@ def describe(rows: list[Row]) -> str:
             f"{median:.0f} ({low:.0f} to {high:.0f})"
             for low, median, high in (row["cpu_ms"], row["wall_ms"])
         )
-        side = f"`engine={row['side']}`" if row["side"] in ENGINES else row["side"]
+        side = f"`forward={row['side']}`" if row["side"] in FORWARDS else row["side"]
         if side == TIMM and not row["model"].startswith("ghostnetv3"):
             side = "timm (plain)"
         lines.append(
@@ -140,8 +140,8 @@ def build(model_name: str, input_stride: str, side: str) -> nn.Module:
     torch.manual_seed(0)
     if side == TIMM:
         return create_timm_model(model_name)
-    plain = PLAIN.model_copy(update={"engine": "branches"})
-    reparam = plain if side == PLAIN_SIDE else {"engine": side}
+    plain = PLAIN.model_copy(update={"forward": "branches"})
+    reparam = plain if side == PLAIN_SIDE else {"forward": side}
     return create_model(model_name, reparam=reparam, input_stride=input_stride)
 
 

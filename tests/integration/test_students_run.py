@@ -128,13 +128,13 @@ def test_synchronized_batch_norm_makes_two_ranks_one(tiny, tmp_path):
 
 def test_bench_step_prints_a_row_per_side(ghosttrain):
     outcome = ghosttrain(
-        "bench", "step", "model=shufflenetv2_050", "batch=2", "size=32", "rounds=1", "engines=auto"
+        "bench", "step", "model=shufflenetv2_050", "batch=2", "size=32", "rounds=1", "forwards=auto"
     )
     assert outcome.code == 0, outcome.err
     head, _, _, titles, _, auto, plain = outcome.out.splitlines()
     assert "shufflenetv2_050" in head and "CPU" in head
     assert titles.startswith("| side | CPU ms")
-    assert auto.startswith("| `engine=auto` |") and plain.startswith("| plain |")
+    assert auto.startswith("| `forward=auto` |") and plain.startswith("| plain |")
     cells = [cell.strip() for cell in plain.split("|")]
     assert cells[4] == cells[6] == "1.00"
     assert 0 < float(cells[5]) < 4000, "MiB"
@@ -147,12 +147,12 @@ def test_bench_step_prints_a_row_per_side(ghosttrain):
         (["steps"], "bench step"),
         (["step", "modle=x"], "Did you mean 'model'"),
         (["step", "model=ghostnetv3_10"], "Did you mean 'ghostnetv3_1"),
-        (["step", "engines=auto,stakced"], "stacked"),
+        (["step", "forwards=auto,stakced"], "stacked"),
         (["step", "rounds=0"], "rounds=0"),
         (["step", "size=16"], "size=33 or more"),
         (["step", "size=16", "input_stride=small"], "size=17 or more"),
         (["step", "input_stride=tiny"], "standard or small"),
-        (["step", "engines="], "is no engine"),
+        (["step", "forwards="], "is no forward"),
         (["step", "device=cuda"], "device=cuda, but"),
         (["optim", "batch=3"], "no setting 'batch'"),
         (["optim", "device=gpu"], "auto, cpu or cuda"),

@@ -20,9 +20,9 @@ from ghosttrain import native
 from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models import collapse, moments
 from ghosttrain.models.registry import create_model
-from ghosttrain.models.reparam import RepConv2d, using_engine
+from ghosttrain.models.reparam import RepConv2d, using_forward
 
-ENGINES = ("stacked", "collapsed")
+FORWARDS = ("stacked", "collapsed")
 LAYERS = {  # in, out, kernel, stride, groups
     "pointwise": (6, 6, 1, 1, 1),
     "expansion": (6, 14, 1, 1, 1),
@@ -47,7 +47,7 @@ Results = dict[str, Tensor]
 def layer(kind: str, form: tuple[int, bool, bool] = FORMS[0], seed: int = 0) -> RepConv2d:
     torch.manual_seed(seed)
     branches, scale, identity = form
-    settings = ReparamConfig(branches=branches, scale=scale, identity=identity, engine="branches")
+    settings = ReparamConfig(branches=branches, scale=scale, identity=identity, forward="branches")
     rep = RepConv2d(*LAYERS[kind], reparam=settings)
     for bn in rep.norms():
         nn.init.uniform_(bn.weight, -0.5, 1.5)
@@ -62,9 +62,9 @@ def images(*shape: int, mean: float = 1.0, seed: int = 1) -> Tensor:
 
 
 def step(rep: nn.Module, x: Tensor, dy: Tensor, how: str) -> Results:
-    """Everything one training step by an engine leaves behind, and the output in evaluation."""
+    """Everything one training step by one forward leaves behind, and the output in evaluation."""
     rep, x = copy.deepcopy(rep), x.detach().clone().requires_grad_()
-    with using_engine(rep, how):
+    with using_forward(rep, how):
         y = rep(x)
         y.backward(dy)
         grads = {f"d {name}": p.grad for name, p in rep.named_parameters()}
@@ -100,7 +100,7 @@ def error(given: Results, reference: Results, key: str) -> float:
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_float64_steps_equal_those_of_the_branches(kind, channels_last):
-    for form, shape, how in itertools.product(FORMS, SHAPES, ENGINES):
+    for form, shape, how in itertools.product(FORMS, SHAPES, FORWARDS):
         rep = layer(kind, form).double()
         x = images(shape[0], LAYERS[kind][0], *shape[1:]).double()
         if channels_last:
@@ -117,7 +117,7 @@ def test_float64_steps_equal_those_of_the_branches(kind, channels_last):
 def test_float32_steps_are_as_good_as_those_of_the_branches(kind):
     # These are the C++ kernels where they exist, which know float32 only; 33 channels fill no
     # vector, 64 are cut into chunks of whole vectors.
-    for form, shape, how in itertools.product(FORMS, SHAPES, ENGINES):
+    for form, shape, how in itertools.product(FORMS, SHAPES, FORWARDS):
         rep = layer(kind, form)
         x = images(shape[0], LAYERS[kind][0], *shape[1:])
         x = x.to(memory_format=torch.channels_last)
@@ -181,14 +181,14 @@ def test_results_do_not_depend_on_the_number_of_threads():
 # --- batch norm's settings ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("how", FORWARDS)
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_momentum_and_cumulative_average(how, momentum):
     rep = layer("depthwise 3").double()
     for bn in rep.norms():
         bn.momentum = momentum
     other = copy.deepcopy(rep)
-    with using_engine(rep, how), using_engine(other, "branches"):
+    with using_forward(rep, how), using_forward(other, "branches"):
         for seed in range(3):
             x = images(2, 12, 5, 6, seed=seed).double()
             rep(x), other(x)
@@ -196,7 +196,7 @@ def test_momentum_and_cumulative_average(how, momentum):
         torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("how", FORWARDS)
 @pytest.mark.parametrize("kind", ["expansion", "depthwise 3", "stem"])
 def test_without_running_statistics_every_batch_is_its_own(how, kind):
     rep = layer(kind).double()
@@ -210,7 +210,7 @@ def test_without_running_statistics_every_batch_is_its_own(how, kind):
         assert error(given, expected, key) <= 1e-12, key
 
 
-@pytest.mark.parametrize("how", ["auto", *ENGINES])
+@pytest.mark.parametrize("how", ["auto", *FORWARDS])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_frozen_batch_norms_are_folded_and_stay_as_they_are(how, kind):
     rep = layer(kind).double()
@@ -232,10 +232,10 @@ def test_some_batch_norms_frozen_and_others_not_are_left_to_the_branches():
     assert all(torch.equal(given[key], expected[key]) for key in expected if key != "eval")
 
 
-@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("how", FORWARDS)
 def test_a_single_value_per_channel_is_refused_as_batch_norm_does(how):
     rep = layer("expansion")
-    with using_engine(rep, how), pytest.raises(ValueError, match="more than 1 value"):
+    with using_forward(rep, how), pytest.raises(ValueError, match="more than 1 value"):
         rep(images(1, 6, 1, 1))
 
 
@@ -263,7 +263,7 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("how", FORWARDS)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("zero_sum", [False, True])
 @pytest.mark.parametrize("case", HARD)
@@ -296,14 +296,14 @@ def test_a_large_batch_of_large_maps_in_float32(kind):
         conv = exact.branches[0].conv
         z = F.conv2d(x.double(), conv.weight, None, 1, conv.padding, 1, conv.groups)
         var, mean = torch.var_mean(z, (0, 2, 3))
-        with using_engine(rep, "collapsed"):
+        with using_forward(rep, "collapsed"):
             rep(x)
     bn = rep.branches[0].bn
     assert ((bn.running_var - var) / var).abs().max() <= 1e-6
     assert ((bn.running_mean - mean) / var.sqrt()).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("how", FORWARDS)
 @pytest.mark.parametrize(
     "kind", ["expansion", "projection", "depthwise 3", "depthwise 5, stride 2"]
 )
@@ -332,7 +332,7 @@ def test_bf16_errs_at_most_twice_as_much_as_the_branches(kind, how):
 
 def small_network() -> nn.Sequential:
     torch.manual_seed(0)
-    settings = ReparamConfig(engine="branches")
+    settings = ReparamConfig(forward="branches")
 
     def rep(*shape: int) -> RepConv2d:
         return RepConv2d(*shape, reparam=settings)
@@ -351,7 +351,7 @@ def hundred_steps(how: str, nudge: float = 0.0) -> Tensor:
     optimizer = torch.optim.SGD(network.parameters(), 1e-3)
     x = images(6, 3, 16, 16).double().to(memory_format=torch.channels_last)
     labels = torch.arange(6) % 5
-    with using_engine(network, how):
+    with using_forward(network, how):
         for _ in range(100):
             optimizer.zero_grad()
             F.cross_entropy(network(x), labels).backward()
@@ -360,7 +360,7 @@ def hundred_steps(how: str, nudge: float = 0.0) -> Tensor:
     return torch.cat([t.flatten() for t in state if t.is_floating_point()])
 
 
-@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("how", FORWARDS)
 def test_a_hundred_steps_stay_as_near_as_a_rounding_error(how):
     """Training is chaotic: the measure is a run whose first kernel is off by one unit in 2^52."""
     branches = hundred_steps("branches")
@@ -372,11 +372,11 @@ def test_a_hundred_steps_stay_as_near_as_a_rounding_error(how):
 # --- what surrounds a layer -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("how", FORWARDS)
 def test_gradients_accumulate(how):
     rep = layer("depthwise 3").double()
     other = copy.deepcopy(rep)
-    with using_engine(rep, how), using_engine(other, "branches"):
+    with using_forward(rep, how), using_forward(other, "branches"):
         for seed in (1, 2):
             x = images(2, 12, 5, 6, seed=seed).double()
             for r in (rep, other):
@@ -385,12 +385,12 @@ def test_gradients_accumulate(how):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-9)
 
 
-@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("how", FORWARDS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_updates_running_statistics_once(how, reentrant):
     rep, x = layer("expansion").double(), images(2, 6, 5, 6).double().requires_grad_()
     other = copy.deepcopy(rep)
-    with using_engine(rep, how), using_engine(other, how):
+    with using_forward(rep, how), using_forward(other, how):
         checkpoint(rep, x, use_reentrant=reentrant).square().sum().backward()
         other(x).square().sum().backward()
     for (name, given), expected in zip(
@@ -403,9 +403,9 @@ def test_checkpointing_updates_running_statistics_once(how, reentrant):
 
 def test_what_follows_may_work_in_place():
     x = images(2, 6, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
-    for how in ("branches", *ENGINES):
+    for how in ("branches", *FORWARDS):
         rep = layer("expansion")
-        with using_engine(rep, how):
+        with using_forward(rep, how):
             y = rep(x)
             y += 1
             F.relu(y, inplace=True).sum().backward()
@@ -419,7 +419,7 @@ def test_compiling_gives_one_graph():
         torch._dynamo.reset()
         counter.frame_count = 0
         rep = layer(kind)
-        rep.engine = "stacked" if kind == "stem" else "collapsed"
+        rep.forward_mode = "stacked" if kind == "stem" else "collapsed"
         plain = copy.deepcopy(rep)
         x = images(2, LAYERS[kind][0], 6, 5).to(memory_format=torch.channels_last)
         compiled = torch.compile(rep, backend=counter, fullgraph=True)
@@ -442,16 +442,16 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     script = textwrap.dedent(f"""
         import sys, torch, torch.distributed as dist
         sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_collapse import ENGINES, collapse, images, synced_network, using_engine
+        from test_collapse import FORWARDS, collapse, images, synced_network, using_forward
         torch.set_num_threads(1)
         rank = int(sys.argv[1])
         store = "file://{tmp_path}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-        for how in ("branches", *ENGINES):
+        for how in ("branches", *FORWARDS):
             network = collapse.synchronize(synced_network())
             x = images(5, 3, 9, 7).double().to(memory_format=torch.channels_last)
             own = (x[:3] if rank == 0 else x[3:]).requires_grad_()
-            with using_engine(network, how):
+            with using_forward(network, how):
                 y = network(own)
                 (y * torch.linspace(-1, 1, y[0].numel()).view_as(y[0])).square().sum().backward()
             grads = torch.cat([p.grad.flatten() for p in network.parameters()])
@@ -474,7 +474,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     joint = torch.cat([p.grad.flatten() for p in network.parameters()])
     statistics = torch.cat([b.flatten().double() for b in network.buffers()])
     close = {"rtol": 1e-9, "atol": 1e-9}
-    for how in ("branches", *ENGINES):
+    for how in ("branches", *FORWARDS):
         (y0, dx0, grads, buffers), (y1, dx1, grads1, buffers1) = (
             torch.load(tmp_path / f"{how}{rank}.pt") for rank in (0, 1)
         )
@@ -489,7 +489,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
 def synced_network() -> nn.Module:
     """Every form, and a batch norm alone."""
     torch.manual_seed(0)
-    settings = ReparamConfig(engine="branches")
+    settings = ReparamConfig(forward="branches")
     return nn.Sequential(
         RepConv2d(3, 12, 3, 2, reparam=settings),
         nn.BatchNorm2d(12),
@@ -498,15 +498,15 @@ def synced_network() -> nn.Module:
     ).double()
 
 
-# --- which engine ---------------------------------------------------------------------------------
+# --- which forward --------------------------------------------------------------------------------
 
 
 def test_auto_follows_its_rule():
     def choice(kind: str, form: tuple[int, bool, bool] = FORMS[0], last: bool = True) -> str:
         rep = layer(kind, form)
-        rep.engine = "auto"
+        rep.forward_mode = "auto"
         x = images(2, LAYERS[kind][0], 6, 5)
-        return collapse.choose(rep, x.to(memory_format=torch.channels_last) if last else x)
+        return collapse.choose_forward(rep, x.to(memory_format=torch.channels_last) if last else x)
 
     fast = "collapsed" if native.load() is not None else "branches"
     assert choice("expansion") == choice("projection") == "collapsed"
@@ -516,9 +516,9 @@ def test_auto_follows_its_rule():
     assert choice("expansion", last=False) == choice("depthwise 3", last=False) == "branches"
     assert choice("expansion", (1, False, False)) == "branches"
     rep = layer("expansion").eval()
-    assert collapse.choose(rep, images(2, 6, 6, 5)) == "branches", "asked for by name"
-    rep.engine = "auto"
-    assert collapse.choose(rep, images(2, 6, 6, 5)) == "folded"
+    assert collapse.choose_forward(rep, images(2, 6, 6, 5)) == "branches", "asked for by name"
+    rep.forward_mode = "auto"
+    assert collapse.choose_forward(rep, images(2, 6, 6, 5)) == "folded"
 
 
 def test_without_the_kernels_depthwise_layers_fall_back(monkeypatch):
@@ -527,8 +527,8 @@ def test_without_the_kernels_depthwise_layers_fall_back(monkeypatch):
     dy = outputs_gradient(rep, x)
     with_kernels = step(rep, x, dy, "collapsed")
     monkeypatch.setattr(moments, "_functions", lambda device_type: None)
-    rep.engine = "auto"
-    assert collapse.choose(rep, x) == "branches"
+    rep.forward_mode = "auto"
+    assert collapse.choose_forward(rep, x) == "branches"
     without = step(rep, x, dy, "collapsed")
     for key in without:
         assert error(without, with_kernels, key) <= 2e-6, key
@@ -536,11 +536,11 @@ def test_without_the_kernels_depthwise_layers_fall_back(monkeypatch):
 
 def test_the_engine_is_restored_after_a_block():
     rep = layer("expansion")
-    rep.engine = "auto"
-    with pytest.raises(RuntimeError), using_engine(rep, "stacked"):
-        assert rep.engine == "stacked"
+    rep.forward_mode = "auto"
+    with pytest.raises(RuntimeError), using_forward(rep, "stacked"):
+        assert rep.forward_mode == "stacked"
         raise RuntimeError
-    assert rep.engine == "auto"
+    assert rep.forward_mode == "auto"
 
 
 # --- what the fast forms leave to the branches, and what they refuse ------------------------------
@@ -558,7 +558,7 @@ def changed(rep: RepConv2d, name: str) -> RepConv2d:
         rep = nn.SyncBatchNorm.convert_sync_batchnorm(rep)
     else:
         rep = rep.bfloat16()
-    rep.engine = "collapsed"
+    rep.forward_mode = "collapsed"
     return rep
 
 
@@ -568,15 +568,15 @@ def changed(rep: RepConv2d, name: str) -> RepConv2d:
 def test_unusual_layers_are_left_to_the_branches(name):
     rep = changed(layer("expansion", (3, False, False)), name)
     x = images(2, 6, 5, 6).to(next(rep.parameters()).dtype)
-    assert collapse.choose(rep, x) == "branches"
-    assert collapse.choose(rep.eval(), x) == "branches"
+    assert collapse.choose_forward(rep, x) == "branches"
+    assert collapse.choose_forward(rep.eval(), x) == "branches"
     assert rep(x).isfinite().all()
 
 
-@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("how", FORWARDS)
 def test_second_derivatives_are_refused(how):
     rep, x = layer("expansion"), images(2, 6, 5, 6).requires_grad_()
-    with using_engine(rep, how):
+    with using_forward(rep, how):
         (g,) = torch.autograd.grad(rep(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.square().sum().backward()
@@ -608,7 +608,7 @@ def test_bf16_outputs_of_channels_far_from_zero(kind, case):
         exact = copy.deepcopy(rep).double()(x.double())
         with torch.autocast("cpu", torch.bfloat16):
             branches = rep(x).double()
-            with using_engine(rep, "collapsed"):
+            with using_forward(rep, "collapsed"):
                 given = rep(x)
     assert given.dtype == torch.bfloat16
     errors = ((y.double() - exact).norm() / exact.norm() for y in (given, branches))
@@ -620,9 +620,9 @@ def test_synchronized_layers_exchange_the_same_sums_whatever_their_input():
     """One rank with a single position, or another format, must not go through the branches."""
     for kind in LAYERS:
         rep = collapse.synchronize(layer(kind))
-        rep.engine = "auto"
+        rep.forward_mode = "auto"
         for x in (images(1, LAYERS[kind][0], 1, 1), images(2, LAYERS[kind][0], 6, 5)):
-            assert collapse.choose(rep, x) != "branches"
+            assert collapse.choose_forward(rep, x) != "branches"
 
 
 def test_a_single_value_on_all_ranks_is_refused():

@@ -1,6 +1,6 @@
 """Folding against the branches themselves, in float64, on randomised batch-norm statistics.
 
-The reference is always `engine=branches`: another way to compute the branches may fold them too.
+The reference is always `forward=branches`: another way to compute the branches may fold them too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ghosttrain.models.registry import STUDENTS, create_model
 from ghosttrain.models.reparam import RepConv2d, fuse
 
 FORMS = [
-    ReparamConfig(engine="branches", branches=n, scale=scale, identity=identity)
+    ReparamConfig(forward="branches", branches=n, scale=scale, identity=identity)
     for n, scale, identity in itertools.product((1, 2, 3), (False, True), (False, True))
 ]
 FULL, PLAIN = FORMS[-1], FORMS[0]

@@ -37,7 +37,7 @@ PUBLISHED: dict[str, Callable[[], nn.Module]] = {
 }
 # One after the other: more branches, fewer kinds of them, fewer layers that have them.
 SETTINGS = [
-    ReparamConfig(engine="branches", **fields)
+    ReparamConfig(forward="branches", **fields)
     for fields in (
         {},
         {"branches": 1},
@@ -157,7 +157,7 @@ def test_sides_of_the_maps(name, stride):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_every_student_trains_at_32x32(name):
-    model = create_model(name, 10, input_stride="small", reparam=ReparamConfig(engine="branches"))
+    model = create_model(name, 10, input_stride="small", reparam=ReparamConfig(forward="branches"))
     model(images(2, 3, 32, 32)).square().sum().backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not dead
@@ -168,7 +168,7 @@ def test_every_student_trains_at_32x32(name):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_channels_last_maps_stay_so_forward_and_backward(name):
-    model = create_model(name, 2, reparam=ReparamConfig(engine="branches", branches=2))
+    model = create_model(name, 2, reparam=ReparamConfig(forward="branches", branches=2))
     model = model.to(memory_format=torch.channels_last)
     forward, backward = {}, {}
 

@@ -118,7 +118,7 @@ def test_modes_are_evaluated_in_eval_mode_and_given_back() -> None:
 def test_the_difference_is_the_largest_of_all_batches_branch_by_branch() -> None:
     torch.manual_seed(0)
     convolution = RepConv2d(3, 8, 3, reparam=ReparamConfig())
-    engines: list[str] = []
+    modes: list[str] = []
 
     class Student(nn.Module):
         def __init__(self, convolution: nn.Module, error: float) -> None:
@@ -126,7 +126,7 @@ def test_the_difference_is_the_largest_of_all_batches_branch_by_branch() -> None
             self.convolution, self.error = convolution, error
 
         def forward(self, x: Tensor) -> Tensor:
-            engines.append(getattr(self.convolution, "engine", "fused"))
+            modes.append(getattr(self.convolution, "forward_mode", "fused"))
             y = self.convolution(x).mean((2, 3))
             y[x[:, 0, 0, 0] > 50, 2] += self.error  # one logit of one image
             return y
@@ -138,6 +138,6 @@ def test_the_difference_is_the_largest_of_all_batches_branch_by_branch() -> None
     parts = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in x.split([4, 2])]
     _, difference = evaluate(models, parts, CPU)
     assert difference == pytest.approx(3, rel=1e-4)
-    assert engines == ["branches", "fused"] * 2 and convolution.engine == "auto"
+    assert modes == ["branches", "fused"] * 2 and convolution.forward_mode == "auto"
     _, difference = evaluate({"ema": models["ema"]}, parts, CPU)
     assert difference == 0

@@ -36,7 +36,7 @@ CONF = Path(__file__).parents[2] / "conf"
 SMALLEST = "ghostnetv3_050"
 WIDEST = ("ghostnetv3_160", "mobilenetv2_140", "shufflenetv2_200")
 
-FULL = ReparamConfig(engine="branches")  # the definition that MACs are counted with
+FULL = ReparamConfig(forward="branches")  # the definition that MACs are counted with
 
 # Parameters trained -> fused (1000 classes) and MACs at 224 trained -> fused. GhostNet's are
 # published: timm's ghostnetv3_* for the training form, a folded GhostNetV2 for the fused one.
@@ -297,7 +297,7 @@ def test_images_of_other_channels_are_refused(shape):
     [("ghostnetv3_050", 3, 12), ("mobilenetv2_050", 1, 8), ("shufflenetv2_050", 0, 24)],
 )
 def test_the_input_check_and_a_stage_compile_to_one_graph(name, stage, channels):
-    model = create_model(name, 2, reparam={"branches": 2, "engine": "branches"})
+    model = create_model(name, 2, reparam={"branches": 2, "forward": "branches"})
     blocks = model.stages[stage]
     graphs = []
 
