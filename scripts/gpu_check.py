@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.schema import ReparamConfig
-from ghosttrain.models import moments
-from ghosttrain.models.collapse import synchronize
+from ghosttrain.models import depthwise
+from ghosttrain.models.depthwise import reference
 from ghosttrain.models.registry import create_model
 from ghosttrain.models.reparam import RepConv2d, fuse, using_forward
+from ghosttrain.models.sync_bn import synchronize
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("ghostnetv3_050", "mobilenetv2_050", "shufflenetv2_050")
@@ -101,7 +102,7 @@ def triton_kernels(device: torch.device) -> list[str]:
     """The three depthwise functions: equal to the definition in float64, and their times."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a kernel that `prove` refuses warns
-        kernels = moments._functions(device.type)
+        kernels = depthwise._functions(device.type)
     assert kernels is not None, "no compiled functions for this device"
     lines = []
     for N, k, stride, C, H, W in DEPTHWISE:
@@ -116,15 +117,15 @@ def triton_kernels(device: torch.device) -> list[str]:
 
         x, shift = last(normal(B, C, H, W) + 3), normal(C) + 3
         dy = last(normal(B, C, -(-H // stride), -(-W // stride)))
-        w, coef, one = normal(N, k, k, C), normal(3, N, C), normal(3, C)
+        w, abc, one = normal(N, k, k, C), normal(3, N, C), normal(3, C)
         calls = {
             "depthwise_stats": (x, w, shift, stride),
             "depthwise_reduce": (x, dy, shift, k, stride),
-            "depthwise_grads": (x, dy, w, shift, coef, one, stride),
+            "depthwise_grads": (x, dy, w, shift, abc, one, stride),
         }
         figures = []
         for name, given in calls.items():
-            function, definition = getattr(kernels, name), getattr(moments, name)
+            function, definition = getattr(kernels, name), getattr(reference, name)
             if name == "depthwise_grads" and not N:
                 continue  # the definition wants a branch
             wide = tuple(v.double() if isinstance(v, Tensor) else v for v in given)

@@ -13,9 +13,9 @@ from torch import nn
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
 from ghosttrain.distill.features import Network, pooled_width
-from ghosttrain.models.collapse import synchronize
 from ghosttrain.models.files import other_input_stride, other_normalisation
 from ghosttrain.models.registry import create_model, create_timm_model
+from ghosttrain.models.sync_bn import synchronize
 from ghosttrain.models.timm_sides import check_timm_sides
 
 

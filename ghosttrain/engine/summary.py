@@ -19,7 +19,7 @@ from ghosttrain.engine.folder import result_lines
 from ghosttrain.engine.plan import Plan
 from ghosttrain.engine.same_data import without_classes
 from ghosttrain.engine.state import TrainState
-from ghosttrain.models.moments import compiled
+from ghosttrain.models.depthwise import compiled
 from ghosttrain.models.profile import count_macs, count_params
 
 

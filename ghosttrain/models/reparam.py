@@ -3,7 +3,7 @@
 Owns `RepConv2d`, and `fuse(model)` with its batch-norm folding: with running statistics a conv-BN
 branch is linear, so a sum of branches is one convolution with a bias (RepVGG,
 https://arxiv.org/abs/2101.03697; GhostNetV3, https://arxiv.org/abs/2404.11202). What folds batch
-statistics in training is collapse.py.
+statistics in training is collapse/.
 
 Shapes: B batch, C channels, H W map, k kernel side.
 """
@@ -21,7 +21,12 @@ from torch.nn import functional as F
 
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import PLAIN, ReparamConfig
-from ghosttrain.models import collapse
+from ghosttrain.models.collapse import (
+    choose_forward,
+    forward_folded,
+    forward_together,
+    identity_kernel,
+)
 from ghosttrain.models.layers import BatchNorm, ConvBN
 
 
@@ -61,12 +66,12 @@ class RepConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H', W'), without activation."""
-        mode = collapse.choose_forward(self, x)
+        mode = choose_forward(self, x)
         if mode == "branches":
             return self.forward_branches(x)
         if mode == "folded":
-            return collapse.forward_folded(self, x)
-        return collapse.forward_together(self, x, mode)
+            return forward_folded(self, x)
+        return forward_together(self, x, mode)
 
     def convs(self) -> list[ConvBN]:
         """Return the branches that convolve: the k x k ones, then the scale."""
@@ -171,7 +176,7 @@ def _fold_branches(rep: RepConv2d) -> nn.Conv2d:
         centred = F.pad(rep.scale.conv.weight, (half, half, half, half))
         folded.append(_fold(centred, rep.scale.bn))
     if rep.identity is not None:
-        folded.append(_fold(collapse.identity_kernel(conv), rep.identity))
+        folded.append(_fold(identity_kernel(conv), rep.identity))
     kernels, biases = zip(*folded, strict=True)
     return _conv_like(conv, torch.stack(kernels).sum(0), torch.stack(biases).sum(0))
 

@@ -4,7 +4,7 @@
 // (k is 3 or 5, padding k / 2; the fourth, the one convolution that they sum to, is PyTorch's):
 //   stats   sums of z_n and z_n^2            (forward, for mean and variance of every branch)
 //   reduce  sums of dy and dy x[p + t]       (backward, for the sums that batch norm needs)
-//   grads   dx and dW_n, from dz_n = a_n dy + c_n z_n + e_n
+//   grads   dx and dW_n, from dz_n = a_n dy + b_n z_n + c_n
 // z_n is computed where it is needed, a row at a time, from rows of x that stay in cache. Rows are
 // shifted by an estimate of the channel's mean and padded with 0 - shift, so that every z_n differs
 // from the true one by the constant shift * sum(W_n): no variance is a difference of large numbers.
@@ -257,14 +257,14 @@ inline Vec mask(const Plan& p, int64_t f) {
   return m;
 }
 
-// Block j of one row of dz = coef[0] dy + coef[1] z + coef[2], and of its correlation with the taps.
+// Block j of one row of dz = a dy + b z + c, and of its correlation with the taps.
 template <int K>
 inline void backward(const Plan& p, const float** rows, const float* dy, const float* w,
-                     int64_t pitch, const float* coef, int64_t next, int64_t j, float* dz,
+                     int64_t pitch, const float* abc, int64_t next, int64_t j, float* dz,
                      float* sums) {
   const float* tap[K * K];
   const int64_t lanes = p.lanes, line = p.line(), valid = p.valid();
-  const Vec a = load(coef), s = load(coef + next), e = load(coef + 2 * next);
+  const Vec a = load(abc), b = load(abc + next), c = load(abc + 2 * next);
   Vec acc[K * K] = {};
 #pragma GCC unroll 25
   for (int t = 0; t < K * K; ++t) tap[t] = rows[t / K] + p.tap(t % K);
@@ -281,7 +281,7 @@ inline void backward(const Plan& p, const float** rows, const float* dy, const f
     Vec all = z[0];
 #pragma GCC unroll 5
     for (int r = 1; r < K; ++r) all += z[r];
-    Vec d = a * load(dy + f) + (s * all + e);
+    Vec d = a * load(dy + f) + (b * all + c);
     if (f + LANES > valid) d *= mask(p, f);
     store(dz + f, d);
 #pragma GCC unroll 25
@@ -414,13 +414,13 @@ at::Tensor reduce_k(const at::Tensor& x, const at::Tensor& dy, const at::Tensor&
   return over_images(parts);
 }
 
-// dx and dW (N, k, k, C) float64, from dz_n = coef[0] dy + coef[1] z_n + coef[2] per branch and
-// channel; z of shifted x, and dW is against shifted x too. dx gets on top, at the kernel's centre,
-// one[0] dy + one[1] x + one[2]: the branches of a single tap.
+// dx and dW (N, k, k, C) float64, from dz_n = a_n dy + b_n z_n + c_n per branch and
+// channel (abc: rows a, b, c); z of shifted x, and dW is against shifted x too. dx gets on top, at the
+// kernel's centre, a dy + b x + c of the branches of a single tap together (tap_abc).
 template <int K>
 std::tuple<at::Tensor, at::Tensor> grads_k(const at::Tensor& x, const at::Tensor& dy,
                                            const at::Tensor& w, const at::Tensor& shift,
-                                           const at::Tensor& coef, const at::Tensor& one,
+                                           const at::Tensor& abc, const at::Tensor& tap_abc,
                                            int64_t stride) {
   const Plan p(x, K, stride);
   const int64_t N = w.size(0), rows_out = N * p.kk();
@@ -428,9 +428,9 @@ std::tuple<at::Tensor, at::Tensor> grads_k(const at::Tensor& x, const at::Tensor
   auto parts = at::empty({p.B, rows_out, p.C}, w.options());
   const float *X = x.const_data_ptr<float>(), *D = dy.const_data_ptr<float>(),
               *Wt = w.const_data_ptr<float>(), *S = shift.const_data_ptr<float>(),
-              *Cf = coef.const_data_ptr<float>(), *One = one.const_data_ptr<float>();
+              *Abc = abc.const_data_ptr<float>(), *Tap = tap_abc.const_data_ptr<float>();
   float *DX = dx.data_ptr<float>(), *out = parts.data_ptr<float>();
-  const Repeated weight(p, Wt, rows_out), mean(p, S, 1), c(p, Cf, 3 * N), u(p, One, 3);
+  const Repeated weight(p, Wt, rows_out), mean(p, S, 1), branch(p, Abc, 3 * N), tap(p, Tap, 3);
   const Buffer zero = Buffer::zeros(p.lanes);
   each(p, [&](int64_t b, int64_t c0) {
     Buffer sums = Buffer::zeros(rows_out * p.lanes), line = Buffer::zeros(p.line());
@@ -453,12 +453,12 @@ std::tuple<at::Tensor, at::Tensor> grads_k(const at::Tensor& x, const at::Tensor
       for (int64_t j = 0; j < p.lanes; j += LANES) {
         for (int64_t n = 0; n < N; ++n)
           backward<K>(p, rows, line.data(), weight.at(n * K * K, c0) + j, weight.pitch(),
-                      c.at(n, c0) + j, N * c.pitch(), j, dz(i, n),
+                      branch.at(n, c0) + j, N * branch.pitch(), j, dz(i, n),
                       sums.data() + n * K * K * p.lanes + j);
-        const Vec a = load(u.at(0, c0) + j), s = load(u.at(1, c0) + j), e = load(u.at(2, c0) + j);
+        const Vec ta = load(tap.at(0, c0) + j), tb = load(tap.at(1, c0) + j), tc = load(tap.at(2, c0) + j);
         float* to = dz(i, N);
         for (int64_t f = j; f < p.line(); f += p.lanes)
-          store(to + f, a * load(line.data() + f) + (s * load(centre + f) + e));
+          store(to + f, ta * load(line.data() + f) + (tb * load(centre + f) + tc));
       }
       for (int64_t n = 0; n <= N; ++n)
         std::fill(dz(i, n) + p.valid(), dz(i, n) + p.line(), 0.f);
@@ -530,11 +530,11 @@ at::Tensor reduce(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& s
   BY_KERNEL(k, reduce_k<K>(x, dy, shift, stride))
 }
 std::tuple<at::Tensor, at::Tensor> grads(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& w,
-                                         const at::Tensor& shift, const at::Tensor& coef,
-                                         const at::Tensor& one, int64_t stride) {
+                                         const at::Tensor& shift, const at::Tensor& abc,
+                                         const at::Tensor& tap_abc, int64_t stride) {
   check(x, "x");
   check(dy, "dy");
-  BY_KERNEL(w.size(1), grads_k<K>(x, dy, w, shift, coef, one, stride))
+  BY_KERNEL(w.size(1), grads_k<K>(x, dy, w, shift, abc, tap_abc, stride))
 }
 
 }  // namespace
@@ -543,7 +543,7 @@ TORCH_LIBRARY_FRAGMENT(ghosttrain, m) {
   m.def("depthwise_stats(Tensor x, Tensor w, Tensor shift, int stride) -> Tensor");
   m.def("depthwise_reduce(Tensor x, Tensor dy, Tensor shift, int k, int stride) -> Tensor");
   m.def(
-      "depthwise_grads(Tensor x, Tensor dy, Tensor w, Tensor shift, Tensor coef, Tensor one, int "
+      "depthwise_grads(Tensor x, Tensor dy, Tensor w, Tensor shift, Tensor abc, Tensor tap_abc, int "
       "stride) -> (Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(ghosttrain, CPU, m) {

@@ -18,9 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ghosttrain import native
 from ghosttrain.config.schema import ReparamConfig
-from ghosttrain.models import collapse, moments
+from ghosttrain.models import depthwise
+from ghosttrain.models.collapse import choose_forward
+from ghosttrain.models.depthwise import reference
+from ghosttrain.models.ops import is_channels_last
 from ghosttrain.models.registry import create_model
 from ghosttrain.models.reparam import RepConv2d, using_forward
+from ghosttrain.models.sync_bn import SyncBatchNorm2d, synchronize
 
 FORWARDS = ("stacked", "collapsed")
 LAYERS = {  # in, out, kernel, stride, groups
@@ -76,7 +80,9 @@ def outputs_gradient(rep: RepConv2d, x: Tensor) -> Tensor:
     conv = rep.branches[0].conv
     shape = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, 1, conv.groups).shape
     dy = torch.randn(shape, generator=torch.Generator().manual_seed(2)) + 0.5
-    return dy.to(x.dtype).contiguous(memory_format=moments._format(x))
+    return dy.to(x.dtype).contiguous(
+        memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    )
 
 
 def scale_of(key: str, reference: Results) -> float:
@@ -137,16 +143,16 @@ def test_the_kernels_equal_their_definition(shape, kernel, stride):
     x = images(*shape).to(memory_format=torch.channels_last)
     C = shape[1]
     w, shift = torch.randn(3, kernel, kernel, C, generator=g), x.mean((0, 2, 3))
-    coef, one = torch.randn(3, 3, C, generator=g), torch.randn(3, C, generator=g)
+    abc, tap_abc = torch.randn(3, 3, C, generator=g), torch.randn(3, C, generator=g)
     side = [-(-s // stride) for s in shape[2:]]
     dy = torch.randn(shape[0], C, *side, generator=g).to(memory_format=torch.channels_last)
     calls = {
-        "stats": (moments.depthwise_stats, (x, w, shift), (stride,)),
-        "reduce": (moments.depthwise_reduce, (x, dy, shift), (kernel, stride)),
-        "grads": (moments.depthwise_grads, (x, dy, w, shift, coef, one), (stride,)),
+        "stats": (depthwise.depthwise_stats, (x, w, shift), (stride,)),
+        "reduce": (depthwise.depthwise_reduce, (x, dy, shift), (kernel, stride)),
+        "grads": (depthwise.depthwise_grads, (x, dy, w, shift, abc, tap_abc), (stride,)),
     }
     for name, (function, tensors, numbers) in calls.items():
-        assert moments.kernels_for(x, kernel) is not None
+        assert depthwise.kernels_for(x, kernel) is not reference
         given = function(*tensors, *numbers)
         expected = function(*(t.double() for t in tensors), *numbers)  # float64: PyTorch's form
         pairs = zip(given, expected, strict=True) if name == "grads" else [(given, expected)]
@@ -173,7 +179,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     sums = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        sums.append(moments.depthwise_stats(x, w, torch.zeros(12), 1))
+        sums.append(depthwise.depthwise_stats(x, w, torch.zeros(12), 1))
     torch.set_num_threads(before)
     assert torch.equal(*sums)
 
@@ -442,13 +448,13 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     script = textwrap.dedent(f"""
         import sys, torch, torch.distributed as dist
         sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_collapse import FORWARDS, collapse, images, synced_network, using_forward
+        from test_collapse import FORWARDS, images, synced_network, synchronize, using_forward
         torch.set_num_threads(1)
         rank = int(sys.argv[1])
         store = "file://{tmp_path}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
         for how in ("branches", *FORWARDS):
-            network = collapse.synchronize(synced_network())
+            network = synchronize(synced_network())
             x = images(5, 3, 9, 7).double().to(memory_format=torch.channels_last)
             own = (x[:3] if rank == 0 else x[3:]).requires_grad_()
             with using_forward(network, how):
@@ -506,7 +512,7 @@ def test_auto_follows_its_rule():
         rep = layer(kind, form)
         rep.forward_mode = "auto"
         x = images(2, LAYERS[kind][0], 6, 5)
-        return collapse.choose_forward(rep, x.to(memory_format=torch.channels_last) if last else x)
+        return choose_forward(rep, x.to(memory_format=torch.channels_last) if last else x)
 
     fast = "collapsed" if native.load() is not None else "branches"
     assert choice("expansion") == choice("projection") == "collapsed"
@@ -516,9 +522,9 @@ def test_auto_follows_its_rule():
     assert choice("expansion", last=False) == choice("depthwise 3", last=False) == "branches"
     assert choice("expansion", (1, False, False)) == "branches"
     rep = layer("expansion").eval()
-    assert collapse.choose_forward(rep, images(2, 6, 6, 5)) == "branches", "asked for by name"
+    assert choose_forward(rep, images(2, 6, 6, 5)) == "branches", "asked for by name"
     rep.forward_mode = "auto"
-    assert collapse.choose_forward(rep, images(2, 6, 6, 5)) == "folded"
+    assert choose_forward(rep, images(2, 6, 6, 5)) == "folded"
 
 
 def test_without_the_kernels_depthwise_layers_fall_back(monkeypatch):
@@ -526,9 +532,9 @@ def test_without_the_kernels_depthwise_layers_fall_back(monkeypatch):
     x = images(2, 12, 6, 5).to(memory_format=torch.channels_last)
     dy = outputs_gradient(rep, x)
     with_kernels = step(rep, x, dy, "collapsed")
-    monkeypatch.setattr(moments, "_functions", lambda device_type: None)
+    monkeypatch.setattr(depthwise, "_functions", lambda device_type: None)
     rep.forward_mode = "auto"
-    assert collapse.choose_forward(rep, x) == "branches"
+    assert choose_forward(rep, x) == "branches"
     without = step(rep, x, dy, "collapsed")
     for key in without:
         assert error(without, with_kernels, key) <= 2e-6, key
@@ -568,8 +574,8 @@ def changed(rep: RepConv2d, name: str) -> RepConv2d:
 def test_unusual_layers_are_left_to_the_branches(name):
     rep = changed(layer("expansion", (3, False, False)), name)
     x = images(2, 6, 5, 6).to(next(rep.parameters()).dtype)
-    assert collapse.choose_forward(rep, x) == "branches"
-    assert collapse.choose_forward(rep.eval(), x) == "branches"
+    assert choose_forward(rep, x) == "branches"
+    assert choose_forward(rep.eval(), x) == "branches"
     assert rep(x).isfinite().all()
 
 
@@ -619,15 +625,15 @@ def test_bf16_outputs_of_channels_far_from_zero(kind, case):
 def test_synchronized_layers_exchange_the_same_sums_whatever_their_input():
     """One rank with a single position, or another format, must not go through the branches."""
     for kind in LAYERS:
-        rep = collapse.synchronize(layer(kind))
+        rep = synchronize(layer(kind))
         rep.forward_mode = "auto"
         for x in (images(1, LAYERS[kind][0], 1, 1), images(2, LAYERS[kind][0], 6, 5)):
-            assert collapse.choose_forward(rep, x) != "branches"
+            assert choose_forward(rep, x) != "branches"
 
 
 def test_a_single_value_on_all_ranks_is_refused():
     with pytest.raises(ValueError, match="more than 1 value"):
-        collapse.SyncBatchNorm2d(4)(images(1, 4, 1, 1))
+        SyncBatchNorm2d(4)(images(1, 4, 1, 1))
 
 
 def test_checkpointing_a_plain_batch_norm_updates_it_once():
@@ -645,7 +651,7 @@ def test_checkpointing_a_plain_batch_norm_updates_it_once():
 
 def test_batch_norms_of_another_kind_are_not_synchronized_in_silence():
     with pytest.raises(TypeError, match="BatchNorm3d"):
-        collapse.synchronize(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm3d(2)))
+        synchronize(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm3d(2)))
 
 
 @pytest.mark.slow

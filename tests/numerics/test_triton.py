@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghosttrain.models import moments
+from ghosttrain.models.depthwise import reference
 
 try:
     VERSION = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
@@ -67,9 +67,13 @@ def arguments(k: int, stride: int, N: int, C: int, B: int, H: int, W: int) -> di
 
     x, shift = last(normal(B, C, H, W) + 3), normal(C) + 3
     dy = last(normal(B, C, -(-H // stride), -(-W // stride)))
-    w, coef = normal(N, k, k, C), normal(3, N, C)
-    one = torch.zeros(3, C) if N == 1 else normal(3, C)  # without branches of one tap, and with
-    given = (x, w, shift, stride), (x, dy, shift, k, stride), (x, dy, w, shift, coef, one, stride)
+    w, abc = normal(N, k, k, C), normal(3, N, C)
+    tap_abc = torch.zeros(3, C) if N == 1 else normal(3, C)  # also without such branches
+    given = (
+        (x, w, shift, stride),
+        (x, dy, shift, k, stride),
+        (x, dy, w, shift, abc, tap_abc, stride),
+    )
     return dict(zip(NAMES, given, strict=True))
 
 
@@ -77,10 +81,10 @@ def definition(name: str, *given: Any) -> tuple[Tensor, ...]:
     """Return the results in float64; that of the gradients wants a branch, and gets one of 0."""
     given = tuple(v.double() if isinstance(v, Tensor) else v for v in given)
     if name != "depthwise_grads":
-        return (getattr(moments, name)(*given),)
-    x, dy, w, shift, coef, one, stride = given
-    w, coef = torch.cat([w, w.new_zeros(1, *w.shape[1:])]), torch.cat([coef, 0 * one[:, None]], 1)
-    dx, dw = moments.depthwise_grads(x, dy, w, shift, coef, one, stride)
+        return (getattr(reference, name)(*given),)
+    x, dy, w, shift, abc, tap_abc, stride = given
+    w, abc = torch.cat([w, w.new_zeros(1, *w.shape[1:])]), torch.cat([abc, 0 * tap_abc[:, None]], 1)
+    dx, dw = reference.depthwise_grads(x, dy, w, shift, abc, tap_abc, stride)
     return dx, dw[:-1]
 
 
@@ -89,12 +93,12 @@ def largest_error(*case: int, **cut: int) -> float:
 
     `cut` replaces numbers that say how work is cut into programs.
     """
-    from ghosttrain.models import triton_depthwise
+    from ghosttrain.models.depthwise import triton as kernels
 
     worst = 0.0
     for name, given in arguments(*case).items():
-        with patch.multiple(triton_depthwise, **cut):
-            results = getattr(triton_depthwise, name)(*given)
+        with patch.multiple(kernels, **cut):
+            results = getattr(kernels, name)(*given)
         results = results if isinstance(results, tuple) else (results,)
         assert results[-1].dtype == torch.double
         for result, truth in zip(results, definition(name, *given), strict=True):
@@ -136,27 +140,27 @@ def test_however_it_is_cut(interpreted: Call, cut: dict[str, int]) -> None:
 
 
 def prove() -> None:
-    from ghosttrain.models import triton_depthwise
+    from ghosttrain.models.depthwise import triton as kernels
 
-    triton_depthwise.prove(torch.device("cpu"))
+    kernels.prove(torch.device("cpu"))
 
 
 def prove_with_error(wrong: str) -> None:
     """Run `prove` on the definition in place of the kernels, one function being a little off."""
-    from ghosttrain.models import triton_depthwise
+    from ghosttrain.models.depthwise import triton as kernels
 
     def replacement(name: str) -> Call:
-        @functools.wraps(getattr(triton_depthwise, name))
+        @functools.wraps(getattr(kernels, name))
         def function(*given: Any) -> Any:
-            result = getattr(moments, name)(*given)
+            result = getattr(reference, name)(*given)
             last = result[-1] if isinstance(result, tuple) else result
             last *= 1 + 1e-4 * (name == wrong)
             return result
 
         return function
 
-    with patch.multiple(triton_depthwise, **{name: replacement(name) for name in NAMES}):
-        triton_depthwise.prove(torch.device("cpu"))
+    with patch.multiple(kernels, **{name: replacement(name) for name in NAMES}):
+        kernels.prove(torch.device("cpu"))
 
 
 def test_proves_itself(interpreted: Call) -> None:
@@ -171,11 +175,11 @@ def test_proof_finds_an_error(interpreted: Call, name: str) -> None:
 
 
 def refuse(name: str, index: int, change: Callable[[Tensor], Tensor]) -> None:
-    from ghosttrain.models import triton_depthwise
+    from ghosttrain.models.depthwise import triton as kernels
 
     given = list(arguments(3, 2, 1, 8, 2, 5, 7)[name])
     given[index] = change(given[index])
-    getattr(triton_depthwise, name)(*given)
+    getattr(kernels, name)(*given)
 
 
 def cropped(x: Tensor) -> Tensor:
@@ -205,7 +209,7 @@ def compiled(capability: int, case: tuple[int, ...]) -> list[str]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from ghosttrain.models import triton_depthwise
+    from ghosttrain.models.depthwise import triton as kernels
 
     class Driver:
         def get_current_target(self) -> GPUTarget:
@@ -220,14 +224,14 @@ def compiled(capability: int, case: tuple[int, ...]) -> list[str]:
     names = []
 
     def launch(kernel: Any, programs: int, tensors: tuple[Tensor, ...], g: Any) -> None:
-        binary = kernel.warmup(*tensors, g, num_warps=triton_depthwise.WARPS, grid=(1,))
+        binary = kernel.warmup(*tensors, g, num_warps=kernels.WARPS, grid=(1,))
         assert binary.asm["cubin"]
         names.append(kernel.__name__)
 
     triton.runtime.driver.set_active(Driver())
-    with patch.object(triton_depthwise, "_launch", launch):
+    with patch.object(kernels, "_launch", launch):
         for name, given in arguments(*case).items():
-            getattr(triton_depthwise, name)(*given)
+            getattr(kernels, name)(*given)
     return names
 
 

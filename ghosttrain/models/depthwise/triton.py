@@ -1,4 +1,4 @@
-"""Triton form of the depthwise functions of `moments`, for CUDA.
+"""The three functions in Triton, for CUDA.
 
 On an H100 it was right to 3e-7, gave the same bits again, and took 0.17 to 0.68 of the time of
 PyTorch's operators (`python scripts/gpu_check.py triton_kernels`). Without a GPU it is checked
@@ -13,8 +13,8 @@ neighbouring positions overlap is left to the caches. Sums are kept per element 
 float32; at the end a program adds them over the tile and writes them down as its own part. Parts
 are added in float64, in a fixed order and without atomics: the same input gives the same bits.
 
-Shapes are those of `moments`; what is no map is contiguous: rows of C. P counts output positions, Q
-input positions, p and q are one of them, and c is a channel. In a kernel a tile is (positions,
+Shapes are those of the package; what is no map is contiguous: rows of C. P counts output positions,
+Q input positions, p and q are one of them, and c is a channel. In a kernel a tile is (positions,
 channels), a row (1, channels).
 """
 # mypy: allow-untyped-defs, no-check-untyped-defs
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghosttrain.models import moments
+from ghosttrain.models.depthwise import reference
 
 TILE = 256
 """Elements of a tile: one per thread of WARPS warps, so that a thread's registers hold the sums of
@@ -196,11 +196,11 @@ def _reduce_kernel(x, dy, shift, parts, g):
 
 
 @triton.jit
-def _branches_kernel(x, dy, w, shift, coef, dz, parts, g):
+def _branches_kernel(x, dy, w, shift, abc, dz, parts, g):
     """Gradients dz (N, P, C) of all z_n, and parts (N k k, C): their sums with the taps."""
     c = _block(g)
     kernels, shifts = _rows(w, g.N * g.k * g.k, c, g), _rows(shift, 1, c, g)
-    coefs = _rows(coef, 3 * g.N, c, g)
+    abcs = _rows(abc, 3 * g.N, c, g)
     sums = _zeros(g.N * g.k * g.k, g)
     first = tl.program_id(1) * g.share
     for start in range(first, min(first + g.share, g.P), g.positions):
@@ -211,7 +211,7 @@ def _branches_kernel(x, dy, w, shift, coef, dz, parts, g):
         terms = ()
         for n in tl.static_range(g.N):
             z = _convolve(taps, kernels, n, g)
-            dz_p = coefs[n] * dy_p + coefs[g.N + n] * z + coefs[2 * g.N + n]
+            dz_p = abcs[n] * dy_p + abcs[g.N + n] * z + abcs[2 * g.N + n]
             tl.store(dz + _at(n * g.P + p, c, g), dz_p, mask=exists)
             for t in tl.static_range(g.k * g.k):
                 terms = terms + (dz_p * taps[t],)
@@ -220,11 +220,11 @@ def _branches_kernel(x, dy, w, shift, coef, dz, parts, g):
 
 
 @triton.jit
-def _input_kernel(x, dy, w, shift, one, dz, dx, g):
+def _input_kernel(x, dy, w, shift, tap_abc, dz, dx, g):
     """The gradient dx, from dz (N, P, C) and the branches of one tap."""
     c = _block(g)
     kernels, shifts = _rows(w, g.N * g.k * g.k, c, g), _rows(shift, 1, c, g)
-    ones = _rows(one, 3, c, g)
+    tap = _rows(tap_abc, 3, c, g)
     first = tl.program_id(1) * g.share
     for start in range(first, min(first + g.share, g.Q), g.positions):
         q = _tile(start, g)
@@ -235,7 +235,7 @@ def _input_kernel(x, dy, w, shift, one, dz, dx, g):
         p = (b * g.Ho + h // g.stride) * g.Wo + v // g.stride
         dy_p = tl.load(dy + _at(p, c, g), mask=centre, other=0.0)
         seen = tl.load(x + _at(q, c, g), mask=centre, other=0.0) - shifts[0]
-        dx_q = tl.where(centre, ones[0] * dy_p + ones[1] * seen + ones[2], 0.0)
+        dx_q = tl.where(centre, tap[0] * dy_p + tap[1] * seen + tap[2], 0.0)
         for s in tl.static_range(g.k):
             for t in tl.static_range(g.k):
                 # Tap (s, t) of the output at (i, j) / stride sees q, if there is such an output.
@@ -249,11 +249,11 @@ def _input_kernel(x, dy, w, shift, one, dz, dx, g):
         tl.store(dx + _at(q, c, g), dx_q, mask=exists)
 
 
-# --- the functions of `moments` -------------------------------------------------------------------
+# --- the functions --------------------------------------------------------------------------------
 
 
 def depthwise_stats(x: Tensor, w: Tensor, shift: Tensor, stride: int) -> Tensor:
-    """Return the sums of every branch's output and of its square; see `moments.depthwise_stats`.
+    """Return the sums of every branch's output and of its square; see `depthwise.depthwise_stats`.
 
     Raises ValueError where x is no channels-last float32 map.
     """
@@ -264,7 +264,7 @@ def depthwise_stats(x: Tensor, w: Tensor, shift: Tensor, stride: int) -> Tensor:
 
 
 def depthwise_reduce(x: Tensor, dy: Tensor, shift: Tensor, k: int, stride: int) -> Tensor:
-    """Return the sums of dy times what each tap sees; see `moments.depthwise_reduce`.
+    """Return the sums of dy times what each tap sees; see `depthwise.depthwise_reduce`.
 
     Raises ValueError where x or dy is no channels-last float32 map or dy has another size.
     """
@@ -275,9 +275,9 @@ def depthwise_reduce(x: Tensor, dy: Tensor, shift: Tensor, k: int, stride: int) 
 
 
 def depthwise_grads(
-    x: Tensor, dy: Tensor, w: Tensor, shift: Tensor, coef: Tensor, one: Tensor, stride: int
+    x: Tensor, dy: Tensor, w: Tensor, shift: Tensor, abc: Tensor, tap_abc: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """Return dx and dW from the gradients of the branches; see `moments.depthwise_grads`.
+    """Return dx and dW from the gradients of the branches; see `depthwise.depthwise_grads`.
 
     Every dz_n is written to memory and read back by a second kernel: a program cannot see the tiles
     of its neighbours, and z_n anew at the k k outputs around a position would cost k k times as
@@ -295,14 +295,14 @@ def depthwise_grads(
     for some_x, some_dy, some_dx in zip(*(m.split(images) for m in (x, dy, dx)), strict=True):
         g = _geometry(some_x, N, k, stride)
         dz = x.new_empty(N * g.P * C)
-        dw += _sum(_branches_kernel, N * k * k, (some_x, some_dy, w, shift, coef, dz), g)
+        dw += _sum(_branches_kernel, N * k * k, (some_x, some_dy, w, shift, abc, dz), g)
         programs = triton.cdiv(g.Q, g.share)
-        _launch(_input_kernel, programs, (some_x, some_dy, w, shift, one, dz, some_dx), g)
+        _launch(_input_kernel, programs, (some_x, some_dy, w, shift, tap_abc, dz, some_dx), g)
     return dx, dw.view_as(w)
 
 
 def prove(device: torch.device) -> None:
-    """Compare the three functions with `moments` in float64, on small random blocks on `device`.
+    """Compare the three functions with the definition in float64, on small random maps.
 
     Raises RuntimeError where one is off by more than `TOLERANCE`.
     """
@@ -314,10 +314,10 @@ def prove(device: torch.device) -> None:
     for N, k, stride, C in ((3, 3, 1, 20), (1, 5, 2, 32)):
         x, dy = normal(2, 7, 5, C), normal(2, -(-7 // stride), -(-5 // stride), C)
         x, dy = x.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2)
-        w, shift, coef, one = normal(N, k, k, C), normal(C), normal(3, N, C), normal(3, C)
-        _compare(depthwise_stats, moments.depthwise_stats, x, w, shift, stride)
-        _compare(depthwise_reduce, moments.depthwise_reduce, x, dy, shift, k, stride)
-        _compare(depthwise_grads, moments.depthwise_grads, x, dy, w, shift, coef, one, stride)
+        w, shift, abc, tap_abc = normal(N, k, k, C), normal(C), normal(3, N, C), normal(3, C)
+        _compare(depthwise_stats, reference.depthwise_stats, x, w, shift, stride)
+        _compare(depthwise_reduce, reference.depthwise_reduce, x, dy, shift, k, stride)
+        _compare(depthwise_grads, reference.depthwise_grads, x, dy, w, shift, abc, tap_abc, stride)
 
 
 def _compare(function: Callable[..., Any], definition: Callable[..., Any], *given: Any) -> None:
