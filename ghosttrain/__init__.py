@@ -11,11 +11,11 @@ __all__ = ["create_model", "fuse", "load_run"]
 
 if TYPE_CHECKING:
     from ghosttrain.engine.load import load_run
-    from ghosttrain.models.registry import create_model
+    from ghosttrain.models.create import create_model
     from ghosttrain.models.reparam import fuse
 
 _HOMES = {
-    "create_model": "ghosttrain.models.registry",
+    "create_model": "ghosttrain.models.create",
     "fuse": "ghosttrain.models.reparam",
     "load_run": "ghosttrain.engine.load",
 }

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models import depthwise
+from ghosttrain.models.create import create_model
 from ghosttrain.models.depthwise import reference
-from ghosttrain.models.registry import create_model
 from ghosttrain.models.reparam import RepConv2d, fuse, using_forward
 from ghosttrain.models.sync_bn import synchronize
 

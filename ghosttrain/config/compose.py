@@ -48,7 +48,7 @@ from ghosttrain.config.normalization import check_normalization
 from ghosttrain.config.paths import expanded
 from ghosttrain.config.policy import check_policy
 from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, STUDENT_SOURCES, Config
-from ghosttrain.config.sizes import SIDES, check_sides, family
+from ghosttrain.config.students import STUDENTS, validate_sides
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def _absolute(path: str | None) -> str | None:
 def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -> None:
     """Refuse contradictions between settings, each in one line that says what to type."""
     model, data, augment = config.model, config.data, config.augment
-    students = [n for n in names.groups["model"] if family(n) in SIDES]
+    students = [n for n in names.groups["model"] if n in STUDENTS]
     if model.source == "ghosttrain" and model.name not in students:
         hint = did_you_mean(model.name, students)
         raise UserError(
@@ -381,7 +381,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
     ranks = int(os.environ.get("WORLD_SIZE", config.launch.nproc))
     micro_batch, _ = batch_split(config, ranks)
     if model.source == "ghosttrain":
-        check_sides(model, data, micro_batch * (ranks if config.train.sync_bn else 1))
+        validate_sides(model, data, micro_batch * (ranks if config.train.sync_bn else 1))
 
 
 def _replaced(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -77,6 +77,10 @@ class ModelConfig(Section):
     """Stride of the stem: `standard` 2, as published; `small` 1, for images of 32x32 or so."""
 
 
+Forward = Literal["auto", "branches", "stacked", "collapsed"]
+FORWARDS: tuple[str, ...] = get_args(Forward)
+
+
 class ReparamConfig(Section):
     """Training-time branches of every re-parameterized convolution; all of them fuse into one
     convolution.
@@ -94,9 +98,7 @@ class ReparamConfig(Section):
     """Re-parameterize the depthwise convolutions of the blocks."""
     stem: bool = False
     """Re-parameterize the first convolution too."""
-    forward: Literal["auto", "branches", "stacked", "collapsed"] = Field(
-        "auto", json_schema_extra=RESULT_NEUTRAL
-    )
+    forward: Forward = Field("auto", json_schema_extra=RESULT_NEUTRAL)
     """How the sum of branches is computed in training; all are equal up to rounding (`bench step`
     compares their times and memory). `auto`: the fastest for each layer and shape on a CPU,
     `branches` on CUDA."""

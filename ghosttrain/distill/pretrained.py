@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import PLAIN
-from ghosttrain.models import sources
-from ghosttrain.models.files import About, State, part_of
-from ghosttrain.models.layouts import TELLTALES, detect
-from ghosttrain.models.registry import STUDENTS, create_model, create_timm_model
-from ghosttrain.models.sources import LISTED, Weights, listed, published
-from ghosttrain.models.weights import form_of
+from ghosttrain.models.create import STUDENTS, create_model, create_timm_model
+from ghosttrain.models.weights import sources
+from ghosttrain.models.weights.dialects import detect, telltales
+from ghosttrain.models.weights.files import State, WeightsInfo, part_of
+from ghosttrain.models.weights.fit import branches_of
+from ghosttrain.models.weights.sources import LISTED, Weights, listed, published
 
-UNKNOWN = About(
+UNKNOWN = WeightsInfo(
     input_size=224,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
@@ -40,7 +40,7 @@ UNKNOWN = About(
 
 
 @dataclass(frozen=True)
-class Loaded:
+class PretrainedNetwork:
     """A network with its weights, and what has to be known to ask it."""
 
     network: nn.Module
@@ -64,7 +64,7 @@ class Loaded:
 
 def load_pretrained(
     cfg: schema.PretrainedConfig, key: str, classes: Sequence[str], in_chans: int
-) -> Loaded:
+) -> PretrainedNetwork:
     """Return the network of `cfg` with its weights, for images of `in_chans` channels.
 
     What the settings leave open (name, size, normalisation) the file says itself, if it was written
@@ -96,7 +96,7 @@ def load_pretrained(
             class_columns(cfg.name, expected.num_classes, None, classes)
     given = sources.open_weights(cfg.weights, cfg.name, f"{key}.weights")
     name = _network_name(cfg, key, given.about)
-    state, _ = part_of(given.state, TELLTALES)
+    state, _ = part_of(given.state, telltales())
     student = _is_student(name, given.about, state)
     if student:
         count, chans = _student_sizes(state)
@@ -116,7 +116,7 @@ def load_pretrained(
     with torch.random.fork_rng(devices=[]):  # its random start must not move the student's
         network = build(name, count, chans, given, cfg.input_size)
     view, size_note = _view(cfg, given, name)
-    return Loaded(
+    return PretrainedNetwork(
         network,
         input_size=view["input_size"],
         interpolation=view["interpolation"],
@@ -163,7 +163,7 @@ def left_open(cfg: schema.PretrainedConfig) -> list[str]:
 # --- Which network it is -------------------------------------------------------------------------
 
 
-def _network_name(cfg: schema.PretrainedConfig, key: str, about: About) -> str:
+def _network_name(cfg: schema.PretrainedConfig, key: str, about: WeightsInfo) -> str:
     """Return the name of the network: the one that is typed, or the one that its file says."""
     if cfg.weights == "digits":
         return str(about.name)
@@ -184,7 +184,7 @@ def _network_name(cfg: schema.PretrainedConfig, key: str, about: About) -> str:
     return name
 
 
-def _is_student(name: str, about: About, state: State) -> bool:
+def _is_student(name: str, about: WeightsInfo, state: State) -> bool:
     """Whether weights are a student's of this project; timm has networks of the same names."""
     if about.source is not None:
         return about.source == "ghosttrain"
@@ -220,10 +220,10 @@ def _dim(state: State, key: str, dim: int) -> int | None:
 def _student(name: str, count: int, chans: int, given: Weights, _: int | None) -> nn.Module:
     """Return a student in the fused form: the same function, and faster."""
     layout = detect(given.state)
-    form = form_of(given.state) if layout.dialect == "ghosttrain" else layout.form
+    reparam = branches_of(given.state) if layout.dialect == "ghosttrain" else layout.reparam
     stride = given.about.input_stride
     return create_model(
-        name, count, chans, form or PLAIN, 0.0, given, fused=True, input_stride=stride
+        name, count, chans, reparam or PLAIN, 0.0, given, fused=True, input_stride=stride
     )
 
 
@@ -243,7 +243,7 @@ def _view(cfg: schema.PretrainedConfig, given: Weights, name: str) -> tuple[dict
 
     The settings count before what is known of the weights, and that before timm's configuration.
     """
-    typed = About(input_size=cfg.input_size, mean=cfg.mean, std=cfg.std)
+    typed = WeightsInfo(input_size=cfg.input_size, mean=cfg.mean, std=cfg.std)
     known = [(typed, "as set"), (given.about, given.says), (listed(name), LISTED),
              (UNKNOWN, "the default")]  # fmt: skip
     view, notes = {}, {}

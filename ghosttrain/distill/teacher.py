@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
 from ghosttrain.distill.features import classify, pool, pooled_width
-from ghosttrain.distill.pretrained import Loaded, load_pretrained, networks
+from ghosttrain.distill.pretrained import PretrainedNetwork, load_pretrained, networks
 from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
 
 Views = Mapping[tuple[int, str], Tensor]
@@ -53,7 +53,7 @@ class Member(nn.Module):
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: PretrainedNetwork,
         *,
         student_mean: Sequence[float],
         student_std: Sequence[float],

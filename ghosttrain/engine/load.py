@@ -13,19 +13,18 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import read_config, replacing
-from ghosttrain.engine.state import Checkpoint, read_checkpoint, student_weights
+from ghosttrain.engine.state import Checkpoint, fit_saved, read_checkpoint, student_weights
 from ghosttrain.engine.student import build_student, has_fused_form
 from ghosttrain.engine.weights_file import (
     WeightsKind,
     describe_weights,
-    load_into,
     read_weights,
     write_weights,
 )
+from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.layers import Student
-from ghosttrain.models.profile import count_macs, count_params
 from ghosttrain.models.reparam import fuse, using_forward
-from ghosttrain.models.weights import export_state
+from ghosttrain.models.weights.export import export_state
 
 
 def load_run(folder: str | Path, weights: WeightsKind = "ema") -> nn.Module:
@@ -51,11 +50,11 @@ def load_run(folder: str | Path, weights: WeightsKind = "ema") -> nn.Module:
     if weights == "ema" and final.is_file():
         state, about = read_weights(final)
         model = build_student(without_start(config), about["classes"])
-        load_into(model, state, final)
+        fit_saved(model, state, final)
         return model.eval()
     saved = _last(folder)
     model = build_student(without_start(config), saved["classes"])
-    load_into(model, student_weights(saved, weights), folder)
+    fit_saved(model, student_weights(saved, weights), folder)
     return model.eval()
 
 

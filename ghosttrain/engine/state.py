@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ghosttrain.config.errors import UserError, raise_if_of_the_system
 from ghosttrain.distill.features import Network
 from ghosttrain.engine.folder import replacing
-from ghosttrain.engine.weights_file import load_into
+from ghosttrain.models.weights.fit import fit_state
 from ghosttrain.optim.ema import Ema
 
 Checkpoint = dict[str, Any]
@@ -75,14 +75,25 @@ class TrainState:
         Raises:
             UserError: it holds the weights of another network.
         """
-        load_into(self.network.student, saved["student"], path)
-        self.network.projection.load_state_dict(saved["projection"])
-        self.ema.load_state_dict(saved["ema"])
+        fit_saved(self.network.student, saved["student"], path)
+        fit_saved(self.network.projection, saved["projection"], path)
+        fit_saved(self.ema.model, saved["ema"]["model"], path)
+        self.ema.updates = saved["ema"]["updates"]
         if saved["optimizer"]:
             self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
         if saved["data"]["held_out"] != self.data_record["held_out"]:
             self.best = dict(NO_BEST)  # it was measured on other images
+
+
+def fit_saved(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load what a run saved in `path`; every key and shape must match.
+
+    Raises:
+        UserError: naming what does not fit: these are the weights of another network.
+    """
+    remedy = " Choose another run.name or run.fresh=true."
+    fit_state(module, state, "the network of these settings", str(path), remedy=remedy)
 
 
 def student_weights(saved: Checkpoint, kind: str) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from torch import nn
 from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
 from ghosttrain.distill.features import Network, pooled_width
-from ghosttrain.models.files import other_input_stride, other_normalisation
-from ghosttrain.models.registry import create_model, create_timm_model
+from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.sync_bn import synchronize
-from ghosttrain.models.timm_sides import check_timm_sides
+from ghosttrain.models.timm_limits import validate_timm_sides
+from ghosttrain.models.weights.files import other_input_stride, other_normalisation
 
 
 def build_network(
@@ -42,7 +42,7 @@ def build_network(
     """
     student = build_student(config, classes)
     if config.model.source == "timm":
-        check_timm_sides(student, config.model.name, len(classes), config.data, micro_batch)
+        validate_timm_sides(student, config.model.name, len(classes), config.data, micro_batch)
     student = student.to(device)
     if config.train.channels_last:
         student = student.to(memory_format=torch.channels_last)

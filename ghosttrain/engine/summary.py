@@ -19,8 +19,8 @@ from ghosttrain.engine.folder import result_lines
 from ghosttrain.engine.plan import Plan
 from ghosttrain.engine.same_data import without_classes
 from ghosttrain.engine.state import TrainState
+from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.depthwise import compiled
-from ghosttrain.models.profile import count_macs, count_params
 
 
 @dataclass(frozen=True)

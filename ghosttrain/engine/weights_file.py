@@ -18,7 +18,6 @@ from ghosttrain.config.errors import UserError, raise_if_of_the_system
 from ghosttrain.config.paths import utf8_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import replacing
-from ghosttrain.models.weights import mismatch
 
 WeightsKind = Literal["ema", "raw", "fused"]
 """The average of a run, what its optimizer left, or the average in inference form."""
@@ -65,19 +64,3 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"{path} cannot be read as weights of ghosttrain: {' '.join(str(error).split())}"
         ) from None
-
-
-def load_into(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None:
-    """Load a state dict whose every key and shape must match.
-
-    Raises:
-        UserError: naming what does not fit: these are the weights of another model.
-    """
-    wrong = [key for keys in mismatch(model.state_dict(), state).values() for key in keys]
-    if wrong:
-        raise UserError(
-            f"{origin} holds the weights of another model: {len(wrong)} entries do not fit (first: "
-            f"{wrong[0]}); "
-            "choose another run.name or run.fresh=true"
-        )
-    model.load_state_dict(state)

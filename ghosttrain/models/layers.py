@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.sizes import SIDES, family
-from ghosttrain.models.files import About
+from ghosttrain.config.students import sides_of
+from ghosttrain.models.weights.files import WeightsInfo
 
 CLASSIFIER_STD = 0.002
 """Of the weights that `start_small` draws. torchvision's 0.01 for MobileNetV2 is too large for
@@ -137,7 +137,7 @@ class Student(nn.Module):
     """Frame of every student: what is known about it, and the check of its input.
 
     A subclass sets `num_features` and `classifier` and defines `forward_features`. The least sizes
-    of images come from `ghosttrain/config/sizes.py`.
+    of images come from `ghosttrain/config/students.py`.
     """
 
     classifier: nn.Linear
@@ -145,10 +145,10 @@ class Student(nn.Module):
     num_features: int
     """Channels of the last map, the output of `forward_features`."""
     weights_dialect: str | None = None
-    """Dialect of the file of weights that was loaded (`weights.py`); None: random weights."""
+    """Dialect of the file of weights that was loaded (`weights/dialects`); None: random weights."""
     weights_note: str = ""
     """What that file did not hold, and how it starts instead."""
-    weights_about: About | None = None
+    weights_about: WeightsInfo | None = None
     """What is known of that file: classes, images."""
 
     def __init__(
@@ -157,7 +157,7 @@ class Student(nn.Module):
         super().__init__()
         self.name, self.num_classes, self.in_chans = name, num_classes, in_chans
         self.dropout = nn.Dropout(dropout)
-        self.min_size, self.one_value_size = SIDES[family(name)][input_stride]
+        self.min_size, self.one_value_size = sides_of(name, input_stride)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.sizes import SIDES, family
-from ghosttrain.models.registry import STUDENTS
+from ghosttrain.config.schema import FORWARDS
+from ghosttrain.config.students import FAMILIES, STUDENTS
 
-FORWARDS = ("auto", "collapsed", "stacked", "branches")
 DEFAULTS: dict[str, dict[str, str]] = {
     "step": {
         "model": "ghostnetv3_100",
@@ -63,7 +62,7 @@ def bench(names: Sequence[str], overrides: Sequence[str]) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={device}: choose auto, cpu or cuda")
     model, stride = settings.pop("model"), settings.pop("input_stride", "standard")
-    strides = SIDES[family(model)]
+    strides = FAMILIES[STUDENTS[model].family].sides
     if stride not in strides:
         raise UserError(f"input_stride={stride}: choose {' or '.join(strides)}")
     teacher, codec = settings.pop("teacher", ""), settings.pop("codec", "")

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ghosttrain.engine.summary import device_name
-from ghosttrain.models.registry import create_model
+from ghosttrain.models.create import create_model
 from ghosttrain.optim.ema import Ema
 from ghosttrain.optim.groups import param_groups
 from ghosttrain.optim.lamb import Lamb

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from ghosttrain import native
-from ghosttrain.config.schema import PLAIN
+from ghosttrain.config.schema import FORWARDS, PLAIN
 from ghosttrain.engine.summary import device_name
-from ghosttrain.models.profile import count_macs
-from ghosttrain.models.registry import create_model, create_timm_model
-from ghosttrain.study.bench import FORWARDS
+from ghosttrain.models.cost import count_macs
+from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.study.timing import quartiles, timed
 
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.distill import codecs
 from ghosttrain.distill.codecs import Codec, candidates, make_codec, measure, parse
 from ghosttrain.distill.teacher_output import TeacherOutput
-from ghosttrain.models.lite import lite_file, to_timm
+from ghosttrain.models.weights.lite import lite_file, to_timm
 
 N, K, WIDTHS = 7, 101, (37, 90)
 SMALL_BITS = [2, 3, 4, 5, 6, 7, 8]

@@ -20,9 +20,9 @@ from ghosttrain import native
 from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.models import depthwise
 from ghosttrain.models.collapse import choose_forward
+from ghosttrain.models.create import create_model
 from ghosttrain.models.depthwise import reference
 from ghosttrain.models.ops import is_channels_last
-from ghosttrain.models.registry import create_model
 from ghosttrain.models.reparam import RepConv2d, using_forward
 from ghosttrain.models.sync_bn import SyncBatchNorm2d, synchronize
 

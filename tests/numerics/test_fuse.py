@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghosttrain.config.schema import ReparamConfig
+from ghosttrain.config.students import STUDENTS
 from ghosttrain.models import ghostnet, mobilenetv2, shufflenetv2
+from ghosttrain.models.create import create_model
 from ghosttrain.models.layers import ConvBN
-from ghosttrain.models.registry import STUDENTS, create_model
 from ghosttrain.models.reparam import RepConv2d, fuse
 
 FORMS = [

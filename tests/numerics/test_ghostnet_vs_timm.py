@@ -7,9 +7,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ghosttrain.models.create import create_model
 from ghosttrain.models.layers import Student
-from ghosttrain.models.registry import create_model
-from ghosttrain.models.weights import export_state, load_state, translate
+from ghosttrain.models.weights.export import export_state
+from ghosttrain.models.weights.fit import load_student_weights, translate
 
 
 def pair(ours: str, theirs: str, reparam: str, in_chans: int = 3) -> tuple[Student, nn.Module]:
@@ -22,7 +23,7 @@ def pair(ours: str, theirs: str, reparam: str, in_chans: int = 3) -> tuple[Stude
         nn.init.uniform_(bn.weight, 0.5, 1.5)
         nn.init.uniform_(bn.bias, -0.3, 0.3)
     model = create_model(ours, 5, in_chans, reparam, dropout=0.0)
-    assert load_state(model, reference.state_dict(), theirs).dialect == "timm"
+    assert load_student_weights(model, reference.state_dict(), theirs).dialect == "timm"
     return model, reference
 
 

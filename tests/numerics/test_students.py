@@ -15,9 +15,9 @@ from torch import nn
 from torchvision.models.shufflenetv2 import channel_shuffle
 
 from ghosttrain.config.schema import ReparamConfig
+from ghosttrain.models.cost import count_macs, count_params
+from ghosttrain.models.create import REPARAM, create_model
 from ghosttrain.models.layers import ConvBN
-from ghosttrain.models.profile import count_macs, count_params
-from ghosttrain.models.registry import REPARAM, create_model
 from ghosttrain.models.reparam import RepConv2d, fuse
 from ghosttrain.models.shufflenetv2 import ShuffleBlock, interleave
 

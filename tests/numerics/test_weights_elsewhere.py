@@ -10,9 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from ghosttrain.models.registry import create_model
+from ghosttrain.models.create import create_model
 from ghosttrain.models.reparam import fuse
-from ghosttrain.models.weights import export_state
+from ghosttrain.models.weights.export import export_state
 
 K = 5
 PLAIN = [

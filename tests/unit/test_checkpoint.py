@@ -15,10 +15,10 @@ from torch import nn
 from ghosttrain.config.errors import UserError, mistake
 from ghosttrain.config.schema import PLAIN, Config, DataConfig, ModelConfig
 from ghosttrain.engine.load import without_start
-from ghosttrain.engine.state import read_checkpoint, write_checkpoint
+from ghosttrain.engine.state import fit_saved, read_checkpoint, write_checkpoint
 from ghosttrain.engine.student import has_fused_form
-from ghosttrain.engine.weights_file import describe_weights, load_into, read_weights, write_weights
-from ghosttrain.models import files
+from ghosttrain.engine.weights_file import describe_weights, read_weights, write_weights
+from ghosttrain.models.weights import files
 
 
 @contextmanager
@@ -146,15 +146,18 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_weights_must_be_of_this_model(tmp_path):
     model, state = small(), small().state_dict()
     state["0.bias"] = state["0.bias"] + 1
-    load_into(model, state, tmp_path)
+    fit_saved(model, state, tmp_path)
     assert torch.equal(model[0].bias, state["0.bias"])
     for wrong in (
         {k: v for k, v in state.items() if k != "3.bias"},
         state | {"extra": torch.zeros(1)},
         state | {"3.bias": torch.zeros(3)},
     ):
-        with pytest.raises(UserError, match="weights of another model: 1 entries do not fit"):
-            load_into(model, wrong, tmp_path)
+        with pytest.raises(
+            UserError,
+            match="does not fit the network of these settings: 1 .* Choose another run.name",
+        ):
+            fit_saved(model, wrong, tmp_path)
     assert torch.equal(model[0].bias, state["0.bias"])
 
 

@@ -18,7 +18,7 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.distill.features import Network, pooled_width
 from ghosttrain.distill.pretrained import class_columns, weights_digest
 from ghosttrain.distill.teacher import Teacher, build_teacher, check_teacher
-from ghosttrain.models.registry import create_model
+from ghosttrain.models.create import create_model
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 DATA = schema.DataConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), train_size=40)

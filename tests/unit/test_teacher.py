@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ghosttrain.config import schema
 from ghosttrain.config.errors import UserError
-from ghosttrain.distill.pretrained import Loaded, Packed, save_packed
+from ghosttrain.distill.pretrained import Packed, PretrainedNetwork, save_packed
 from ghosttrain.distill.teacher import (
     Member,
     Teacher,
@@ -29,8 +29,8 @@ from ghosttrain.distill.teacher import (
     score,
     validate_above_chance,
 )
-from ghosttrain.models import lite, sources
-from ghosttrain.models.files import read_file
+from ghosttrain.models.weights import lite, sources
+from ghosttrain.models.weights.files import read_file
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -430,7 +430,7 @@ class Oracle(nn.Module):
 
 
 def oracle() -> Teacher:
-    loaded = Loaded(Oracle(), 2, "bilinear", [0.0], [1.0], None, "")
+    loaded = PretrainedNetwork(Oracle(), 2, "bilinear", [0.0], [1.0], None, "")
     return Teacher({"oracle": Member(loaded, student_mean=(0.0,), student_std=(1.0,))})
 
 

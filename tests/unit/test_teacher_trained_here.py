@@ -19,7 +19,7 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.distill.pretrained import as_asked
 from ghosttrain.distill.teacher import Teacher, build_teacher
 from ghosttrain.engine.weights_file import describe_weights, write_weights
-from ghosttrain.models.registry import create_model, create_timm_model
+from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
 
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -188,7 +188,7 @@ def test_what_is_asked_for_a_cache(tmp_path: Path) -> None:
 
 def test_the_metadata_of_a_run_are_read_back(tmp_path: Path) -> None:
     """Guards the agreement of the writer with the reader: a key renamed in one is noticed."""
-    from ghosttrain.models.files import read_about
+    from ghosttrain.models.weights.files import read_about
 
     path = written(tmp_path / "w.safetensors", create_model("mobilenetv2_050", 4),
                    "mobilenetv2_050", input_stride="small")  # fmt: skip

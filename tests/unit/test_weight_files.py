@@ -27,18 +27,18 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import PLAIN, Config, ModelConfig
 from ghosttrain.engine.student import build_student
 from ghosttrain.engine.weights_file import describe_weights, write_weights
-from ghosttrain.models import sources
-from ghosttrain.models.files import (
-    About,
+from ghosttrain.models.create import create_model, create_timm_model
+from ghosttrain.models.reparam import fuse
+from ghosttrain.models.weights import sources
+from ghosttrain.models.weights.files import (
+    WeightsInfo,
     other_input_stride,
     other_normalisation,
     part_of,
     read_file,
     read_state,
 )
-from ghosttrain.models.registry import create_model, create_timm_model
-from ghosttrain.models.reparam import fuse
-from ghosttrain.models.weights import load_state
+from ghosttrain.models.weights.fit import load_student_weights
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
 NAME = "ghostnetv3_050"
@@ -80,7 +80,7 @@ def test_a_state_dict_is_found_wherever_it_lies(tmp_path: Path, wrap: Callable) 
     content = read_file(tmp_path / "x.pth", "x")
     assert content.state.keys() == TENSORS.keys() and content.note == ""
     assert all(torch.equal(content.state[key], value) for key, value in TENSORS.items())
-    assert content.about == About()
+    assert content.about == WeightsInfo()
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_deployed_ghostnetv3_is_the_fused_form(tmp_path: Path) -> None:
     assert (ours.weights_dialect, ours.weights_note) == ("deployed", "")
     assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.modules())
     assert (ours(images) - expected).abs().max() <= 1e-4 * expected.abs().max()  # float32 weights
-    load_state(ours, small.state_dict(), "x")
+    load_student_weights(ours, small.state_dict(), "x")
     assert (ours(images) - expected).abs().max() <= 1e-11 * expected.abs().max()
     assert (expected[0] - expected[1]).abs().max() > 1e-3 * expected.abs().max()
 
@@ -306,7 +306,7 @@ def test_a_deployed_ghostnetv3_is_the_fused_form(tmp_path: Path) -> None:
     assert f"type model={NAME}" in message
     state = small.state_dict()
     del state["blocks.3.0.shortcut.1.running_mean"]
-    assert "stages.3.0.shortcut.0.weight" in refusal(lambda: load_state(ours, state, "x"))
+    assert "stages.3.0.shortcut.0.weight" in refusal(lambda: load_student_weights(ours, state, "x"))
     torch.save(fuse(create_model(NAME, 5).eval()).state_dict(), path)
     assert create_model(NAME, 5, weights=path, fused=True).weights_dialect == "fused"
 
@@ -396,9 +396,9 @@ def test_a_student_from_pypi() -> None:
 
 
 def test_another_normalisation_is_said() -> None:
-    about = About(mean=(0.5,), std=(0.25,))
+    about = WeightsInfo(mean=(0.5,), std=(0.25,))
     assert other_normalisation(about, (0.5,), (0.25,)) == ""
-    assert other_normalisation(About(), (0.5,), (0.25,)) == ""
+    assert other_normalisation(WeightsInfo(), (0.5,), (0.25,)) == ""
     assert other_normalisation(about, (0.5,), (0.3,)) == (
         "they were trained with another normalisation than data.mean=[0.5] data.std=[0.3]: type "
         "data.mean=[0.5] data.std=[0.25] for theirs"
@@ -470,7 +470,7 @@ def test_another_stem_of_the_weights_is_said(tmp_path: Path) -> None:
     ):  # fmt: skip
         student: Any = build_student(config(stride, str(path)), ["ant", "bee"])
         assert student.weights_note == said
-    assert other_input_stride(About(), "small") == "", "nothing is known"
+    assert other_input_stride(WeightsInfo(), "small") == "", "nothing is known"
 
 
 def test_the_folder_of_a_run_is_its_result(tmp_path: Path) -> None:

@@ -12,17 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.models.files import read_state
-from ghosttrain.models.layouts import LAYOUTS, detect
-from ghosttrain.models.registry import create_model, create_timm_model
+from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
-from ghosttrain.models.weights import (
-    export_state,
-    fit_state,
-    load_state,
-    mismatch,
-    translate,
-)
+from ghosttrain.models.weights.dialects import detect, layouts
+from ghosttrain.models.weights.export import export_state
+from ghosttrain.models.weights.files import read_state
+from ghosttrain.models.weights.fit import fit_state, load_student_weights, mismatch, translate
 
 NAME = "ghostnetv3_050"
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
@@ -168,14 +163,14 @@ def test_the_dialect_of_a_model_and_of_a_strange_file():
 def test_no_entry_tells_two_layouts(name, reparam):
     model = create_model(name, 4, reparam=reparam).eval()
     for state in (model.state_dict(), fuse(model).state_dict()):
-        layouts = [layout for layout in LAYOUTS if layout.telltale in state]
-        assert layouts == [detect(state)]
-        assert layouts[0].family in ("ghostnet", *name.split("_"))
+        matching = [layout for layout in layouts() if layout.telltale in state]
+        assert matching == [detect(state)]
+        assert matching[0].family in ("ghostnet", *name.split("_"))
 
 
 def test_counters_of_batch_norms_may_be_missing(model):
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    assert load_state(create_model(NAME, 4), state, "file") == ("ghosttrain", "")
+    assert load_student_weights(create_model(NAME, 4), state, "file") == ("ghosttrain", "")
 
 
 def test_names_that_nobody_knows_stay(model):
@@ -248,7 +243,7 @@ def misfit(state, **kwargs) -> str:
     model = create_model(**{"name": NAME, "num_classes": 4, **kwargs})
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(UserError) as error:
-        load_state(model, state, "x.pth")
+        load_student_weights(model, state, "x.pth")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "half loaded"
     message = refusal(error)
     assert message.startswith("x.pth ")
@@ -268,7 +263,7 @@ def test_another_number_of_channels(model):
     assert "3 channels, the model 1" in message
     plain = create_model(NAME, 4, in_chans=1, fused=True)
     with pytest.raises(UserError, match="3 channels, the model 1: use data.in_chans=3"):
-        load_state(plain, fuse(model).state_dict(), "x.pth")
+        load_student_weights(plain, fuse(model).state_dict(), "x.pth")
 
 
 def test_another_width(model):

@@ -20,15 +20,15 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import NAMED_SOURCES, STUDENT_SOURCES
-from ghosttrain.models.files import About, State, read_about, read_file
-from ghosttrain.models.lite import lite_file, to_timm
-from ghosttrain.models.registry import STUDENTS
+from ghosttrain.config.students import STUDENTS
+from ghosttrain.models.weights.files import State, WeightsInfo, read_about, read_file
+from ghosttrain.models.weights.lite import lite_file, to_timm
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 LISTED = "as timm lists it"
-DIGITS_FILE = Path(__file__).with_name("digits_teacher.safetensors")
+DIGITS_FILE = Path(__file__).parent.with_name("digits_teacher.safetensors")
 """The shipped digits teacher: made by `recipes/teacher_digits.yaml`, packed by `save_packed`."""
 
 
@@ -40,7 +40,7 @@ class Weights:
     """By the names that the file gives them, without what a trainer put in front."""
     origin: str
     """`model.weights=FILE`, for messages."""
-    about: About
+    about: WeightsInfo
     """What the file says about itself, or timm about published weights."""
     says: str
     """Who says it: `as its file says`, `as timm lists it`; empty where nobody does."""
@@ -66,17 +66,17 @@ def open_weights(weights: str, name: str | None, setting: str) -> Weights:
         return Weights(to_timm(content.state, str(name)), origin, listed(str(name)), LISTED)
     if weights == "hub":
         return Weights(content.state, origin, listed(str(name)), LISTED, content.note)
-    says = "as its file says" if content.about != About() else ""
+    says = "as its file says" if content.about != WeightsInfo() else ""
     return Weights(content.state, origin, content.about, says, content.note)
 
 
-def about_weights(weights: str) -> About:
+def about_weights(weights: str) -> WeightsInfo:
     """Return what a local file says about itself, without reading its tensors.
 
     UserError where it is not on this machine.
     """
     if weights in NAMED_SOURCES:
-        return About()
+        return WeightsInfo()
     return read_about(weights_path(weights, None, "weights"), f"weights={weights}")
 
 
@@ -147,14 +147,14 @@ def published(name: str, setting: str) -> PretrainedCfg:
     return timm.get_pretrained_cfg(name) or PretrainedCfg(architecture=architecture)
 
 
-def listed(name: str) -> About:
+def listed(name: str) -> WeightsInfo:
     """Return what timm lists for model `name`; nothing where it has no such model."""
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
-        return About()
+        return WeightsInfo()
     values = published(name, "name")
-    return About(
+    return WeightsInfo(
         name=name,
         source="timm",
         input_size=values.input_size[-1],

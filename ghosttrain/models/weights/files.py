@@ -50,14 +50,14 @@ class Content(NamedTuple):
 
     state: State
     """Its tensors by bare parameter name, on the CPU."""
-    about: About
+    about: WeightsInfo
     """What it says about them."""
     note: str
     """Which of several state dicts was taken; empty where there was one."""
 
 
 @dataclass(frozen=True)
-class About:
+class WeightsInfo:
     """What is known of weights beside the tensors; None: not known."""
 
     name: str | None = None
@@ -223,12 +223,12 @@ def part_of(state: State, wanted: Collection[str]) -> tuple[State, str]:
 # --- What a file says about itself ----------------------------------------------------------------
 
 
-def read_about(path: Path, origin: str) -> About:
+def read_about(path: Path, origin: str) -> WeightsInfo:
     """Return what the metadata of a file say, as `engine/weights_file.py` and `save_packed` wrote
     them. Nothing is known where there are none; UserError where they are damaged.
     """
     if path.suffix != ".safetensors":
-        return About()
+        return WeightsInfo()
     try:
         with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -242,10 +242,10 @@ def read_about(path: Path, origin: str) -> About:
             f"{origin} has damaged metadata ({type(error).__name__}: {error}): write it anew, or "
             "give weights without metadata."
         ) from None
-    return About()
+    return WeightsInfo()
 
 
-def other_normalisation(about: About, mean: Sequence[float], std: Sequence[float]) -> str:
+def other_normalisation(about: WeightsInfo, mean: Sequence[float], std: Sequence[float]) -> str:
     """Return a note where weights were trained with another mean or std of images, else ""."""
     if about.mean is None or about.std is None or len(about.mean) != len(mean):
         return ""
@@ -259,7 +259,7 @@ def other_normalisation(about: About, mean: Sequence[float], std: Sequence[float
     return f"they were trained with another normalisation than {given}: type {own} for theirs"
 
 
-def other_input_stride(about: About, input_stride: str) -> str:
+def other_input_stride(about: WeightsInfo, input_stride: str) -> str:
     """Return a note where weights were trained with another stride of the stem, else "".
 
     All shapes are equal then, and the function is another. Weights of which nothing is known are
@@ -273,9 +273,9 @@ def other_input_stride(about: About, input_stride: str) -> str:
     )
 
 
-def _about_run(values: Mapping[str, Any]) -> About:
+def _about_run(values: Mapping[str, Any]) -> WeightsInfo:
     model, seen = values.get("model") or {}, values.get("input") or {}
-    return About(
+    return WeightsInfo(
         name=model.get("name"),
         source=model.get("source"),
         input_stride=model.get("input_stride", "standard"),
@@ -287,8 +287,8 @@ def _about_run(values: Mapping[str, Any]) -> About:
     )
 
 
-def _about_packed(values: Mapping[str, Any]) -> About:
-    return About(
+def _about_packed(values: Mapping[str, Any]) -> WeightsInfo:
+    return WeightsInfo(
         name=values["architecture"],
         source="timm",
         classes=_tuple(values["classes"]),

@@ -1,9 +1,9 @@
-"""Weights that fit a network: load a state dict of any dialect, write what others can load.
+"""Weights that fit a network: load a state dict of any dialect.
 
-Dialects of students, named in `layouts.py`: `ghosttrain` (training form, any branches), `fused`
+Dialects of students, named in `dialects/`: `ghosttrain` (training form, any branches), `fused`
 (the output of `fuse`), `timm` (`ghostnetv3_*`, `ghostnetv2_*`, `mobilenetv2_*`), `official` and
 `deployed` (GhostNetV3) and `torchvision` (`shufflenet_v2_*`, `mobilenet_v2`). Files are read by
-`files.py`.
+`files.py`, what others can load is written by `export.py`.
 
 A file without some of a model's branches, for instance a plain pretrained network, loads too: the
 branches it lacks start with gain 0 (batch norms with weight and bias 0). They add exactly nothing,
@@ -24,21 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import ReparamConfig
-from ghosttrain.models.files import State, part_of
+from ghosttrain.config.schema import PLAIN, ReparamConfig
 from ghosttrain.models.layers import Student
-from ghosttrain.models.layouts import FULL, LAYOUTS, PLAIN, Dialect, Layout, detect
 from ghosttrain.models.reparam import fold_norm
+from ghosttrain.models.weights.dialects import Dialect, detect
+from ghosttrain.models.weights.files import State, part_of
 
-EPS = 1e-5  # of every batch norm of the networks in LAYOUTS
+EPS = 1e-5  # of every batch norm of the networks that others name
 # An entry of a re-parameterized layer: layer, branch, entry of the branch.
 _BRANCH = re.compile(r"(.+)\.(branches\.\d+|scale|identity)\.(.+)")
-# Layers on pooled maps: a matrix here, a 1x1 convolution in timm.
-_MATRIX = re.compile(r"(head|.*\.se\.(reduce|expand))\.weight")
 
 
-class Loaded(NamedTuple):
-    """What `load_state` found in a file."""
+class LoadReport(NamedTuple):
+    """What `load_student_weights` found in a file."""
 
     dialect: Dialect
     note: str
@@ -57,14 +55,14 @@ class Ends(NamedTuple):
 STUDENT_ENDS = Ends(("stem",), ("classifier",))
 
 
-def load_state(
+def load_student_weights(
     model: Student,
     state: Mapping[str, Tensor],
     origin: str,
     new_classifier: bool = False,
     known: Sequence[str] | None = None,
     classes: Sequence[str] = (),
-) -> Loaded:
+) -> LoadReport:
     """Load a state dict of any dialect into a student of the same family.
 
     Branches of the model that the file lacks start with gain 0, so that the function is the file's.
@@ -76,19 +74,19 @@ def load_state(
     with batch norms, and for what does not fit, key by key, as `fit_state` does.
     """
     own = model.state_dict()
-    here, there = detect(own), detect(state)
-    if there.dialect != "unknown" and there.family != here.family:
+    ours, theirs = detect(own), detect(state)
+    if theirs.dialect != "unknown" and theirs.family != ours.family:
         raise UserError(
-            f"{origin} holds a {there.dialect} {there.family}, the model is {model.name}: choose a "
-            f"model of the family {there.family}, or other weights."
+            f"{origin} holds a {theirs.dialect} {theirs.family}, the model is {model.name}: choose "
+            f"a model of the family {theirs.family}, or other weights."
         )
-    if there.dialect in ("fused", "deployed") and here.dialect != "fused":
+    if theirs.dialect in ("fused", "deployed") and ours.dialect != "fused":
         raise UserError(
-            f"{origin} holds {there.dialect} weights, whose branches are folded into one "
+            f"{origin} holds {theirs.dialect} weights, whose branches are folded into one "
             "convolution each: they cannot be trained as branches and fit the fused form only, "
             f"create_model({model.name!r}, fused=True, weights=...), or a teacher."
         )
-    if there.dialect == "deployed":
+    if theirs.dialect == "deployed":
         state = _fold_deployed(state, own)
     state = translate(state, own)
     spare, notes = _silent_branches(own, state), []
@@ -97,12 +95,12 @@ def load_state(
     if new_classifier:
         state, note = _with_new_classifier(state, own, STUDENT_ENDS.classifier, known, classes)
         notes += [note] if note else []
-    form = None if there.dialect in ("ghosttrain", "unknown") else there.form
-    fit_state(model, state, model.name, origin, spare, form)
-    return Loaded(there.dialect, "; ".join(notes))
+    reparam = None if theirs.dialect in ("ghosttrain", "unknown") else theirs.reparam
+    fit_state(model, state, model.name, origin, spare, reparam)
+    return LoadReport(theirs.dialect, "; ".join(notes))
 
 
-def load_timm(
+def load_timm_weights(
     network: nn.Module,
     state: State,
     name: str,
@@ -115,7 +113,7 @@ def load_timm(
 
     Names and shapes that do not fit are given to timm's own reader of that model first, which knows
     the names that its authors gave. `new_classifier`, `known`, `classes` and errors are as in
-    `load_state`.
+    `load_student_weights`.
     """
     own, ends = network.state_dict(), ends_of(network)
     state, note = part_of(state, own.keys())
@@ -256,7 +254,7 @@ def translate(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> State:
         names = (layout.rename(key), layout.rename(key.replace(".branches.0.", ".")))
         ours.update({name: key for name in names if name in state})
     renamed = {ours.get(name, name): value for name, value in state.items()}
-    # A layer on a pooled map may be a 1x1 convolution there.
+    # A layer on a pooled map may be a 1x1 convolution theirs.
     matrices = {key for key in own if own[key].ndim == 2}
     return {k: v.flatten(1) if k in matrices and v.ndim == 4 else v for k, v in renamed.items()}
 
@@ -298,16 +296,17 @@ def fit_state(
     name: str,
     origin: str,
     spare: Mapping[str, Tensor] = {},
-    form: ReparamConfig | None = None,
+    reparam: ReparamConfig | None = None,
     ends: Ends = STUDENT_ENDS,
+    remedy: str = "",
 ) -> None:
     """Load `state` into `model` if all names and shapes agree.
 
-    Else raises UserError with the keys that differ; `name` (the model) and `origin` (a file) stand
-    in it. What `state` lacks may come from `spare`; `form` is that of the network it comes from,
-    where its own names do not tell; `ends` are the layers of `model` that the data decide.
-    Counters of batch norms (`num_batches_tracked`) may be missing: not all trainers store them, and
-    only a batch norm without momentum reads them.
+    Else raises UserError with the keys that differ; `name` (the model), `origin` (a file) and
+    `remedy` stand in it. What `state` lacks may come from `spare`; `reparam` is that of the network
+    it comes from, where its own names do not tell; `ends` are the layers of `model` that the data
+    decide. Counters of batch norms (`num_batches_tracked`) may be missing: not all trainers store
+    them, and only a batch norm without momentum reads them.
     """
     own = model.state_dict()
     counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
@@ -328,9 +327,9 @@ def fit_state(
         hint = _hint_for_shapes(own, state, reshaped, ends)
     elif not unexpected and missing and all(_below(key, ends.classifier) for key in missing):
         hint = " It has no classifier: give weights with one."
-    elif not reshaped and (form := form or form_of(state)) not in (None, form_of(own)):
-        hint = f" The file has {_spell(form)}."
-    raise UserError(f"{origin} does not fit {name}: {'; '.join(parts)}.{hint}")
+    elif not reshaped and (reparam or branches_of(state)) not in (None, branches_of(own)):
+        hint = f" The file has {spelled(reparam or branches_of(state) or PLAIN)}."
+    raise UserError(f"{origin} does not fit {name}: {'; '.join(parts)}.{hint}{remedy}")
 
 
 def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -365,11 +364,11 @@ def _hint_for_shapes(
 
 
 def _first(texts: Sequence[str], limit: int = 6) -> str:
-    more = f", and {len(texts) - limit} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + more
+    rest = f", and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + rest
 
 
-def form_of(state: Mapping[str, Tensor]) -> ReparamConfig | None:
+def branches_of(state: Mapping[str, Tensor]) -> ReparamConfig | None:
     """Return the settings that give the branches of a training form; None if it is none."""
     layers: dict[str, set[str]] = {}
     sides: dict[str, int] = {}
@@ -394,87 +393,7 @@ def form_of(state: Mapping[str, Tensor]) -> ReparamConfig | None:
     )
 
 
-def _spell(form: ReparamConfig) -> str:
-    settings = form.model_dump(exclude={"forward"})
+def spelled(reparam: ReparamConfig) -> str:
+    """Return settings as they are typed."""
+    settings = reparam.model_dump(exclude={"forward"})
     return " ".join(f"reparam.{name}={str(value).lower()}" for name, value in settings.items())
-
-
-def export_state(model: Student, library: str) -> tuple[str, State]:
-    """Return the name of a student's network in `library`, timm or torchvision, and its weights.
-
-    GhostNetV3 in the training form of reparam=full is timm's `ghostnetv3_*`. The fused form becomes
-    the plain network, whose batch norms then are identities plus the bias; the plain training form
-    (reparam=none) keeps its own. The state dict is on the CPU and loads strictly:
-    `timm.create_model(name, num_classes=K, in_chans=C, checkpoint_path=FILE)`, or
-    `load_state_dict` of `torchvision.models.get_model(name, num_classes=K)`.
-
-    Raises UserError where `library` has no such network.
-    """
-    own = model.state_dict()
-    layout, name = _counterpart(model, own, library)
-    if detect(own).dialect == "fused":
-        own = _with_identity_norms(own)
-    elif layout.form == PLAIN:
-        own = {key.replace(".branches.0.", "."): value for key, value in own.items()}
-    shaped = {k: v[:, :, None, None] if _MATRIX.fullmatch(k) else v for k, v in own.items()}
-    return name, {layout.rename(key): value.cpu().contiguous() for key, value in shaped.items()}
-
-
-def _counterpart(model: Student, own: State, library: str) -> tuple[Layout, str]:
-    """Return the layout and the name of a student's network in `library`; UserError if none."""
-    here, form, width = detect(own), form_of(own) or PLAIN, model.name.rpartition("_")[2]
-    written = [layout for layout in LAYOUTS if layout.networks and layout.family == here.family]
-    layouts = [layout for layout in written if layout.dialect == library]
-    if not layouts:
-        known = " or ".join(sorted({layout.dialect for layout in written}))
-        raise UserError(f"{library!r} has no network for {model.name}: choose {known}.")
-    if not any(width in la.networks for la in layouts):
-        known = ", ".join(sorted({name for la in layouts for name in la.networks.values()}))
-        also = sorted({la.dialect for la in written if width in la.networks})
-        hint = f"; choose {' or '.join(also)}" if also else ""
-        raise UserError(
-            f"{library} has no network of the width of {model.name}, only {known}{hint}."
-        )
-    layout = next((la for la in layouts if la.form == form and width in la.networks), None)
-    if layout is None:
-        shown = "fused" if here.dialect == "fused" else _spell(form)
-        forms = {True: "with reparam=full", False: "fused or with reparam=none"}
-        offers = [f"{', '.join(la.networks.values())} {forms[la.form == FULL]}" for la in layouts]
-        raise UserError(
-            f"{library} has no network for {model.name} in this form ({shown}), only for "
-            f"{', and '.join(offers)}; ghosttrain.fuse(model) fuses."
-        )
-    name = layout.networks[width]
-    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    if stem.stride == (1, 1):
-        raise UserError(
-            f"This {model.name} has input_stride=small, but the stem of {library}'s {name} halves "
-            "the image: only input_stride=standard can be written."
-        )
-    if library == "torchvision" and model.in_chans != 3:
-        raise UserError(
-            f"This {model.name} takes images of {model.in_chans} channels, torchvision's {name} "
-            "of 3: only data.in_chans=3 (in_chans=3) can be written."
-        )
-    return layout, name
-
-
-def _with_identity_norms(fused: State) -> State:
-    """Return a fused state dict as that of the plain form: its biases are those of batch norms.
-
-    A batch norm with running mean 0, variance 1 and weight sqrt(1 + eps) adds its bias.
-    """
-    state = {}
-    for key, value in fused.items():
-        path, _, leaf = key.rpartition(".")
-        if fused[f"{path}.weight"].ndim == 2:  # an ordinary linear layer
-            state[key] = value
-        elif leaf == "weight":
-            state[f"{path}.conv.weight"] = value
-        else:
-            state[f"{path}.bn.weight"] = torch.full_like(value, (1 + EPS) ** 0.5)
-            state[f"{path}.bn.bias"] = value
-            state[f"{path}.bn.running_mean"] = torch.zeros_like(value)
-            state[f"{path}.bn.running_var"] = torch.ones_like(value)
-            state[f"{path}.bn.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
-    return state

@@ -19,7 +19,7 @@ from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import DataConfig
 
 
-def check_timm_sides(
+def validate_timm_sides(
     model: nn.Module, name: str, num_classes: int, data: DataConfig, batch: int
 ) -> None:
     """Ask `model` about an empty image of every side.

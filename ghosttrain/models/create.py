@@ -1,54 +1,24 @@
-"""Name -> network: the table of students, `create_model` and `create_timm_model`.
-
-Importing this module imports no torch, so that a misspelt name is reported at once. A new student
-is one line in `STUDENTS` and one YAML in `conf/model/`; a new family is a module whose class takes
-(name, <its own arguments>, num_classes, in_chans, reparam, dropout, input_stride), and a line in
-`ghosttrain/config/sizes.py`.
-"""
+"""Name -> network: `create_model` for the students of `config/students.py`, `create_timm_model`."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.schema import FULL, PLAIN, ReparamConfig
-from ghosttrain.config.sizes import SIDES, family
+from ghosttrain.config.students import FAMILIES, STUDENTS
+from ghosttrain.models.reparam import fuse
+from ghosttrain.models.weights.dialects import detect, telltales
+from ghosttrain.models.weights.files import part_of
+from ghosttrain.models.weights.fit import load_student_weights, load_timm_weights, same_widths
+from ghosttrain.models.weights.sources import Weights, open_weights
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from ghosttrain.models.sources import Weights
-
-
-class Entry(NamedTuple):
-    """Where a student is defined: module of this package, class, and what makes it this one."""
-
-    module: str
-    cls: str
-    kwargs: dict[str, Any]
-
-
-# ghostnetv2_* and ghostnetv3_* name one network: plain with reparam=none, branches with full.
-STUDENTS: dict[str, Entry] = {
-    "ghostnetv2_100": Entry("ghostnet", "GhostNet", {"width": 1.0}),
-    "ghostnetv2_130": Entry("ghostnet", "GhostNet", {"width": 1.3}),
-    "ghostnetv2_160": Entry("ghostnet", "GhostNet", {"width": 1.6}),
-    "ghostnetv3_050": Entry("ghostnet", "GhostNet", {"width": 0.5}),
-    "ghostnetv3_100": Entry("ghostnet", "GhostNet", {"width": 1.0}),
-    "ghostnetv3_130": Entry("ghostnet", "GhostNet", {"width": 1.3}),
-    "ghostnetv3_160": Entry("ghostnet", "GhostNet", {"width": 1.6}),
-    "mobilenetv2_050": Entry("mobilenetv2", "MobileNetV2", {"width": 0.5}),
-    "mobilenetv2_100": Entry("mobilenetv2", "MobileNetV2", {"width": 1.0}),
-    "mobilenetv2_140": Entry("mobilenetv2", "MobileNetV2", {"width": 1.4}),
-    "shufflenetv2_050": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (48, 96, 192, 1024)}),
-    "shufflenetv2_100": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (116, 232, 464, 1024)}),
-    "shufflenetv2_150": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (176, 352, 704, 1024)}),
-    "shufflenetv2_200": Entry("shufflenetv2", "ShuffleNetV2", {"channels": (244, 488, 976, 2048)}),
-}
 REPARAM = {"full": FULL, "none": PLAIN}
 
 
@@ -69,9 +39,9 @@ def create_model(
     - `reparam`: "full" (3 branches, scale, identity), "none" (the plain published network), or
       settings of `config.schema.ReparamConfig`.
     - `dropout`: probability before the classifier.
-    - `weights`: file of a state dict in any dialect of `weights.py`, another source of
-      `sources.py`, or what `open_weights` returned; the model's `weights_dialect` says which it
-      was, its `weights_note` what it lacked (branches, which then start with gain 0), its
+    - `weights`: file of a state dict in any dialect of `weights/dialects`, another source of
+      `weights/sources.py`, or what `open_weights` returned; the model's `weights_dialect` says
+      which it was, its `weights_note` what it lacked (branches, which then start with gain 0), its
       `weights_about` what is known of it.
     - `fused`: build the inference form, convolutions with bias and no batch norm. It takes fused
       weights as they are, and folds weights of the training form (of the given `reparam`).
@@ -84,34 +54,28 @@ def create_model(
 
     Raises UserError for an unknown name or setting and for weights that do not fit.
     """
-    _check_sizes(num_classes, in_chans, dropout)
+    _validate_numbers(num_classes, in_chans, dropout)
     settings = as_reparam(reparam)
     if name not in STUDENTS:
         raise UserError(f"Model {name!r} is no student.{did_you_mean(name, STUDENTS)}")
-    strides = SIDES[family(name)]
+    strides = FAMILIES[STUDENTS[name].family].sides
     if input_stride not in strides:
         hint = did_you_mean(input_stride, strides)
         raise UserError(f"input_stride={input_stride!r} is unknown.{hint}")
-    from ghosttrain.models.files import part_of
-    from ghosttrain.models.layouts import TELLTALES, detect
-    from ghosttrain.models.reparam import fuse
-    from ghosttrain.models.sources import open_weights
-    from ghosttrain.models.weights import load_state
-
     given = open_weights(weights, name, "model.weights") if isinstance(weights, str) else weights
-    state, note = part_of(given.state, TELLTALES) if given else ({}, "")
+    state, note = part_of(given.state, telltales()) if given else ({}, "")
     holds_branches = given is not None and detect(state).dialect not in ("fused", "deployed")
     if fused and not holds_branches:
         settings = PLAIN  # every setting folds to the same shapes; the least to build
     if given is not None:
         if given.about.source == "timm" and detect(state).dialect == "unknown":
             raise _other_network(given, f"of {name}")
-        _refuse_other_width(state, name, given.origin)
+        _validate_width(state, name, given.origin)
     model: Any = _build(name, num_classes, in_chans, settings, dropout, input_stride)
 
     def load(model: Any) -> None:
         assert given is not None
-        dialect, lacks = load_state(
+        dialect, lacks = load_student_weights(
             model, state, given.origin, new_classifier, given.about.classes, classes
         )
         model.weights_dialect, model.weights_about = dialect, given.about
@@ -134,10 +98,11 @@ def _build(
     dropout: float = 0.0,
     input_stride: str = "standard",
 ) -> Any:
-    module, cls, kwargs = STUDENTS[name]
-    return getattr(importlib.import_module(f"ghosttrain.models.{module}"), cls)(
+    family, arguments = STUDENTS[name]
+    row = FAMILIES[family]
+    return getattr(importlib.import_module(row.module), row.cls)(
         name,
-        **kwargs,
+        **arguments,
         num_classes=num_classes,
         in_chans=in_chans,
         reparam=reparam,
@@ -146,18 +111,14 @@ def _build(
     )
 
 
-def _refuse_other_width(state: Mapping[str, Tensor], name: str, origin: str) -> None:
+def _validate_width(state: Mapping[str, Tensor], name: str, origin: str) -> None:
     """Raise UserError, naming the right student, where `state` is that of another width."""
-    import torch
-
-    from ghosttrain.models.layouts import detect
-    from ghosttrain.models.weights import same_widths
-
-    kind = detect(state).family  # the two names of GhostNet share it
-    if not kind or not name.startswith(kind):
+    family = STUDENTS[name].family
+    if detect(state).family != family:
         return
-    siblings = [other for other in STUDENTS if other.startswith(kind) and other != name]
-    siblings.sort(key=lambda other: family(other) != family(name))
+    siblings = [key for key, row in STUDENTS.items() if row.family == family and key != name]
+    prefix = name.rpartition("_")[0]  # the two names of GhostNet are one family
+    siblings.sort(key=lambda other: other.rpartition("_")[0] != prefix)
     for other in (name, *siblings):
         with torch.device("meta"):
             plain = _build(other, 1, 1, PLAIN).state_dict()
@@ -187,22 +148,19 @@ def create_timm_model(
     and what is known of the weights are as for `create_model`; `options` go to `timm.create_model`.
     Raises UserError for a name that timm does not know and for weights that do not fit.
     """
-    _check_sizes(num_classes, in_chans, dropout)
+    _validate_numbers(num_classes, in_chans, dropout)
     import timm
-
-    from ghosttrain.models.sources import open_weights
-    from ghosttrain.models.weights import load_timm
 
     if not timm.is_model(name):
         raise UserError(f"Model {name!r} is no timm model.{did_you_mean(name, timm.list_models())}")
     given = open_weights(weights, name, "model.weights") if isinstance(weights, str) else weights
     if given is not None:
-        _refuse_other_network(given, name)
+        _validate_network(given, name)
     model: Any = timm.create_model(
         name, num_classes=num_classes, in_chans=in_chans, drop_rate=dropout, **options
     )
     if given is not None:
-        lacks = load_timm(
+        lacks = load_timm_weights(
             model, given.state, name, given.origin, new_classifier, given.about.classes, classes
         )
         model.weights_note = "; ".join(filter(None, (given.note, lacks)))
@@ -210,7 +168,7 @@ def create_timm_model(
     return model
 
 
-def _refuse_other_network(given: Weights, name: str) -> None:
+def _validate_network(given: Weights, name: str) -> None:
     """Raise UserError where a file says that it holds another network than timm's `name`."""
     about = given.about
     if about.name is None:
@@ -247,7 +205,7 @@ def as_reparam(reparam: str | Mapping[str, Any] | ReparamConfig) -> ReparamConfi
         raise UserError(f"reparam.{field}={first['input']!r}: {first['msg']}.{hint}") from None
 
 
-def _check_sizes(num_classes: int, in_chans: int, dropout: float) -> None:
+def _validate_numbers(num_classes: int, in_chans: int, dropout: float) -> None:
     if num_classes < 1 or in_chans < 1:
         raise UserError(f"num_classes={num_classes} and in_chans={in_chans} must be 1 or more.")
     if not 0 <= dropout < 1:
