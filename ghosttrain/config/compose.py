@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from ghosttrain import ranks
 from ghosttrain.config.distillation import check_loss, check_teacher, validate_cache_settings
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import check_run_name, field_of, flatten, unflatten
@@ -175,7 +176,7 @@ def override_run(
     return _typed(tree)
 
 
-def batch_split(config: Config, ranks: int) -> tuple[int, int]:
+def batch_split(config: Config, processes: int) -> tuple[int, int]:
     """Return (micro-batch per rank, accumulation steps) so that micro x accumulation x ranks =
     global_batch.
 
@@ -183,19 +184,21 @@ def batch_split(config: Config, ranks: int) -> tuple[int, int]:
         UserError: when the three do not divide; the message names batches that do.
     """
     total, micro = config.train.global_batch, config.train.micro_batch
-    if total % ranks:
-        near = sorted({max(ranks, total // ranks * ranks), (total // ranks + 1) * ranks})
+    if total % processes:
+        near = sorted(
+            {max(processes, total // processes * processes), (total // processes + 1) * processes}
+        )
         raise UserError(
-            f"train.global_batch={total} does not divide over {ranks} processes; "
+            f"train.global_batch={total} does not divide over {processes} processes; "
             f"type train.global_batch={' or '.join(map(str, near))}"
         )
-    share = total // ranks
+    share = total // processes
     micro = micro or share
     if share % micro:
         fits = [m for m in range(1, share + 1) if share % m == 0]
         near = sorted(sorted(fits, key=lambda m: abs(m - (micro or 1)))[:3])
         raise UserError(
-            f"train.micro_batch={micro} x {ranks} processes does not divide "
+            f"train.micro_batch={micro} x {processes} processes does not divide "
             f"train.global_batch={total}; "
             f"train.micro_batch may be {', '.join(map(str, near))}"
         )
@@ -378,10 +381,10 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             )
     if not trains:
         return
-    ranks = int(os.environ.get("WORLD_SIZE", config.launch.nproc))
-    micro_batch, _ = batch_split(config, ranks)
+    processes = ranks.world_size(config.launch.nproc)
+    micro_batch, _ = batch_split(config, processes)
     if model.source == "ghosttrain":
-        validate_sides(model, data, micro_batch * (ranks if config.train.sync_bn else 1))
+        validate_sides(model, data, micro_batch * (processes if config.train.sync_bn else 1))
 
 
 def _replaced(

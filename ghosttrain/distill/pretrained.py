@@ -1,8 +1,8 @@
 """One pretrained network that teaches: what it is, what it sees, which classes it knows.
 
 A network is never random, not even in part: whatever is missing or does not fit is a `UserError`.
-It does not own where weights come from (`models/sources.py`) nor what a teacher says of images
-(teacher.py).
+It does not own where weights come from (`models/weights/sources.py`) nor what a teacher says of
+images (teacher.py).
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ def _names(classes: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Packed:
-    """What the metadata of a packed teacher say; `models/files.py` reads them."""
+    """What the metadata of a packed teacher say; `models/weights/files.py` reads them."""
 
     architecture: str
     """timm model name."""

@@ -21,34 +21,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ghosttrain import ranks
 from ghosttrain.config.errors import UserError
-
-
-def rank() -> int:
-    """Return this process's rank, 0 when there is one process."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Return the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from ghosttrain.ranks import rank, world_size
 
 
 def start(patience: timedelta | None = None) -> None:
-    """Join the other ranks (torchrun's variables, or the file that `launch.spawn` names).
+    """Join the other ranks (torchrun's variables, or the file that `spawn` names).
 
     `patience` is how long a rank waits for the others before it gives up; None: as torch does.
     """
     if world_size() > 1 and not dist.is_initialized():
-        if "GHOSTTRAIN_RENDEZVOUS" in os.environ:
-            parent = int(os.environ["GHOSTTRAIN_PARENT"])
-            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        meeting = ranks.rendezvous()
+        if meeting is not None:
+            threading.Thread(target=_end_with, args=(ranks.parent(),), daemon=True).start()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store = os.environ.get("GHOSTTRAIN_RENDEZVOUS", "env://")
         dist.init_process_group(
-            backend, init_method=store, timeout=patience, rank=rank(), world_size=world_size()
+            backend,
+            init_method=meeting or "env://",
+            timeout=patience,
+            rank=rank(),
+            world_size=world_size(),
         )
-        if "GHOSTTRAIN_RENDEZVOUS" in os.environ:  # not before: no handler runs while torch waits
+        if meeting is not None:  # not before: no handler runs while torch waits
             signal.signal(signal.SIGTERM, _terminated)
 
 
@@ -82,7 +77,7 @@ def pick_device(setting: str, key: str = "launch.device") -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(f"{key}=cuda, but PyTorch sees no CUDA device; type {key}=cpu or auto")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = ranks.local_rank()
     if local >= torch.cuda.device_count():
         raise UserError(
             f"{local + 1} processes on {torch.cuda.device_count()} GPUs; start one process per GPU"

@@ -1,6 +1,6 @@
 """Whether a timm model can be trained on images of these sides: found out by asking it.
 
-This project knows the sides of its own students (config/sizes.py). Of timm's, some take one side
+This project knows the sides of its own students (config/students.py). Of timm's, some take one side
 only (a ViT's position embedding belongs to it: `img_size` would make another network, which the
 published weights do not fit), some fail on small maps, some are no classifiers.
 

@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_model(ghosttrain, tiny, tmp_path):
     state = torch.load(last, weights_only=True)
     state["student"].pop(next(iter(state["student"])))
     torch.save(state, last)
-    refused(ghosttrain(*named), "holds the weights of another model")
+    refused(ghosttrain(*named), "does not fit the network of these settings")
     last.write_bytes(b"PK\x03\x04 cut short")
     refused(ghosttrain(*named), "is damaged", "move it away")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ghosttrain.commands.help import help_text
 from ghosttrain.config.compose import batch_split, cells, compose, override_run
 from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import flatten, result_settings, run_name, settings_hash, unflatten
 from ghosttrain.config.schema import Config, MemberConfig, OptimConfig, Section
-from ghosttrain.help import help_text
 
 ROOT = Path(__file__).resolve().parents[2]
 KD = "+recipe=compact_kd"

@@ -14,7 +14,9 @@ import pytest
 from conftest import only_run
 
 from ghosttrain.cli import main
-from ghosttrain.engine import launch
+from ghosttrain.commands import cache as cache_command
+from ghosttrain.config.schema import Config
+from ghosttrain.engine import cache_writer
 from ghosttrain.engine.folder import RESULT_KEYS
 from ghosttrain.terminal import Output, go_on_without, lasting_output, printable
 
@@ -107,11 +109,11 @@ def test_what_only_prints_ends_quietly_when_its_reader_has_seen_enough(tmp_path,
     assert main([f"run.root={tmp_path}", "run.name=mine"]) == 0
     assert shown.getvalue() == "" and err.getvalue() == ""
 
-    def look(*_: object) -> int:
+    def look(config: object, **_: object) -> None:
         print("longer than twenty letters")
-        return 0
 
-    monkeypatch.setattr(launch, "cache_outputs", look)
+    monkeypatch.setattr(cache_writer, "fill_cache", look)
+    monkeypatch.setattr(cache_command, "_settings", lambda *_: Config())
     for flag, said in (("--inspect", ""), ("--dry-run", ""), ("--repair", "Broken pipe")):
         assert main(["cache", "D", flag]) == 0
         assert said in err.getvalue() and bool(err.getvalue()) is bool(said)

@@ -1,19 +1,25 @@
-"""The verb `eval`: evaluate a run's weights again, on one process or many, and compare with what it
+"""`eval RUN`: evaluate a run's weights again, on one process or many, and compare with what it
 reported.
 """
 
 from __future__ import annotations
 
-import os
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ghosttrain.config.compose import override_run
+from ghosttrain import ranks
+from ghosttrain.commands.arguments import Arguments, folders_and_overrides, one_folder
 from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import LaunchConfig
-from ghosttrain.engine.folder import read_config, read_result
-from ghosttrain.engine.same_data import renamed
 
+ARGUMENTS = Arguments(
+    "eval",
+    "RUN [key=value ...]",
+    "Evaluate the raw, EMA and fused weights of a run again, exactly. These settings may differ\n"
+    "from the run's: data.root data.val_split data.eval_size data.crop_pct data.max_pixels\n"
+    "data.workers launch.nproc launch.device train.eval_batch.",
+    takes_folders=True,
+)
 MAY_CHANGE = (
     "data.root",
     "data.workers",
@@ -27,17 +33,28 @@ MAY_CHANGE = (
 )
 
 
-def evaluate_run(folder: Path, overrides: list[str]) -> int:
+def run(options: Namespace) -> int:
+    """Print the table; return the exit code."""
+    folders, overrides = folders_and_overrides(options.words)
+    return _evaluate(one_folder("eval", folders), overrides)
+
+
+def _evaluate(folder: Path, overrides: list[str]) -> int:
     """Print top-1 and top-5 of the raw, EMA and fused weights of a run.
 
     Raises:
         UserError: no run there, or a setting that would make it another model.
     """
+    from ghosttrain.config.compose import override_run
+    from ghosttrain.config.schema import LaunchConfig
+    from ghosttrain.engine.folder import read_config, read_result
+    from ghosttrain.engine.same_data import renamed
+
     saved, result = read_config(folder), read_result(folder)
     alone = saved.model_copy(update={"launch": LaunchConfig()})  # however many processes trained it
     config = override_run(alone, overrides, MAY_CHANGE)
-    if config.launch.nproc > 1 and "WORLD_SIZE" not in os.environ:
-        from ghosttrain.engine.launch import spawn
+    if ranks.must_spawn(config.launch.nproc):
+        from ghosttrain.engine.spawn import spawn
 
         return spawn(("eval", str(folder), *overrides), config.launch.nproc)
 
@@ -79,15 +96,11 @@ def _lines(
 ) -> list[str]:
     lines = [f"{'weights':<10}{'top-1 %':>9}{'top-5 %':>9}{'images':>9}"]
     for name, row in table.items():
-        then = (result or {}).get("weights", {}).get(name)
-        said = (
-            ""
-            if then is None
-            else "   as reported"
-            if then == row
-            else f"   reported: {then['top1']:.2f}"
-        )
-        lines.append(f"{name:<10}{row['top1']:>9.2f}{row['top5']:>9.2f}{row['n']:>9.0f}{said}")
+        reported = (result or {}).get("weights", {}).get(name)
+        note = "" if reported is None else "   as reported"
+        if reported not in (None, row):
+            note = f"   reported: {reported['top1']:.2f}"
+        lines.append(f"{name:<10}{row['top1']:>9.2f}{row['top5']:>9.2f}{row['n']:>9.0f}{note}")
     if "fused" in table:
         lines.append(f"fused vs unfused: largest difference of a logit {difference:.1e}")
     return lines

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ghosttrain.engine import launch
+from ghosttrain.engine import spawn as spawn_module
+from ghosttrain.engine.spawn import spawn
 
 Ranks = Callable[[str, str], None]
 
@@ -72,15 +73,15 @@ def test_the_rank_that_is_the_cause_gives_exit_code_and_words(
     ranks, capfd, monkeypatch, tmp_path, rank0, rank1, code, said
 ):
     # Only a rank that never ends is waited for so long.
-    monkeypatch.setattr(launch, "GRACE", 0.2 if "sleep" in rank0 else 600)
+    monkeypatch.setattr(spawn_module, "GRACE", 0.2 if "sleep" in rank0 else 600)
     ranks(rank0, rank1)
-    assert launch.spawn((), 2) == code
+    assert spawn((), 2) == code
     assert capfd.readouterr().err == said
     assert gone(tmp_path)
 
 
 def test_ctrl_c_and_sigterm_end_every_rank(ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "PATIENCE", 600)
+    monkeypatch.setattr(spawn_module, "PATIENCE", 600)
     before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     asked = "trap 'echo asked >asked; exit 143' TERM; touch ready0; while :; do sleep .02; done"
     for number, raised in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
@@ -89,7 +90,7 @@ def test_ctrl_c_and_sigterm_end_every_rank(ranks, tmp_path, monkeypatch):
         ranks(asked, "kill -INT $$; touch ready1; exec sleep 600")  # a rank holds Ctrl-C back
         thread = interrupt_when_both_run(tmp_path, number)
         with pytest.raises(raised) as stopped:
-            launch.spawn((), 2)
+            spawn((), 2)
         thread.join()
         assert gone(tmp_path) and (tmp_path / "asked").exists()
         if raised is SystemExit:
@@ -99,10 +100,10 @@ def test_ctrl_c_and_sigterm_end_every_rank(ranks, tmp_path, monkeypatch):
 
 
 def test_a_rank_that_does_not_listen_is_killed(ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "PATIENCE", 0.3)
+    monkeypatch.setattr(spawn_module, "PATIENCE", 0.3)
     ranks("trap '' TERM; touch ready0; while :; do sleep .02; done", "touch ready1; exec sleep 600")
     thread = interrupt_when_both_run(tmp_path, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        launch.spawn((), 2)
+        spawn((), 2)
     thread.join()
     assert gone(tmp_path)

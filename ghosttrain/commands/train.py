@@ -1,0 +1,101 @@
+"""`train`, the default verb: train, finish or show one run; with -m one run after another."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+
+from ghosttrain import ranks
+from ghosttrain.commands.arguments import Arguments, with_config_dir
+from ghosttrain.config.errors import UserError
+from ghosttrain.terminal import go_on_without
+
+ARGUMENTS = with_config_dir(
+    Arguments(
+        "train",
+        "[+recipe=NAME] [key=value ...] [options]",
+        "Train a run. The same command finds the same run folder: an unfinished run is resumed,\n"
+        "of a finished one the result is shown. `train` may be left out.",
+    )
+)
+ARGUMENTS.add_argument(
+    "-m", "--multirun", action="store_true",
+    help="sweep over comma-separated values; finished runs are not repeated",
+)  # fmt: skip
+ARGUMENTS.add_argument(
+    "-c", "--cfg", choices=("job", "hydra", "all"),
+    help="print the composed settings and stop (hydra, all: Hydra's own)",
+)  # fmt: skip
+ARGUMENTS.add_argument(
+    "--info", metavar="defaults",
+    help="where they come from (also: defaults-tree, config, searchpath, plugins)",
+)  # fmt: skip
+
+
+def run(options: Namespace) -> int:
+    """Train, sweep, or print settings; return the exit code."""
+    from ghosttrain.config.compose import cells, compose
+
+    overrides = options.words
+    if options.info or options.cfg in ("hydra", "all"):
+        return _ask_hydra(options)
+    if options.multirun and options.cfg:
+        for cell in cells(overrides, options.config_dir):
+            print(f"# {' '.join(cell)}")
+            _print_settings(cell, options.config_dir)
+        return 0
+    if options.multirun:
+        if ranks.is_launched():
+            raise UserError("a sweep starts its own processes: launch.nproc=N in place of torchrun")
+        from ghosttrain.study.sweep import sweep
+
+        return sweep(overrides, options.config_dir)
+    if ranks.rank() > 0:
+        from ghosttrain.engine.classification import CLASSIFICATION
+        from ghosttrain.engine.train import train
+
+        go_on_without()
+        train(CLASSIFICATION, None, [])  # the settings come from rank 0
+        return 0
+    if options.cfg:
+        return _print_settings(overrides, options.config_dir)
+    from ghosttrain.engine.launch import launch
+
+    return launch(compose(overrides, options.config_dir))
+
+
+def _print_settings(overrides: list[str], config_dir: str | None) -> int:
+    import yaml
+
+    from ghosttrain.config.compose import compose
+
+    settings = compose(overrides, config_dir).config.model_dump(mode="json")
+    print(yaml.safe_dump(settings, sort_keys=False), end="")
+    return 0
+
+
+def _ask_hydra(options: Namespace) -> int:
+    """Let Hydra itself answer --info and --cfg hydra|all about this composition."""
+    import logging
+
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from ghosttrain.config.compose import compose
+    from ghosttrain.config.paths import shipped
+
+    composed = compose(options.words, options.config_dir)
+    GlobalHydra.instance().clear()
+    flag = ["--info", options.info] if options.info else ["--cfg", options.cfg]
+    program, sys.argv = sys.argv, ["ghosttrain", *composed.hydra_overrides, *flag]
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")(
+            lambda _: None
+        )()
+    finally:
+        sys.argv = program
+        root.handlers[:] = handlers  # Hydra's would go on writing to this call's stderr
+        root.setLevel(level)
+    return 0

@@ -1,0 +1,109 @@
+"""`launch.nproc=N`: N copies of the same command as ranks; one that fails ends all.
+
+The ranks get torchrun's environment variables and meet through a file. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+from ghosttrain import ranks
+
+GRACE = 3.0
+"""Seconds in which ranks may end by themselves when another one has failed."""
+PATIENCE = 10.0
+"""Seconds in which ranks that were asked to end may do so."""
+
+
+def spawn(arguments: tuple[str, ...], nproc: int) -> int:
+    """Run `python -m ghosttrain ARGUMENTS` as ranks 0..nproc-1; return the exit code of the rank
+    that failed, else 0.
+
+    Rank 0 writes to this terminal. Another rank's error output is shown when that rank failed and
+    rank 0 did not. The ranks hold Ctrl-C back: this process alone decides, and ends them.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; all ranks have ended.
+        SystemExit: SIGTERM (exit code 143); all ranks have ended.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ghosttrain-")))
+        errors = [
+            stack.enter_context(open(scratch / f"rank{r}", "w+", errors="replace"))
+            for r in range(nproc)
+        ]
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
+        try:
+            # A blocked signal stays blocked in the processes that are started meanwhile.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                for rank in range(nproc):
+                    quiet = errors[rank] if rank else None
+                    processes.append(_start(arguments, rank, nproc, scratch, quiet))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            codes = _wait(processes)
+        finally:
+            _end(processes)
+        failed = [rank for rank, code in codes.items() if code]
+        if not failed:
+            return 0
+        # A mistake of the user (2), or a rank that was killed, breaks the others' connections.
+        cause = min(failed, key=lambda rank: (codes[rank] != 2, codes[rank] >= 0, rank))
+        errors[cause].seek(0)
+        sys.stderr.write(errors[cause].read())
+        if codes[cause] < 0:
+            number = -codes[cause]
+            print(f"ghosttrain: rank {cause} was killed by signal {number}", file=sys.stderr)
+            return 128 + number
+        return codes[cause]
+
+
+def _start(
+    arguments: tuple[str, ...], rank: int, nproc: int, scratch: Path, quiet: IO[str] | None
+) -> subprocess.Popen[bytes]:
+    """Start one rank; `quiet` takes its output."""
+    env = ranks.environment(rank, nproc, rendezvous=f"file://{scratch}/rendezvous")
+    command = [sys.executable, "-m", "ghosttrain", *arguments]
+    return subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Wait for all; once one has failed the others get `GRACE` seconds to end by themselves.
+
+    Returns rank -> exit code of those that did.
+    """
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+        time.sleep(0.05)
+    until = time.monotonic() + GRACE
+    while any(p.poll() is None for p in processes) and time.monotonic() < until:
+        time.sleep(0.05)
+    return {rank: p.returncode for rank, p in enumerate(processes) if p.poll() is not None}
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ask those that still run to end; kill those that do not, or all at a second Ctrl-C."""
+    try:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        until = time.monotonic() + PATIENCE
+        while any(p.poll() is None for p in processes) and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
