@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ghosttrain import ranks
 from ghosttrain.commands.arguments import OPTIONS_WITH_VALUE, Arguments, validate_known
-from ghosttrain.config.errors import UserError, did_you_mean, mistake
+from ghosttrain.errors import UserError, did_you_mean, mistake
 from ghosttrain.terminal import Output, lasting_output, reason
 
 VERBS = {

@@ -69,7 +69,7 @@ def ghosttrain(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 def refusal(call: Callable[[], object], *parts: str) -> str:
     """Return the one line with which a call refuses, after checking what it must hold."""
-    from ghosttrain.config.errors import UserError
+    from ghosttrain.errors import UserError
 
     with pytest.raises(UserError) as raised:
         call()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.errors import UserError, did_you_mean
 
 OPTIONS_WITH_VALUE = ("-c", "--cfg", "--info", "-cd", "--config-dir", "--out", "--to")
 """Options that take the next word: it is no verb, even where it is called like one."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ghosttrain import ranks
 from ghosttrain.commands.arguments import Arguments, folders_and_overrides, with_config_dir
-from ghosttrain.config.errors import UserError
+from ghosttrain.errors import UserError
 from ghosttrain.terminal import go_on_without
 
 if TYPE_CHECKING:
@@ -30,21 +30,6 @@ for _option, _help in {
     "--inspect": "draw a few stored crops with what the teacher says of them",
 }.items():
     ARGUMENTS.add_argument(_option, action="store_true", help=_help)
-
-MAY_CHANGE = (
-    "data.root",
-    "data.max_pixels",
-    "data.workers",
-    "launch.nproc",
-    "launch.device",
-    "teacher.check_samples",
-    "teacher.chunk",
-    "teacher.compile",
-    "teacher.members.*.weights",
-    "teacher.weights",
-    "train.eval_batch",
-)
-"""Settings of a cache that may differ when it is repaired or looked at."""
 
 
 def run(options: Namespace) -> int:
@@ -84,10 +69,10 @@ def _settings(folders: list[str], overrides: list[str], config_dir: str | None) 
     Raises:
         UserError: no cache there; no teacher, no `cache.dir`.
     """
-    from ghosttrain.config.compose import compose, override_run
-    from ghosttrain.config.paths import expanded
+    from ghosttrain.config.compose import compose, override_saved
     from ghosttrain.config.schema import LaunchConfig
     from ghosttrain.engine.folder import read_config
+    from ghosttrain.files import expanded
 
     if not folders:
         config = compose(overrides, config_dir, trains=False).config
@@ -103,6 +88,6 @@ def _settings(folders: list[str], overrides: list[str], config_dir: str | None) 
             f" +recipe=NAME cache.dir={folder} cache.draws=N makes one"
         )
     saved = read_config(folder).model_copy(update={"launch": LaunchConfig()})
-    config = override_run(saved, overrides, MAY_CHANGE, "cache")
+    config = override_saved(saved, overrides, "cache")
     cache = config.cache.model_copy(update={"dir": str(expanded(folder).resolve())})
     return config.model_copy(update={"cache": cache})

@@ -10,26 +10,14 @@ from typing import Any
 
 from ghosttrain import ranks
 from ghosttrain.commands.arguments import Arguments, folders_and_overrides, one_folder
-from ghosttrain.config.errors import UserError
+from ghosttrain.errors import UserError
 
 ARGUMENTS = Arguments(
     "eval",
     "RUN [key=value ...]",
-    "Evaluate the raw, EMA and fused weights of a run again, exactly. These settings may differ\n"
-    "from the run's: data.root data.val_split data.eval_size data.crop_pct data.max_pixels\n"
-    "data.workers launch.nproc launch.device train.eval_batch.",
+    "Evaluate the raw, EMA and fused weights of a run again, exactly. Some settings may differ\n"
+    "from the run's: help data, help launch and help train mark them.",
     takes_folders=True,
-)
-MAY_CHANGE = (
-    "data.root",
-    "data.workers",
-    "data.max_pixels",
-    "data.eval_size",
-    "data.crop_pct",
-    "data.val_split",
-    "launch.nproc",
-    "launch.device",
-    "train.eval_batch",
 )
 
 
@@ -45,14 +33,14 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     Raises:
         UserError: no run there, or a setting that would make it another model.
     """
-    from ghosttrain.config.compose import override_run
+    from ghosttrain.config.compose import override_saved
     from ghosttrain.config.schema import LaunchConfig
     from ghosttrain.engine.folder import read_config, read_result
     from ghosttrain.engine.same_data import renamed
 
     saved, result = read_config(folder), read_result(folder)
     alone = saved.model_copy(update={"launch": LaunchConfig()})  # however many processes trained it
-    config = override_run(alone, overrides, MAY_CHANGE)
+    config = override_saved(alone, overrides, "eval")
     if ranks.must_spawn(config.launch.nproc):
         from ghosttrain.engine.spawn import spawn
 

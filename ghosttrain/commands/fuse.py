@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ghosttrain.commands.arguments import Arguments, folders_and_overrides, one_folder
-from ghosttrain.config.errors import UserError
+from ghosttrain.errors import UserError
 from ghosttrain.terminal import go_on_without
 
 ARGUMENTS = Arguments(

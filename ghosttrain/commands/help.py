@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ghosttrain.commands.arguments import Arguments, with_config_dir
-from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.paths import PACKAGE, expanded, shipped
+from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.files import PACKAGE, expanded, shipped
 
 ARGUMENTS = with_config_dir(
     Arguments(
@@ -117,7 +117,10 @@ def _explained(key: str, field: Any) -> list[str]:
     shown = "null" if shown is None else shown
     text = " ".join((field.description or "").split())
     meaning = textwrap.wrap(text, 90, initial_indent="      ", subsequent_indent="      ")
-    return [f"  {key}={str(shown).replace(' ', '')}   {_kind(field)}", *meaning]
+    uses = (field.json_schema_extra or {}).get("may_change", ())
+    verbs = [use for use in uses if use != "run"]
+    marks = [f"      {' and '.join(verbs)} may change it."] if verbs else []
+    return [f"  {key}={str(shown).replace(' ', '')}   {_kind(field)}", *meaning, *marks]
 
 
 def _kind(field: Any) -> str:

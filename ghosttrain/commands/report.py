@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ghosttrain.commands.arguments import Arguments, folders_and_overrides
-from ghosttrain.config.errors import UserError
+from ghosttrain.errors import UserError
 
 ARGUMENTS = Arguments(
     "report",

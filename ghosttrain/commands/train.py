@@ -7,7 +7,7 @@ from argparse import Namespace
 
 from ghosttrain import ranks
 from ghosttrain.commands.arguments import Arguments, with_config_dir
-from ghosttrain.config.errors import UserError
+from ghosttrain.errors import UserError
 from ghosttrain.terminal import go_on_without
 
 ARGUMENTS = with_config_dir(
@@ -82,7 +82,7 @@ def _ask_hydra(options: Namespace) -> int:
     from hydra.core.global_hydra import GlobalHydra
 
     from ghosttrain.config.compose import compose
-    from ghosttrain.config.paths import shipped
+    from ghosttrain.files import shipped
 
     composed = compose(options.words, options.config_dir)
     GlobalHydra.instance().clear()

@@ -19,7 +19,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ from pydantic_core import ErrorDetails
 
 from ghosttrain import ranks
 from ghosttrain.config.distillation import check_loss, check_teacher, validate_cache_settings
-from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.identity import check_run_name, field_of, flatten, unflatten
+from ghosttrain.config.identity import changeable, check_run_name, field_of, flatten, unflatten
 from ghosttrain.config.names import (
     MEMBERS,
     NAME_A_MEMBER,
@@ -46,10 +44,11 @@ from ghosttrain.config.names import (
     settings_near,
 )
 from ghosttrain.config.normalization import check_normalization
-from ghosttrain.config.paths import expanded
-from ghosttrain.config.policy import check_policy
-from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, STUDENT_SOURCES, Config
+from ghosttrain.config.policy import validate_policy
+from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, STUDENT_SOURCES, Config, Use
 from ghosttrain.config.students import STUDENTS, validate_sides
+from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.files import expanded
 
 
 @dataclass(frozen=True)
@@ -149,19 +148,21 @@ def cells(overrides: Sequence[str], config_dir: str | None = None) -> list[list[
         return [[*cell] for cell in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
 
 
-def override_run(
-    config: Config, overrides: Sequence[str], allowed: Sequence[str], what: str = "run"
-) -> Config:
-    """Return a saved run's settings with a few of them changed.
+def override_saved(config: Config, overrides: Sequence[str], use: Use) -> Config:
+    """Return the settings of a run or a cache with a few of them changed.
 
-    `allowed` are dotted names; `*` in one stands for any name of an ensemble's member.
+    Args:
+        config: as they were saved.
+        overrides: `key=value`.
+        use: what the settings are for (`schema.may_change`).
 
     Raises:
-        UserError: a setting that is not in `allowed`, or a value that does not fit.
+        UserError: a setting that may not change for this use, or a value that does not fit.
     """
     tree = config.model_dump(mode="json")
     parser = OverridesParser.create()
-    free = [key for key in flatten(tree) if any(fnmatchcase(key, name) for name in allowed)]
+    what = "cache" if use == "cache" else "run"
+    free = [key for key in flatten(tree) if changeable(key, use)]
     for text in overrides:
         key, _, _ = text.partition("=")
         if key not in free:
@@ -340,7 +341,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
     check_teacher(config.teacher, config.distill, chosen["teacher"], names.groups["teacher"])
     check_loss(config.distill)
     validate_cache_settings(config.cache, config.distill, augment)
-    check_policy(augment)
+    validate_policy(augment)
     check_run_name(config)
     check_normalization(data, config.teacher)
     for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max")):

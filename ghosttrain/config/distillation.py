@@ -6,10 +6,9 @@ and fit, and whether a cache holds the right outputs, is for `ghosttrain.distill
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.codec import parse_codec
 from ghosttrain.config.schema import (
     NAMED_SOURCES,
     AugmentConfig,
@@ -18,10 +17,10 @@ from ghosttrain.config.schema import (
     PretrainedConfig,
     TeacherConfig,
 )
+from ghosttrain.errors import UserError
 
 TWO_PARTS = ("dkd", "dist")
 """Losses of two parts, weighted by alpha and beta."""
-_CODEC = re.compile(r"auto|topk:[1-9]\d*|(features|logits):([2-8]|16)")
 
 
 def check_teacher(
@@ -116,12 +115,8 @@ def validate_cache_settings(
     Raises:
         UserError: naming the setting and what to type.
     """
-    if not _CODEC.fullmatch(cache.codec):
-        raise UserError(
-            f"cache.codec={cache.codec} is none of auto, topk:K (K of 1 or more), "
-            "features:BITS and logits:BITS (BITS: 2 to 8, or 16); type for example "
-            "cache.codec=topk:20"
-        )
+    if cache.codec != "auto":
+        parse_codec(cache.codec)
     if cache.dir is None:
         for key in ("draws", "codec", "shard_size"):
             value = getattr(cache, key)

@@ -8,8 +8,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from ghosttrain.config.errors import UserError
-from ghosttrain.config.schema import Config
+from ghosttrain.config.schema import Config, Use
+from ghosttrain.errors import UserError
 
 LONGEST = 220
 """Bytes of a folder's name: file systems take 255, `run.fresh` adds a time to it."""
@@ -81,14 +81,17 @@ def result_settings(config: Config, exclude_defaults: bool = False) -> dict[str,
     return {
         key: value
         for key, value in flatten(tree).items()
-        if key not in ("seed", "recipe") and not _result_neutral(key)
+        if key not in ("seed", "recipe") and not changeable(key, "run")
     }
 
 
-def _result_neutral(key: str) -> bool:
+def changeable(key: str, use: Use) -> bool:
+    """Whether a setting, by its dotted name, may differ for this use of what exists
+    (`schema.may_change`).
+    """
     field = field_of(key)
     extra = field.json_schema_extra if field else None
-    return isinstance(extra, dict) and bool(extra.get("result_neutral"))
+    return isinstance(extra, dict) and use in extra.get("may_change", ())  # type: ignore[operator]
 
 
 def field_of(key: str) -> FieldInfo | None:

@@ -21,10 +21,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.identity import field_of, flatten, unflatten
-from ghosttrain.config.paths import expanded, shipped
 from ghosttrain.config.schema import Config, MemberConfig
+from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.files import expanded, shipped
+from ghosttrain.text import listed
 
 MEMBERS = "teacher.members"
 KEYS = tuple(key for key in flatten(Config().model_dump(mode="json")) if key != MEMBERS)
@@ -172,7 +173,7 @@ class Names:
             return
         inside = [k for k in KEYS if k.startswith(key + ".")]
         if inside:
-            raise UserError(f"{key!r} is a section: set one of {', '.join(inside[:6])}, ...")
+            raise UserError(f"{key!r} is a section: set one of {listed(inside, most=6)}")
         last = key.rpartition(".")[2]
         leaf = [k for k in KEYS if k.rpartition(".")[2] == last and key.count(".") < 2]
         hint = (

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import DataConfig, TeacherConfig
+from ghosttrain.errors import UserError
 
 
 def check_normalization(data: DataConfig, teacher: TeacherConfig) -> None:

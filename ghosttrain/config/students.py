@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import DataConfig, ModelConfig
+from ghosttrain.errors import UserError
 
 
 class Sides(NamedTuple):

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from ghosttrain.config.policy import check_policy
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.decode import reduction, to_pixels, without_pillows_limit
 from ghosttrain.data.order import mix
@@ -335,11 +334,7 @@ def train_transform(
     It can be pickled. A large JPEG is decoded at a half, a quarter or an eighth of its size where
     the crop then still has twice the pixels it needs: a function of the file, the draw and S. What
     a network sees is therefore the same to the bit whatever the others see.
-
-    Raises:
-        UserError: the policy refuses Mixup or CutMix.
     """
-    check_policy(augment)
     student = data.train_size, data.interpolation
     return partial(_train_sample, data, augment, (student, *views))
 
@@ -444,10 +439,7 @@ def mix_batch(
         (images (B, C, H, W), targets (B, K) that sum to 1). Label smoothing is left to the loss:
         torch's cross-entropy smooths targets that are probabilities too.
 
-    Raises:
-        UserError: the policy refuses Mixup or CutMix.
     """
-    check_policy(augment)
     targets = F.one_hot(labels, num_classes).to(torch.float32)
     if not augment.mixup_alpha and not augment.cutmix_alpha:
         return images, targets

@@ -17,8 +17,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import DataConfig
+from ghosttrain.errors import UserError
 
 FORMATS = (
     "JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "PCX",

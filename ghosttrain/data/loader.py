@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import Transform, View, eval_transform, normalise, train_transform
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.decode import TOO_MANY_FILES
+from ghosttrain.errors import UserError
 
 CachedReader = Callable[[int, Sequence[int]], Tensor]
 """(draw number, sample numbers) -> what is stored of them: (B, R) uint8. It is called in the
@@ -181,8 +181,6 @@ def train_loader(
         views: further sizes and resamplings of the same augmented images (teachers').
         cached: reads cached outputs for the same images and draws.
 
-    Raises:
-        UserError: the policy refuses Mixup or CutMix.
     """
     transform = train_transform(data, augment, views)
     return Loader(dataset, transform, data, device, channels_last, views, cached)

@@ -37,11 +37,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ghosttrain.config.errors import UserError, raise_if_of_the_system
-from ghosttrain.config.lock import locked
-from ghosttrain.config.paths import expanded
 from ghosttrain.distill.codecs import Codec, make_codec
 from ghosttrain.distill.teacher_output import TeacherOutput
+from ghosttrain.errors import UserError, raise_if_of_the_system
+from ghosttrain.files import expanded, locked, write_bytes, write_json, write_text
 
 FORMAT = 1
 OPEN_FILES = 512
@@ -117,8 +116,8 @@ def create(
             validate_folder(folder)
             if is_cache(folder):
                 raise _taken(folder)
-            _write(folder / "tables.safetensors", packed)
-            _write(folder / "config.yaml", settings.encode())
+            write_bytes(folder / "tables.safetensors", packed)
+            write_text(folder / "config.yaml", settings)
             _write_info(folder, info, hashlib.sha256(packed).hexdigest())
     except OSError as error:
         raise UserError(f"cannot write cached outputs to {folder}: {_why(error)}") from None
@@ -271,7 +270,7 @@ class TeacherCache:
         header = _MAGIC + self._identity(shard) + hashlib.sha256(body).digest()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, header, body)
+            write_bytes(path, header, body)
         except OSError as error:
             raise UserError(f"cannot write {path}: {_why(error)}") from None
 
@@ -390,24 +389,9 @@ def _shortened(a: str, b: str, most: int = 40) -> tuple[str, str]:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def _write(path: Path, *parts: Any) -> None:
-    """Write a file atomically; what a killed writer left behind is overwritten by the next."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            for data in parts:
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)  # a full disk should get its space back
-        raise
-
-
 def _write_info(folder: Path, info: CacheInfo, tables: str) -> None:
     fields = {"format": FORMAT, "tables": tables, **asdict(info)}
-    _write(folder / "cache.json", (json.dumps(fields, indent=1) + "\n").encode())
+    write_json(folder / "cache.json", fields)
 
 
 def _locked(folder: Path) -> AbstractContextManager[None]:

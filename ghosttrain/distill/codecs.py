@@ -27,30 +27,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.codec import parse_codec
 from ghosttrain.distill.teacher_output import TeacherOutput
+from ghosttrain.errors import UserError
 
-BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 _HALF_MAX = 65504.0  # the largest float16, and the smallest above 0
 _HALF_TINY = 2.0**-24
 _NO_ZERO = 1e-30  # in a denominator
 _LEAST_MEAN = 1e-12  # of a class in the teacher's mean output: log-probabilities stay finite
-
-
-def parse(text: str) -> tuple[str, int]:
-    """Return kind and number of a codec's name: `topk:K`, `features:BITS` or `logits:BITS`.
-
-    Raises:
-        UserError: another kind, K below 1, or bits that are not in `BITS`.
-    """
-    kind, _, digits = text.partition(":")
-    number = int(digits) if digits.isascii() and digits.isdigit() else 0
-    if (kind == "topk" and number) or (kind in ("features", "logits") and number in BITS):
-        return kind, number
-    raise UserError(
-        f"cache.codec={text} is no codec: type topk:K (K of 1 or more), features:BITS or "
-        f"logits:BITS (BITS one of {', '.join(map(str, BITS))})"
-    )
 
 
 def candidates(num_classes: int, widths: Sequence[int]) -> list[str]:
@@ -95,7 +79,7 @@ class Codec:
             UserError: a value of the output is not finite.
             ValueError: the output has another shape than the codec was made for.
         """
-        kind, number = parse(self.name)
+        kind, number = parse_codec(self.name)
         values_BN = output.features if kind == "features" else output.logits
         width = sum(self.widths) if kind == "features" else self.num_classes
         if values_BN is None or values_BN.shape[1:] != (width,):
@@ -127,7 +111,7 @@ class Codec:
         `topk` gives the log of probabilities at T = 1; `logits`, below 16 bits, may have another
         constant added to each sample's than the teacher gave, which no loss can see.
         """
-        kind, number = parse(self.name)
+        kind, number = parse_codec(self.name)
         if kind == "topk":
             return TeacherOutput(_decode_topk(cached_BR, number, self.tables["mean"]))
         if kind == "logits":
@@ -150,7 +134,7 @@ def make_codec(
     """Return the codec called `name` of a teacher.
 
     Args:
-        name: see `parse`.
+        name: see `parse_codec`.
         num_classes: K.
         widths: of the segments of its pooled features; empty where they do not make its logits.
         tables: what the codec needs of `Codec.tables`; others are left out.
@@ -159,7 +143,7 @@ def make_codec(
         UserError: no such codec, K too small or too large for it, no features to store, or a
             table that is missing or has another shape.
     """
-    kind, number = parse(name)
+    kind, number = parse_codec(name)
     if kind == "topk" and not number < num_classes <= 65536:
         given = f"cache.codec={name}, but the data has {num_classes:,} classes"
         if num_classes > 65536:
@@ -187,7 +171,7 @@ def make_codec(
 
 
 def _bytes_per_image(name: str, num_classes: int, widths: Sequence[int] = ()) -> int:
-    kind, number = parse(name)
+    kind, number = parse_codec(name)
     if kind == "topk":
         return 4 * number
     width, segments = (sum(widths), len(widths)) if kind == "features" else (num_classes, 1)

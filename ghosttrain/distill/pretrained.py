@@ -21,14 +21,16 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from ghosttrain.config import schema
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import PLAIN
+from ghosttrain.errors import UserError
+from ghosttrain.files import write_bytes
 from ghosttrain.models.create import STUDENTS, create_model, create_timm_model
 from ghosttrain.models.weights import sources
 from ghosttrain.models.weights.dialects import detect, telltales
 from ghosttrain.models.weights.files import State, WeightsInfo, part_of
 from ghosttrain.models.weights.fit import branches_of
-from ghosttrain.models.weights.sources import LISTED, Weights, listed, published
+from ghosttrain.models.weights.sources import LISTED, Weights, published, timm_info
+from ghosttrain.text import listed
 
 UNKNOWN = WeightsInfo(
     input_size=224,
@@ -244,7 +246,7 @@ def _view(cfg: schema.PretrainedConfig, given: Weights, name: str) -> tuple[dict
     The settings count before what is known of the weights, and that before timm's configuration.
     """
     typed = WeightsInfo(input_size=cfg.input_size, mean=cfg.mean, std=cfg.std)
-    known = [(typed, "as set"), (given.about, given.says), (listed(name), LISTED),
+    known = [(typed, "as set"), (given.about, given.says), (timm_info(name), LISTED),
              (UNKNOWN, "the default")]  # fmt: skip
     view, notes = {}, {}
     for about, says in reversed(known):
@@ -298,7 +300,7 @@ def class_columns(
     if missing:
         raise UserError(
             f"teacher {name} knows {_names(known)}, the data has {_names(classes)}, of which it"
-            f" lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}:"
+            f" lacks {listed(missing)}:"
             " type teacher=none distill=none, or give a teacher of these classes"
             " (teacher.weights=PATH)"
         )
@@ -309,7 +311,7 @@ def class_columns(
 
 
 def _names(classes: Sequence[str]) -> str:
-    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
+    return f"{len(classes)} classes ({listed(classes)})"
 
 
 # --- The shipped teacher -------------------------------------------------------------------------
@@ -347,4 +349,4 @@ def save_packed(path: Path, state: Mapping[str, Tensor], about: Packed) -> None:
     if too_large:
         raise ValueError(f"not finite in float16: {', '.join(too_large)}")
     about_it = {k: json.dumps(v) for k, v in asdict(about).items()}
-    path.write_bytes(save(packed, metadata=about_it))
+    write_bytes(path, save(packed, metadata=about_it))

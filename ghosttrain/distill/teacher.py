@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config import schema
-from ghosttrain.config.errors import UserError
 from ghosttrain.distill.features import classify, pool, pooled_width
 from ghosttrain.distill.pretrained import PretrainedNetwork, load_pretrained, networks
 from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
+from ghosttrain.errors import UserError
 
 Views = Mapping[tuple[int, str], Tensor]
 """(side S, interpolation) -> pixels (B, C, S, S) of the student's view at that size: uint8, or

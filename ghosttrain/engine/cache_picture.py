@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import train_loader
 from ghosttrain.data.order import epoch_order
 from ghosttrain.distill.cache import TeacherCache
+from ghosttrain.errors import UserError
 
 SAMPLES, DRAWS, BEST = 6, 3, 3
 """Columns of the picture, rows at most, classes named above each crop."""

@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.codec import parse_codec
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset, build_datasets, notes_on
 from ghosttrain.data.loader import Loader, train_loader
@@ -46,7 +46,6 @@ from ghosttrain.distill.codecs import (
     candidates,
     make_codec,
     measure,
-    parse,
 )
 from ghosttrain.distill.losses import LOSSES
 from ghosttrain.distill.pretrained import left_open, networks
@@ -54,7 +53,6 @@ from ghosttrain.distill.teacher import Teacher
 from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
 from ghosttrain.engine import distributed
 from ghosttrain.engine.cache_picture import draw_picture
-from ghosttrain.engine.folder import clock
 from ghosttrain.engine.teacher_source import (
     absent,
     cache_key,
@@ -62,6 +60,8 @@ from ghosttrain.engine.teacher_source import (
     ready_teacher,
     validate_key,
 )
+from ghosttrain.errors import UserError
+from ghosttrain.text import clock
 
 SAMPLE = 512
 """Images on which a codec is measured."""
@@ -267,7 +267,7 @@ def _choose(config: Config, teacher: Teacher, sample: Sample) -> tuple[Codec, Qu
     told, num_classes = config.cache.codec, sample.output.logits.shape[1]
     names = candidates(num_classes, teacher.widths) if told == "auto" else [told]
     if config.distill.features_weight:
-        names = [name for name in names if parse(name)[0] == "features"]
+        names = [name for name in names if parse_codec(name)[0] == "features"]
         if not names:
             raise UserError(
                 f"distill.features_weight needs the teacher's features, which cache.codec={told} "
@@ -303,7 +303,7 @@ def _choose(config: Config, teacher: Teacher, sample: Sample) -> tuple[Codec, Qu
 
 def _tables(name: str, teacher: Teacher, sample: Sample) -> dict[str, Tensor]:
     """Return what a codec needs besides each output, and what is stored once."""
-    kind, _ = parse(name)
+    kind, _ = parse_codec(name)
     if kind == "topk":
         return {"mean": sample.output.logits.softmax(dim=1).mean(dim=0)}
     if kind == "features" and teacher.widths:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ghosttrain import ranks
-from ghosttrain.config.errors import UserError
+from ghosttrain.errors import UserError
 from ghosttrain.ranks import rank, world_size
 
 

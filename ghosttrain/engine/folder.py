@@ -19,25 +19,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
 from ghosttrain import __version__
-from ghosttrain.config.errors import UserError, remedy
 from ghosttrain.config.identity import result_settings, run_name, settings_hash
-from ghosttrain.config.lock import locked
-from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import Config
+from ghosttrain.errors import UserError, remedy
+from ghosttrain.files import PACKAGE, expanded, locked, write_json, write_text
+from ghosttrain.text import clock, listed
 
 RESULT_KEYS = {
     *("headline", "weights", "best", "model", "seconds", "images_per_second", "steps", "data"),
 }
 """What every `result.json` holds."""
-_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def run_folder(config: Config) -> Path:
@@ -113,9 +112,9 @@ def check_same_run(folder: Path, config: Config) -> None:
         for key in before | now
         if before.get(key) != now.get(key)
     ]
-    shown = "; ".join(changes[:4]) + ("; ..." if len(changes) > 4 else "")
     raise UserError(
-        f"{folder} holds a run with other settings ({shown}); choose another run.name or "
+        f"{folder} holds a run with other settings "
+        f"({listed(changes, 4, joiner='; ')}); choose another run.name or "
         "run.fresh=true"
     )
 
@@ -187,8 +186,8 @@ def provenance() -> dict[str, Any]:
 def code_hash() -> str:
     """Hash (8 hex digits) of the package's sources: which version of the code a run was made by."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in _PACKAGE.rglob("*") if p.suffix in (".py", ".cpp")):
-        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
+    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cpp")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 
 
@@ -230,52 +229,6 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def clock(seconds: float) -> str:
-    """Return `h:mm:ss` or `m:ss`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that is either the old one or complete: it is on disk before it takes the old
-    one's name, and a failed attempt leaves nothing behind.
-
-    Raises:
-        UserError: it cannot be written, a full disk for instance.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        # torch.save meets a failed write, and then fails itself to end its archive.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(
-            f"cannot write {path} ({cause.strerror or cause}); "
-            + (remedy(cause) or f"{path.parent} must be a folder that you may write")
-        ) from cause
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with replacing(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -287,9 +240,9 @@ def _commit() -> str | None:
     """Return the git commit of a checkout, with '+' when files differ from it; None for an
     installed wheel.
     """
-    if not (_PACKAGE.parent / ".git").exists():
+    if not (PACKAGE.parent / ".git").exists():
         return None
-    git = ["git", "-C", str(_PACKAGE.parent)]
+    git = ["git", "-C", str(PACKAGE.parent)]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True

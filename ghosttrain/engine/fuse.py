@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from ghosttrain.config.errors import UserError
-from ghosttrain.config.paths import expanded
-from ghosttrain.engine.folder import read_config, replacing
+from ghosttrain.engine.folder import read_config
 from ghosttrain.engine.load import classes_of, load_run
 from ghosttrain.engine.weights_file import describe_weights, write_weights
+from ghosttrain.errors import UserError
+from ghosttrain.files import expanded, replacing
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.layers import Student
 from ghosttrain.models.reparam import using_forward

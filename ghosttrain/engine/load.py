@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from ghosttrain.config.errors import UserError
-from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import read_config
 from ghosttrain.engine.state import Checkpoint, fit_saved, read_checkpoint, student_weights
 from ghosttrain.engine.student import build_student, has_fused_form
 from ghosttrain.engine.weights_file import WeightsKind, read_weights
+from ghosttrain.errors import UserError
+from ghosttrain.files import expanded
 from ghosttrain.models.reparam import fuse
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.errors import UserError
+from ghosttrain.text import listed
 
 DataRecord = dict[str, Any]
 """`train` and `held_out`: `Dataset.identity()`; `accepted`: changes that `data.changed=accept` let
@@ -106,4 +107,4 @@ def renamed(old: list[str], new: list[str]) -> str:
         pairs = [f"{len(old):,} -> {len(new):,}"]
         pairs += [f"{c!r} is gone" for c in gone] + [f"{c!r} is new" for c in come]
     pairs = pairs or ["their order"]
-    return f"classes differ: {', '.join(pairs[:3])}" + ", ..." * (len(pairs) > 3)
+    return f"classes differ: {listed(pairs)}"

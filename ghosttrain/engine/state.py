@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ghosttrain.config.errors import UserError, raise_if_of_the_system
 from ghosttrain.distill.features import Network
-from ghosttrain.engine.folder import replacing
+from ghosttrain.errors import UserError, raise_if_of_the_system
+from ghosttrain.files import replacing
 from ghosttrain.models.weights.fit import fit_state
 from ghosttrain.optim.ema import Ema
 

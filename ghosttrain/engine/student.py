@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
 from ghosttrain.distill.features import Network, pooled_width
+from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.sync_bn import synchronize
 from ghosttrain.models.timm_limits import validate_timm_sides

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ghosttrain.config import schema
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config
 from ghosttrain.data import augment
 from ghosttrain.data.augment import View
@@ -38,6 +37,8 @@ from ghosttrain.distill.teacher import (
     validate_above_chance,
 )
 from ghosttrain.distill.teacher_output import TeacherOutput
+from ghosttrain.errors import UserError
+from ghosttrain.text import listed
 
 
 @dataclass(frozen=True)
@@ -230,10 +231,10 @@ def validate_key(cache: TeacherCache, now: Mapping[str, Any]) -> None:
     now = {**now, "teacher": networks_now}
     lines = cache.difference(now)
     if lines:
-        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
         raise UserError(
-            f"cache.dir={cache.folder} was stored for something else ({'; '.join(lines[:4])}"
-            f"{more}): type the settings it was stored with, or store anew in another cache.dir"
+            f"cache.dir={cache.folder} was stored for something else "
+            f"({listed(lines, 4, joiner='; ')}): type the settings it was stored with, or store "
+            "anew in another cache.dir"
         )
 
 

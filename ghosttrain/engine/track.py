@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import distributed
-from ghosttrain.engine.folder import clock, replacing, write_text
 from ghosttrain.engine.plan import Plan
+from ghosttrain.errors import UserError
+from ghosttrain.files import replacing, write_text
 from ghosttrain.terminal import failures, printable, reason
+from ghosttrain.text import clock
 
 Row = dict[str, float]
 Mode = Literal["off", "offline", "online"]

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import train_loader
@@ -30,6 +29,8 @@ from ghosttrain.engine.state import TrainState, read_checkpoint
 from ghosttrain.engine.student import build_network, has_fused_form
 from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.weights_file import describe_weights, write_weights
+from ghosttrain.errors import UserError
+from ghosttrain.files import write_json, write_text
 from ghosttrain.models.reparam import fuse
 from ghosttrain.optim.build import build_optimizer
 from ghosttrain.optim.ema import Ema
@@ -194,8 +195,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             result = summary.result(about, state, measured)
             write_weights(run / "model.safetensors", ema.model, kind)
             tracker.draw_curves(folder.run_name(config))
-            folder.write_text(run / "card.md", summary.card(about, result))
-            folder.write_json(run / "result.json", result)
+            write_text(run / "card.md", summary.card(about, result))
+            write_json(run / "result.json", result)
             tracker.say("", *folder.result_lines(result), f"run folder: {run}")
     distributed.stop()
 

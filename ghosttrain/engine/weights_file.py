@@ -14,10 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ghosttrain.config.errors import UserError, raise_if_of_the_system
-from ghosttrain.config.paths import utf8_name
 from ghosttrain.config.schema import Config
-from ghosttrain.engine.folder import replacing
+from ghosttrain.errors import UserError, raise_if_of_the_system
+from ghosttrain.files import replacing, utf8_name
 
 WeightsKind = Literal["ema", "raw", "fused"]
 """The average of a run, what its optimizer left, or the average in inference form."""

@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.schema import FULL, PLAIN, ReparamConfig
 from ghosttrain.config.students import FAMILIES, STUDENTS
+from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.models.reparam import fuse
 from ghosttrain.models.weights.dialects import detect, telltales
 from ghosttrain.models.weights.files import part_of

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.students import sides_of
+from ghosttrain.errors import UserError
 from ghosttrain.models.weights.files import WeightsInfo
 
 CLASSIFIER_STD = 0.002

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import PLAIN, ReparamConfig
+from ghosttrain.errors import UserError
 from ghosttrain.models.collapse import (
     choose_forward,
     forward_folded,

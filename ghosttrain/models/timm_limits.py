@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import DataConfig
+from ghosttrain.errors import UserError
 
 
 def validate_timm_sides(

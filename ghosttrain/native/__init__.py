@@ -16,7 +16,6 @@ number of threads.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -30,12 +29,12 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from ghosttrain.files import locked
 
 FOLDER = Path(__file__).parent
 """Where the sources lie."""
@@ -99,7 +98,8 @@ def build() -> Path:
     library = folder / "ghosttrain.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        # Two builders waste time, they do no harm: one that hangs is not waited for for ever.
+        with locked(folder, busy=None, patience=PATIENCE):
             if not library.exists():
                 _compile(library)
     return library
@@ -137,30 +137,6 @@ def _cpu() -> str:
     except OSError:
         pass
     return f"{platform.machine()} {platform.processor()}"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other builders of `folder` out.
-
-    The system drops the lock when its process ends, however it ends, so none goes stale. A holder
-    that hangs is waited for no longer than `PATIENCE`, and a file system without locks not at all:
-    two builders waste time, they do no harm.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(handle)
 
 
 def _compile(library: Path) -> None:

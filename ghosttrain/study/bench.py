@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.schema import FORWARDS
 from ghosttrain.config.students import FAMILIES, STUDENTS
+from ghosttrain.errors import UserError, did_you_mean
 
 DEFAULTS: dict[str, dict[str, str]] = {
     "step": {

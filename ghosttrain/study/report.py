@@ -9,10 +9,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.identity import result_settings, settings_hash
 from ghosttrain.config.schema import Config
-from ghosttrain.engine.folder import clock, has_begun, read_config, read_result
+from ghosttrain.engine.folder import has_begun, read_config, read_result
+from ghosttrain.errors import UserError
+from ghosttrain.text import clock
 
 
 def report(folders: list[Path]) -> str:

@@ -11,9 +11,9 @@ import sys
 import traceback
 
 from ghosttrain.config.compose import cells, compose
-from ghosttrain.config.errors import UserError, mistake
 from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.launch import launch
+from ghosttrain.errors import UserError, mistake
 from ghosttrain.study.report import report
 
 

@@ -14,9 +14,9 @@ from conftest import make_images, only_run
 from PIL import Image
 from torch import nn
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.data.order import train_batches
 from ghosttrain.engine.train import validate_finite_row, validate_finite_weights
+from ghosttrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

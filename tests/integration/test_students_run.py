@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ghosttrain import create_model, load_run
-from ghosttrain.config.errors import UserError
+from ghosttrain.errors import UserError
 
 
 def without(arguments: list[str], *keys: str) -> list[str]:

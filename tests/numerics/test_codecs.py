@@ -14,15 +14,16 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn import functional as F
 
-from ghosttrain.config.errors import UserError
+from ghosttrain.config.codec import BITS, parse_codec
 from ghosttrain.distill import codecs
-from ghosttrain.distill.codecs import Codec, candidates, make_codec, measure, parse
+from ghosttrain.distill.codecs import Codec, candidates, make_codec, measure
 from ghosttrain.distill.teacher_output import TeacherOutput
+from ghosttrain.errors import UserError
 from ghosttrain.models.weights.lite import lite_file, to_timm
 
 N, K, WIDTHS = 7, 101, (37, 90)
 SMALL_BITS = [2, 3, 4, 5, 6, 7, 8]
-EVERY = ["topk:1", "topk:10", *(f"{k}:{b}" for k in ("logits", "features") for b in codecs.BITS)]
+EVERY = ["topk:1", "topk:10", *(f"{k}:{b}" for k in ("logits", "features") for b in BITS)]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -73,18 +74,19 @@ def extreme(scale: float) -> Tensor:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_names_are_read(name: str) -> None:
-    kind, number = parse(name)
+    kind, number = parse_codec(name)
     assert f"{kind}:{number}" == name
 
 
 @pytest.mark.parametrize(
     "name",
     ["", "topk", "topk:", "topk:0", "topk:-1", "topk:1.5", "topk:²", "Topk:5", "logits:1"]
-    + ["logits:9", "logits:32", "features:0", "features:x", "pca:8", "auto", "topk:5 "],
+    + ["logits:9", "logits:32", "features:0", "features:x", "pca:8", "auto", "topk:5 "]
+    + ["topk:007", "topk:３", "logits:４", "features:04"],
 )
 def test_other_names_are_refused_with_what_is_valid(name: str) -> None:
     with pytest.raises(UserError, match=r"topk:K .* features:BITS or logits:BITS .*2, 3, 4") as e:
-        parse(name)
+        parse_codec(name)
     assert "\n" not in str(e.value) and f"cache.codec={name} " in str(e.value)
 
 
@@ -203,7 +205,7 @@ def test_a_logit_is_off_by_half_a_step_at_most(bits: int, scale: float) -> None:
         assert (shift <= bound + logits.abs().amax(dim=1) * 2**-11 + 1e-7).all()
 
 
-@pytest.mark.parametrize("bits", codecs.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_logits_beyond_float16_keep_what_a_softmax_sees(bits: int) -> None:
     logits = extreme(1e6)
     back = stored(f"logits:{bits}", TeacherOutput(logits)).logits
@@ -303,7 +305,7 @@ def test_a_root_of_a_feature_is_off_by_half_a_step(bits: int, scale: float, kind
         assert ((was - now).abs().amax(dim=1) <= bound).all()
 
 
-@pytest.mark.parametrize("bits", codecs.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_extreme_features_stay_finite(bits: int) -> None:
     features = torch.zeros(5, sum(WIDTHS))
     features[1], features[2] = 7.0, -3.0

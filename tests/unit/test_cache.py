@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ghosttrain.config.errors import UserError
+from ghosttrain import files
 from ghosttrain.distill import cache as cache_module
 from ghosttrain.distill.cache import CacheInfo, Shard, TeacherCache, create, is_cache, open_cache
 from ghosttrain.distill.teacher_output import TeacherOutput
+from ghosttrain.errors import UserError
 
 SAMPLES, DRAWS, SIZE, R = 25, 3, 10, 12
 HEADER = 128
@@ -208,7 +209,7 @@ def _write_and_die(cache: TeacherCache, size: int) -> None:
         os.ftruncate(handle, size)
         os._exit(9)
 
-    cache_module.os.fsync = die
+    files.os.fsync = die
     with cache.locked():
         cache.write(Shard(0, 1), content(0)[10:20])
 
@@ -239,8 +240,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, monkeyp
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module.os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write .*000000.shard: No space left on device"):
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(
+        UserError, match="cannot write .*000000.shard .No space left on dev.*; make room"
+    ):
         cache.write(Shard(0, 0), content(1)[:10])
     monkeypatch.undo()
     assert not list(cache.folder.rglob(".*"))

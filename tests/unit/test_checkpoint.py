@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ghosttrain.config.errors import UserError, mistake
 from ghosttrain.config.schema import PLAIN, Config, DataConfig, ModelConfig
 from ghosttrain.engine.load import without_start
 from ghosttrain.engine.state import fit_saved, read_checkpoint, write_checkpoint
 from ghosttrain.engine.student import has_fused_form
 from ghosttrain.engine.weights_file import describe_weights, read_weights, write_weights
+from ghosttrain.errors import UserError, mistake
 from ghosttrain.models.weights import files
 
 

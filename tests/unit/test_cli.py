@@ -15,8 +15,8 @@ from ghosttrain.cli import find_verb, parse
 from ghosttrain.commands import eval as eval_command
 from ghosttrain.commands.arguments import folders_and_overrides
 from ghosttrain.commands.help import help_text
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config, Section
+from ghosttrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

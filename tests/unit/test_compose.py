@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from ghosttrain.commands.help import help_text
-from ghosttrain.config.compose import batch_split, cells, compose, override_run
-from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.config.compose import batch_split, cells, compose, override_saved
 from ghosttrain.config.identity import flatten, result_settings, run_name, settings_hash, unflatten
 from ghosttrain.config.schema import Config, MemberConfig, OptimConfig, Section
+from ghosttrain.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 KD = "+recipe=compact_kd"
@@ -277,11 +277,11 @@ def test_a_sweep_is_every_combination_in_order():
 
 def test_saved_settings_may_be_changed_only_where_allowed():
     config = compose([KD]).config
-    assert override_run(config, ["data.workers=0"], ("data.workers",)).data.workers == 0
+    assert override_saved(config, ["data.workers=0"], "eval").data.workers == 0
     with pytest.raises(UserError, match="cannot be changed for a run that exists"):
-        override_run(config, ["optim.lr=1"], ("data.workers",))
+        override_saved(config, ["optim.lr=1"], "eval")
     with pytest.raises(UserError, match="data.workers=-1 is not greater"):
-        override_run(config, ["data.workers=-1"], ("data.workers",))
+        override_saved(config, ["data.workers=-1"], "eval")
 
 
 def test_settings_are_frozen_and_survive_json():
@@ -494,14 +494,13 @@ def test_members_are_part_of_what_a_run_is():
 
 def test_members_of_a_saved_run_may_be_changed_only_where_allowed():
     config = compose([*ENSEMBLE, *LITE]).config
-    allowed = ("data.workers", "teacher.members.*.weights")
-    moved = override_run(config, ["teacher.members.a.weights=/tmp/été x.pth"], allowed)
+    moved = override_saved(config, ["teacher.members.a.weights=/tmp/été x.pth"], "cache")
     assert moved.teacher.members["a"] == MemberConfig(
         name="tf_efficientnet_lite0", weights="/tmp/été x.pth"
     )
     for refused in ("teacher.members.b.weights=hub", "teacher.members.a.weight=2"):
-        with pytest.raises(UserError, match="cannot be changed for a run that exists"):
-            override_run(config, [refused], allowed)
+        with pytest.raises(UserError, match="cannot be changed for a cache that exists"):
+            override_saved(config, [refused], "cache")
 
 
 def test_the_command_line_shows_an_ensemble(ghosttrain):
@@ -551,12 +550,12 @@ def test_a_weight_or_temperature_is_a_number_or_a_schedule():
         ("teacher=none distill=none cache.dir=D", "would never be read, because distill=none"),
         ("cache.codec=topk:20", "cache.dir=FOLDER too (python -m ghosttrain cache writes one)"),
         ("cache.shard_size=10", "cache.shard_size=10 would do nothing"),
-        ("cache.dir=D cache.codec=topk:0", "cache.codec=topk:0 is none of auto, topk:K"),
-        ("cache.dir=D cache.codec=topk", "cache.codec=topk is none of"),
-        ("cache.dir=D cache.codec=topk:2x", "cache.codec=topk:2x is none of"),
-        ("cache.dir=D cache.codec=features:9", "cache.codec=features:9 is none of"),
-        ("cache.dir=D cache.codec=logits:1", "cache.codec=logits:1 is none of"),
-        ("cache.dir=D cache.codec=logits:32", "cache.codec=logits:32 is none of"),
+        ("cache.dir=D cache.codec=topk:0", "cache.codec=topk:0 is no codec: type topk:K"),
+        ("cache.dir=D cache.codec=topk", "cache.codec=topk is no codec"),
+        ("cache.dir=D cache.codec=topk:2x", "cache.codec=topk:2x is no codec"),
+        ("cache.dir=D cache.codec=features:9", "cache.codec=features:9 is no codec"),
+        ("cache.dir=D cache.codec=logits:1", "cache.codec=logits:1 is no codec"),
+        ("cache.dir=D cache.codec=logits:32", "cache.codec=logits:32 is no codec"),
         ("cache.dir=D augment=with_mixup", "with augment.mixup_alpha=0.8 an image also depends"),
         (
             "cache.dir=D augment=with_mixup augment.mixup_alpha=0",

@@ -12,9 +12,9 @@ import yaml
 from conftest import count_calls, refusal
 from PIL import Image
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets import ArrayDataset, FolderDataset, build_datasets, folder, notes_on
+from ghosttrain.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
@@ -154,8 +154,7 @@ def test_other_names_of_the_splits(root):
 
 
 @pytest.mark.parametrize("name", ["folder", "imagenet", "idx"])
-def test_a_root_that_is_unset_or_missing_says_what_to_type(tmp_path, monkeypatch, name):
-    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+def test_a_root_that_is_unset_or_missing_says_what_to_type(tmp_path, name):
     refused(DataConfig(name=name), f"data={name}", "type data.root=/path", "train")
     refused(DataConfig(name=name, root=str(tmp_path / "gone")), "gone", "type data.root=/path")
     (tmp_path / "file").touch()
@@ -205,11 +204,7 @@ def test_imagenet_is_a_folder_of_1000_classes(root, monkeypatch):
         f"data=folder data.root={root}",
     )
     monkeypatch.setattr(folder, "IMAGENET_CLASSES", 3)
-    monkeypatch.setenv("IMAGENET_DIR", str(root))
-    train, _ = build_datasets(DataConfig(name="imagenet"))
-    assert len(train) == 9
-    monkeypatch.setenv("IMAGENET_DIR", "/nowhere")
-    train, _ = build_datasets(DataConfig(name="imagenet", root=str(root)))  # the setting wins
+    train, _ = build_datasets(DataConfig(name="imagenet", root=str(root)))
     assert len(train) == 9
 
 

@@ -11,8 +11,8 @@ import tifffile
 from conftest import refusal
 from PIL import Image
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.data.decode import open_image, read_file, reduction, suffixes, to_pixels
+from ghosttrain.errors import UserError
 
 
 def picture(height=48, width=64):

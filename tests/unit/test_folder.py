@@ -9,24 +9,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config, OptimConfig, RunConfig
 from ghosttrain.engine import folder as folders
 from ghosttrain.engine.folder import (
     RESULT_KEYS,
     check_same_run,
-    clock,
     has_begun,
     made_by_other_code,
     opened,
     read_config,
     read_result,
-    replacing,
     run_folder,
-    write_json,
-    write_text,
 )
+from ghosttrain.errors import UserError
+from ghosttrain.files import replacing, write_json, write_text
+from ghosttrain.text import clock
 
 
 def config(root: Path, **settings) -> Config:

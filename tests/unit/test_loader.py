@@ -16,12 +16,12 @@ import torch
 from conftest import count_calls
 from PIL import Image
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import eval_transform, normalise, train_transform
 from ghosttrain.data.datasets import ArrayDataset, build_datasets
 from ghosttrain.data.loader import Loader, eval_loader, train_loader
 from ghosttrain.data.order import eval_batches, eval_indices, steps_per_epoch, train_batches
+from ghosttrain.errors import UserError
 
 CPU = torch.device("cpu")
 N = 24
@@ -320,11 +320,6 @@ def test_a_bug_keeps_its_stack_trace(data, workers):
         raised.value
     )
     assert children() == before  # although the traceback still refers to torch's iterator
-
-
-def test_the_policy_is_checked_before_any_work(data):
-    with pytest.raises(UserError, match="with_mixup"):
-        train_loader(build_datasets(data)[0], data, AugmentConfig(mixup_alpha=0.2), CPU)
 
 
 # --- processes --------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ import yaml
 from torch import nn
 
 from ghosttrain.config.compose import compose
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import ModelConfig, ReparamConfig
 from ghosttrain.config.students import FAMILIES, STUDENTS
+from ghosttrain.errors import UserError
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.create import (
     REPARAM,

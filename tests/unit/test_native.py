@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from ghosttrain import native
+from ghosttrain import files, native
 
 LOAD = """
 import ctypes, sys
 from pathlib import Path
-from ghosttrain import native
+from ghosttrain import files, native
 
 native.FOLDER = Path(sys.argv[1])
 assert native.load() is not None
@@ -100,10 +100,10 @@ def test_a_holder_that_hangs_is_not_waited_for(
         def sleep(cls, seconds: float) -> None:
             cls.now += seconds
 
-    monkeypatch.setattr(native, "time", Clock)
+    monkeypatch.setattr(files, "time", Clock)
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with native._locked(tmp_path):
+    with files.locked(tmp_path, busy=None, patience=native.PATIENCE):
         assert native.PATIENCE <= Clock.now < native.PATIENCE + 1
     os.close(handle)
 

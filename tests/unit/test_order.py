@@ -5,7 +5,6 @@ from itertools import islice, product
 import pytest
 import torch
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.data.order import (
     epoch_order,
     eval_batches,
@@ -14,6 +13,7 @@ from ghosttrain.data.order import (
     steps_per_epoch,
     train_batches,
 )
+from ghosttrain.errors import UserError
 
 
 def test_mix_of_one_integer_is_published_splitmix64():

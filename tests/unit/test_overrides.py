@@ -3,7 +3,7 @@
 import pytest
 
 from ghosttrain.config.compose import cells, compose
-from ghosttrain.config.errors import UserError
+from ghosttrain.errors import UserError
 
 
 @pytest.mark.parametrize(

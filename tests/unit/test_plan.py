@@ -2,9 +2,9 @@
 
 import pytest
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config, OptimConfig, ScheduleConfig, TrainConfig
 from ghosttrain.engine.plan import make_plan
+from ghosttrain.errors import UserError
 
 
 def config(warmup_epochs: float = 5, optim: OptimConfig | None = None, **train) -> Config:

@@ -3,8 +3,8 @@
 import pytest
 
 from ghosttrain.config.compose import compose
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.identity import run_name
+from ghosttrain.errors import UserError
 
 
 @pytest.mark.parametrize(

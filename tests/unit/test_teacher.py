@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config import schema
-from ghosttrain.config.errors import UserError
 from ghosttrain.distill.pretrained import Packed, PretrainedNetwork, save_packed
 from ghosttrain.distill.teacher import (
     Member,
@@ -29,6 +28,7 @@ from ghosttrain.distill.teacher import (
     score,
     validate_above_chance,
 )
+from ghosttrain.errors import UserError
 from ghosttrain.models.weights import lite, sources
 from ghosttrain.models.weights.files import read_file
 
@@ -230,7 +230,7 @@ def test_files_that_hold_no_weights(tmp_path: Path, name: str, write: Callable) 
 def test_other_classes_are_refused_naming_both_sides(tmp_path: Path) -> None:
     weights = saved(tmp_path, network(num_classes=9))
     message = refusal(lambda: build(weights=weights))
-    assert "knows 9 classes, the data has 4 classes (ant, bee, cat, ...)" in message
+    assert "knows 9 classes, the data has 4 classes (ant, bee, cat and 1 more)" in message
     assert "teacher=none" in message
 
 
@@ -410,7 +410,10 @@ def test_the_digits_teacher_refuses(digits_file: Path) -> None:
     assert "install ghosttrain again" in refusal(lambda: build(name="digits", weights="digits"))
     save_packed(digits_file, network().state_dict(), ABOUT)
     message = refusal(lambda: build(["0", "1", "2", "3"], name="digits", weights="digits"))
-    assert "knows 4 classes (ant, bee, cat, ...), the data has 4 classes (0, 1, 2, ...)" in message
+    assert (
+        "knows 4 classes (ant, bee, cat and 1 more), the data has 4 classes (0, 1, 2 and 1 more)"
+        in message
+    )
     assert "teacher=digits" in refusal(lambda: build(name="resnet18", weights="digits"))
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config import schema
-from ghosttrain.config.errors import UserError
 from ghosttrain.distill.pretrained import as_asked
 from ghosttrain.distill.teacher import Teacher, build_teacher
 from ghosttrain.engine.weights_file import describe_weights, write_weights
+from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
 

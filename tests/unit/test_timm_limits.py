@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import DataConfig
+from ghosttrain.errors import UserError
 from ghosttrain.models.timm_limits import validate_timm_sides
 
 

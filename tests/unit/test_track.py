@@ -11,11 +11,11 @@ from conftest import only_run
 from torch import tensor
 
 from ghosttrain.config.compose import compose
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import Config, TrainConfig
 from ghosttrain.engine import distributed, track
 from ghosttrain.engine.plan import Plan, make_plan
 from ghosttrain.engine.track import Journal, Meter, Tracker, describe, read_metrics
+from ghosttrain.errors import UserError
 
 ROW = {"loss": 1.25, "label": 1.0, "kl": 0.25, "lr": 0.00123, "images_per_second": 540.4}
 

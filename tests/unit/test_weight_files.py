@@ -23,10 +23,10 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from ghosttrain.config.compose import compose
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import PLAIN, Config, ModelConfig
 from ghosttrain.engine.student import build_student
 from ghosttrain.engine.weights_file import describe_weights, write_weights
+from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
 from ghosttrain.models.weights import sources

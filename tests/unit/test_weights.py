@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ghosttrain.config.errors import UserError
+from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
 from ghosttrain.models.weights.dialects import detect, layouts

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data import loader as loader_module
 from ghosttrain.data.datasets import ArrayDataset
 from ghosttrain.data.loader import Loader, train_loader
+from ghosttrain.errors import UserError
 
 CPU = torch.device("cpu")
 DATA = DataConfig(train_size=16, workers=2)

@@ -9,17 +9,16 @@ Legend: N images, H W map.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from ghosttrain.config.errors import UserError
-from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import ArrayDataset, Dataset
 from ghosttrain.data.datasets.digits import read_digits
 from ghosttrain.data.datasets.folder import FolderDataset, read_folders
 from ghosttrain.data.datasets.idx import read_idx
 from ghosttrain.data.datasets.inspection import notes_on
+from ghosttrain.errors import UserError
+from ghosttrain.files import expanded
 
 __all__ = ["ArrayDataset", "Dataset", "FolderDataset", "build_datasets", "notes_on"]
 
@@ -49,17 +48,15 @@ def build_datasets(data: DataConfig) -> tuple[Dataset, Dataset]:
 
 
 def _root(data: DataConfig) -> Path:
-    root = data.root or (os.environ.get("IMAGENET_DIR") if data.name == "imagenet" else None)
+    root = data.root
     holds = {
         "idx": f"{data.train_split}-images-idx3-ubyte[.gz]",
         "folder": f"{data.train_split}/<class>/*.jpg",
         "imagenet": f"{data.train_split}/<class>/*.JPEG",
     }[data.name]
     if not root:
-        variable = ", or set IMAGENET_DIR" if data.name == "imagenet" else ""
         raise UserError(
             f"data={data.name} needs its folder: type data.root=/path, which holds {holds}"
-            f"{variable}"
         )
     path = expanded(root)
     if not path.is_dir():

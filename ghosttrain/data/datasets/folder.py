@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset, splits
 from ghosttrain.data.decode import MAX_PIXELS, open_image, read_file, suffixes
+from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.text import listed
 
 IMAGENET_CLASSES = 1000
 DIGEST_FILES = 1024  # whose content a digest covers
@@ -75,8 +76,8 @@ def read_folders(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
         )
     if classes != val_classes:
         missing, unknown = set(classes) - set(val_classes), set(val_classes) - set(classes)
-        differ = [f"lacks {some(sorted(missing))}"] if missing else []
-        differ += [f"adds {some(sorted(unknown))}"] if unknown else []
+        differ = [f"lacks {listed(map(repr, sorted(missing)))}"] if missing else []
+        differ += [f"adds {listed(map(repr, sorted(unknown)))}"] if unknown else []
         raise UserError(
             f"{val_dir} must have the class folders of {train_dir}, but it {' and '.join(differ)}"
         )
@@ -121,18 +122,17 @@ class _LeftOut:
         ranked = sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))
         for reason, count in sorted(self.counts.items()):
             # A few of the suffixes say more than one of the paths.
-            common = [f"{suffix} {n:,}" for suffix, n in ranked[:4]]
-            ellipsis = ", ..." if len(self.suffixes) > 4 else ""
+            common = listed((f"{suffix} {n:,}" for suffix, n in ranked), most=4)
             detail = f"first: {self.first[reason]}"
             if reason == NO_SUFFIX:
-                detail = f"{', '.join(common)}{ellipsis}; {detail}"
+                detail = f"{common}; {detail}"
             parts.append(f"{count:,} {reason} ({detail})")
         return (f"left out of {folder}: {', '.join(parts)}",)
 
 
 def _classes(folder: Path, left_out: _LeftOut) -> list[str]:
     classes = []
-    for path, is_folder in _listed(os.fsencode(folder), left_out):
+    for path, is_folder in _scanned(os.fsencode(folder), left_out):
         if is_folder:
             classes.append(os.fsdecode(os.path.basename(path)))
         else:
@@ -151,7 +151,7 @@ def _scan(folder: Path, classes: list[str], data: DataConfig, left_out: _LeftOut
         top = os.fsencode(folder / label)
         paths = sorted(path[len(top) + 1 :] for path in _images(top, known, left_out))
         if not paths:
-            content = some(sorted(os.listdir(folder / label)))
+            content = listed(map(repr, sorted(os.listdir(folder / label))))
             raise UserError(
                 f"no images in the class folder {folder / label} ({content or 'it is empty'}): add "
                 "some (.jpg, .png, ...) or remove this class from both splits"
@@ -180,7 +180,7 @@ def _images(
     real_path = os.path.realpath(folder)
     if real_path in above:
         return left_out.add("linked in a circle", folder)
-    for path, is_folder in _listed(folder, left_out):
+    for path, is_folder in _scanned(folder, left_out):
         if is_folder:
             yield from _images(path, known, left_out, (*above, real_path))
         elif path.rpartition(b".")[2].lower() in known:
@@ -189,7 +189,7 @@ def _images(
             left_out.add_file(path)
 
 
-def _listed(folder: bytes, left_out: _LeftOut) -> Iterator[tuple[bytes, bool]]:
+def _scanned(folder: bytes, left_out: _LeftOut) -> Iterator[tuple[bytes, bool]]:
     """Yield (path, whether it is a folder) of what is not hidden; of all files, only links are
     looked up.
 
@@ -237,9 +237,3 @@ def entries(folder: Path) -> list[tuple[str, bool]]:
             return [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
     except OSError as error:
         raise UserError(f"cannot list {folder}: {error.strerror}") from error
-
-
-def some(names: Sequence[object]) -> str:
-    """Return the first names, and how many there are besides."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + rest

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ghosttrain.config.errors import UserError, did_you_mean
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import ArrayDataset, Dataset, splits
-from ghosttrain.data.datasets.folder import entries, some
+from ghosttrain.data.datasets.folder import entries
 from ghosttrain.data.decode import image_remedy
+from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.text import listed
 
 
 def read_idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
@@ -40,7 +41,7 @@ def read_idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     unknown = np.setdiff1d(loaded[1][2], values)
     if unknown.size:
         raise UserError(
-            f"{loaded[1][0]} has labels that {loaded[0][0]} lacks: {some(unknown.tolist())}"
+            f"{loaded[1][0]} has labels that {loaded[0][0]} lacks: {listed(unknown.tolist())}"
         )
     classes = [str(value) for value in values]
     train, val = (

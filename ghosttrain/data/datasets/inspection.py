@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.data.datasets.base import Dataset
 from ghosttrain.data.decode import is_deep_colour, reduction, stated_depth, to_pixels
+from ghosttrain.errors import UserError
 
 LOOKED_AT = 64
 """Images of each split that are decoded before training starts."""

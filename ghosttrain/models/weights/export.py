@@ -7,8 +7,8 @@ import re
 import torch
 from torch import nn
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import FULL, PLAIN
+from ghosttrain.errors import UserError
 from ghosttrain.models.layers import Student
 from ghosttrain.models.weights.dialects import Layout, detect, foreign_layouts
 from ghosttrain.models.weights.files import State

@@ -26,8 +26,9 @@ from numpy import dtypes
 from safetensors import safe_open
 from torch import Tensor
 
-from ghosttrain.config.errors import UserError, raise_if_of_the_system
-from ghosttrain.config.paths import utf8_name
+from ghosttrain.errors import UserError, raise_if_of_the_system
+from ghosttrain.files import utf8_name
+from ghosttrain.text import listed
 
 State = dict[str, Tensor]
 
@@ -191,8 +192,7 @@ def _contents(content: Any) -> str:
     if not content:
         return "it is empty"
     entries = [f"{key} ({type(value).__name__})" for key, value in content.items()]
-    more = f", and {len(entries) - 6} more" if len(entries) > 6 else ""
-    return f"it holds {', '.join(entries[:6])}{more}, and no tensor by name"
+    return f"it holds {listed(entries, most=6)}, and no tensor by name"
 
 
 def part_of(state: State, wanted: Collection[str]) -> tuple[State, str]:

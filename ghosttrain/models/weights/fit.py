@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ghosttrain.config.errors import UserError
 from ghosttrain.config.schema import PLAIN, ReparamConfig
+from ghosttrain.errors import UserError
 from ghosttrain.models.layers import Student
 from ghosttrain.models.reparam import fold_norm
 from ghosttrain.models.weights.dialects import Dialect, detect
 from ghosttrain.models.weights.files import State, part_of
+from ghosttrain.text import listed
 
 EPS = 1e-5  # of every batch norm of the networks that others name
 # An entry of a re-parameterized layer: layer, branch, entry of the branch.
@@ -195,8 +196,8 @@ def _with_new_classifier(
         return dict(state), ""
     if set(known) != set(classes):
         note = (
-            f"its classifier of other classes ({_first(known, 3)}) is left out, one of "
-            f"{_first(classes, 3)} starts at random"
+            f"its classifier of other classes ({listed(known)}) is left out, one of "
+            f"{listed(classes)} starts at random"
         )
         return {**rest, **mine}, note
     rows = [list(known).index(name) for name in classes]
@@ -318,7 +319,7 @@ def fit_state(
     missing, unexpected, reshaped = found.values()
     shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in reshaped]
     parts = [
-        f"{len(keys)} {what} ({_first(keys)})"
+        f"{len(keys)} {what} ({listed(keys, most=6)})"
         for what, keys in zip(found, (missing, unexpected, shapes), strict=True)
         if keys
     ]
@@ -361,11 +362,6 @@ def _hint_for_shapes(
             f"(in_chans={given}) or other weights."
         )
     return ""
-
-
-def _first(texts: Sequence[str], limit: int = 6) -> str:
-    rest = f", and {len(texts) - limit} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + rest
 
 
 def branches_of(state: Mapping[str, Tensor]) -> ReparamConfig | None:

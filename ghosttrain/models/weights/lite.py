@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ghosttrain.config.errors import UserError, did_you_mean
+from ghosttrain.errors import UserError, did_you_mean
 
 BLOCKS_PER_STAGE = {
     "tf_efficientnet_lite0": (1, 2, 2, 3, 3, 4, 1),

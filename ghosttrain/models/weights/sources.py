@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ghosttrain.config.errors import UserError, did_you_mean
-from ghosttrain.config.paths import expanded
 from ghosttrain.config.schema import NAMED_SOURCES, STUDENT_SOURCES
 from ghosttrain.config.students import STUDENTS
+from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.files import expanded
 from ghosttrain.models.weights.files import State, WeightsInfo, read_about, read_file
 from ghosttrain.models.weights.lite import lite_file, to_timm
 
@@ -63,9 +63,9 @@ def open_weights(weights: str, name: str | None, setting: str) -> Weights:
     path = weights_path(weights, name, setting)
     content = read_file(path, origin)
     if weights == "efficientnet-lite":
-        return Weights(to_timm(content.state, str(name)), origin, listed(str(name)), LISTED)
+        return Weights(to_timm(content.state, str(name)), origin, timm_info(str(name)), LISTED)
     if weights == "hub":
-        return Weights(content.state, origin, listed(str(name)), LISTED, content.note)
+        return Weights(content.state, origin, timm_info(str(name)), LISTED, content.note)
     says = "as its file says" if content.about != WeightsInfo() else ""
     return Weights(content.state, origin, content.about, says, content.note)
 
@@ -147,7 +147,7 @@ def published(name: str, setting: str) -> PretrainedCfg:
     return timm.get_pretrained_cfg(name) or PretrainedCfg(architecture=architecture)
 
 
-def listed(name: str) -> WeightsInfo:
+def timm_info(name: str) -> WeightsInfo:
     """Return what timm lists for model `name`; nothing where it has no such model."""
     import timm
 

@@ -12,6 +12,8 @@ import errno
 import os
 from collections.abc import Iterable
 
+from ghosttrain.text import listed
+
 _ROOM = "make room, then type the same command: what is finished is kept"
 _FILES = "allow more: ulimit -n 65536"
 _FAILED = "the disk or the network folder failed"
@@ -87,5 +89,4 @@ def did_you_mean(given: str, names: Iterable[str], limit: int = 12) -> str:
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]!r}?"
-    shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-    return f" Choose from: {shown}." if names else ""
+    return f" Choose from: {listed(names, limit)}." if names else ""

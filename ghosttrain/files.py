@@ -1,0 +1,160 @@
+"""Files and folders: where they are, the one durable writer, and the lock.
+
+Everything that a run or a cache leaves is written by `replacing`: a file is either the old one or
+complete, also after a power cut. Imports no torch; `--help` has to be instant.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ghosttrain.errors import UserError, remedy
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+# --- where ----------------------------------------------------------------------------------------
+
+
+def shipped(folder: str) -> Path:
+    """Return `conf` or `recipes`: inside the package in a wheel, beside it in a checkout."""
+    inside = PACKAGE / folder
+    return inside if inside.is_dir() else PACKAGE.parent / folder
+
+
+def expanded(path: str | Path) -> Path:
+    """Return `path` with `~` replaced by the user's home; `~nobody` stays as it is, and will not be
+    found.
+    """
+    return Path(os.path.expanduser(path))
+
+
+@contextmanager
+def utf8_name(path: Path) -> Iterator[Path]:
+    """Give a file a name that libraries which know only UTF-8 can open: its own, or inside this
+    block a link to it.
+
+    Raises OSError where it cannot be opened: safetensors calls any reason for that "no such file".
+    """
+    with open(path, "rb"):
+        pass
+    try:
+        str(path).encode()
+        yield path
+    except UnicodeEncodeError:
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder:
+            link = Path(folder) / "file"
+            link.symlink_to(path.absolute())
+            yield link
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that is either the old one or complete: it is on disk before it takes the old
+    one's name, the name is on disk before this returns, and a failed attempt leaves nothing behind.
+
+    Raises:
+        UserError: it cannot be written, a full disk for instance.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        # torch.save meets a failed write, and then fails itself to end its archive.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"cannot write {path} ({cause.strerror or cause}); "
+            + (remedy(cause) or f"{path.parent} must be a folder that you may write")
+        ) from cause
+
+
+def write_bytes(path: Path, *parts: Any) -> None:
+    """Write a file of several parts (bytes or buffers), durably."""
+    with replacing(path) as file:
+        for part in parts:
+            file.write(part)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, durably."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, durably."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk; some file systems have nothing like it."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# --- the lock -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path, busy: str | None, patience: float = 0.0) -> Iterator[None]:
+    """Own an existing folder until the block or the process ends.
+
+    The system drops the lock when its process ends, however it ends, so none goes stale.
+
+    Args:
+        folder: an existing one.
+        busy: what to say when another process owns it. None: say nothing and go on, also on a file
+            system without locks; for work that may be done twice.
+        patience: seconds to wait for the other process.
+
+    Raises:
+        UserError: with the message `busy`, when another process owns it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                if busy is not None:
+                    raise UserError(busy) from None
+                break
+            except OSError:
+                if busy is not None:
+                    raise
+                break
+        yield
+    finally:
+        with suppress(OSError):
+            # Workers that were forked meanwhile hold the same lock: closing alone would leave it.
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
