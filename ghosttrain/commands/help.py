@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ghosttrain.commands.arguments import Arguments, with_config_dir
+from ghosttrain.config.losses import setting_names
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import PACKAGE, expanded, shipped
 
@@ -229,9 +230,12 @@ def _settings() -> dict[str, list[tuple[str, str]]]:
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     found: dict[str, list[tuple[str, str]]] = {}
     for section in _fields(classes, "Config"):
-        if (kind := ast.unparse(section.annotation)) in classes:
+        kind = ast.unparse(section.annotation)
+        kind = "_DistillSection" if kind == "DistillConfig" else kind  # made of it and the losses
+        if kind in classes:
             settings = _fields(classes, kind)
             found[ast.unparse(section.target)] = [_name_and_default(f) for f in settings]
+    found["distill"] += [(name, "null") for name in setting_names()]
     top = [f for f in _fields(classes, "Config") if ast.unparse(f.target) == "seed"]
     return found | {"": [_name_and_default(f) for f in top]}
 

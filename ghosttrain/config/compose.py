@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ghosttrain import ranks
-from ghosttrain.config.distillation import check_loss, check_teacher, validate_cache_settings
+from ghosttrain.config.distillation import check_teacher, validate_cache_settings, validate_loss
 from ghosttrain.config.identity import changeable, check_run_name, field_of, flatten, unflatten
 from ghosttrain.config.names import (
     MEMBERS,
@@ -339,7 +339,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             f"file, the folder of a finished run, or one of {', '.join(STUDENT_SOURCES)}"
         )
     check_teacher(config.teacher, config.distill, chosen["teacher"], names.groups["teacher"])
-    check_loss(config.distill)
+    validate_loss(config.distill)
     validate_cache_settings(config.cache, config.distill, augment)
     validate_policy(augment)
     check_run_name(config)

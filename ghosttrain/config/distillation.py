@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ghosttrain.config import losses
 from ghosttrain.config.codec import parse_codec
 from ghosttrain.config.schema import (
     NAMED_SOURCES,
@@ -18,9 +19,6 @@ from ghosttrain.config.schema import (
     TeacherConfig,
 )
 from ghosttrain.errors import UserError
-
-TWO_PARTS = ("dkd", "dist")
-"""Losses of two parts, weighted by alpha and beta."""
 
 
 def check_teacher(
@@ -77,34 +75,37 @@ def _is_named(network: PretrainedConfig) -> bool:
     return bool(network.name) or network.weights not in (None, *NAMED_SOURCES)
 
 
-def check_loss(distill: DistillConfig) -> None:
-    """Refuse settings that this loss would never read, and a loss that lacks one it reads.
+def validate_loss(distill: DistillConfig) -> None:
+    """Refuse settings that the losses of this run would never read.
 
     Raises:
         UserError: naming the setting and what to type.
     """
-    name, default = distill.name, DistillConfig()
-    for key in ("alpha", "beta"):
+    name, default, known = distill.name, DistillConfig(), losses.signatures()
+    inputs = known[name].inputs if name in known else ()
+    for key in losses.setting_names():
         value = getattr(distill, key)
-        if value is None and name in TWO_PARTS:
+        owners = [loss for loss, signature in known.items() if key in signature.settings]
+        if value is not None and name not in owners:
             raise UserError(
-                f"distill.name={name} needs distill.{key}: type distill={name}, whose file gives "
-                f"alpha and beta, or distill.{key}=NUMBER"
+                f"distill.{key}={value} would do nothing with distill={name}: it is a setting of "
+                f"{' and '.join(owners)}; leave it out"
             )
-        if value is not None and name not in TWO_PARTS:
-            raise UserError(
-                f"distill.{key}={value} would do nothing with distill={name}: it is a weight of "
-                f"{' and '.join(TWO_PARTS)}; leave it out"
-            )
-    idle = {"none": ("temperature", "weight", "features_weight"), "hard": ("temperature",)}
-    for key in idle.get(name, ()):
+    idle = {"none": ["temperature", "weight", "features_weight"]}.get(name, [])
+    idle += ["temperature"] if name in known and "temperature" not in inputs else []
+    for key in idle:
         value = getattr(distill, key)
         if value != getattr(default, key):
-            why = "asks no teacher" if name == "none" else "takes the teacher's best class as it is"
+            reason = "asks no teacher" if name == "none" else "has no temperature"
             raise UserError(
-                f"distill.{key}={_shown(value)} would do nothing with distill={name}, which {why}; "
-                "leave it out"
+                f"distill.{key}={_shown(value)} would do nothing with distill={name}, which "
+                f"{reason}; leave it out"
             )
+    if name == "feature_cosine" and distill.features_weight:
+        raise UserError(
+            "distill.features_weight adds feature_cosine, which is this run's loss: type "
+            f"distill.weight={_shown(distill.features_weight)} in its place"
+        )
 
 
 def validate_cache_settings(

@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
+
+from ghosttrain.config import losses
 
 Use = Literal["run", "eval", "cache"]
 
@@ -176,28 +178,47 @@ class TeacherConfig(PretrainedConfig):
     as are fastest."""
 
 
-class DistillConfig(Section):
+if TYPE_CHECKING:
+    LossName = str
+else:
+    LossName = Literal[("none", *losses.signatures())]
+
+
+class _DistillSection(Section):
     """How the student learns from the teacher, beside the labels. A weight or temperature is a
     number or a schedule: `[[0,0],[0.1,1]]` rises linearly over the first tenth of the run.
     """
 
-    name: Literal["none", "soft_ce", "kl", "dkd", "dist", "hard", "logit_std"] = "none"
+    name: LossName = "none"
     """`soft_ce`: cross-entropy to the teacher's softened output; `kl`: KL divergence times T^2;
     `dkd`: decoupled KD; `dist`: correlations; `hard`: cross-entropy to the teacher's best class;
-    `logit_std`: `kl` of standardised logits."""
+    `logit_std`: `kl` of standardised logits; `feature_cosine`: 1 - cosine of pooled
+    features."""
     temperature: ScheduledPositive = 1.0
     """Softmax temperature T of student and teacher in the distillation term."""
     weight: Scheduled = 1.0
     """Weight of the distillation term."""
     label_weight: Scheduled = 1.0
     """Weight of the cross-entropy with the labels."""
-    alpha: float | None = Field(None, ge=0)
-    """`dkd`: weight of the target class's part; `dist`: of the relations between classes."""
-    beta: float | None = Field(None, ge=0)
-    """`dkd`: weight of the other classes' part; `dist`: of the relations between images."""
     features_weight: Scheduled = 0.0
     """Weight of the features term: 1 - cosine between the teacher's pooled features and a linear
     projection of the student's; 0 is off."""
+
+
+if TYPE_CHECKING:
+    DistillConfig = _DistillSection
+else:
+    # Every loss owns its settings: they are the keyword-only parameters of its function.
+    DistillConfig = create_model(
+        "DistillConfig",
+        __base__=_DistillSection,
+        __module__=__name__,
+        __doc__=_DistillSection.__doc__,
+        **{
+            name: (float | None, Field(None, ge=0, description=text))
+            for name, text in losses.setting_names().items()
+        },
+    )
 
 
 class CacheConfig(Section):

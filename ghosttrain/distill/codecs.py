@@ -296,7 +296,7 @@ def _halves(bytes_BR: Tensor) -> Tensor:
 
 # --- What a codec costs ---------------------------------------------------------------------------
 
-Loss = Callable[[Tensor, Tensor, slice], Tensor]
+LogitLoss = Callable[[Tensor, Tensor, slice], Tensor]
 """(student (B, K), teacher (B, K), which of the n samples these are) -> scalar, a mean over B."""
 
 CHUNK = 64
@@ -313,7 +313,7 @@ class Quality(NamedTuple):
 
 
 def measure(
-    codec: Codec, output: TeacherOutput, students: Mapping[str, Tensor], losses: Sequence[Loss]
+    codec: Codec, output: TeacherOutput, students: Mapping[str, Tensor], losses: Sequence[LogitLoss]
 ) -> Quality:
     """Return how much of `output` is left once it was stored, as students' losses see it.
 
@@ -327,7 +327,7 @@ def measure(
         codec: what stores.
         output: the teacher's, to n samples.
         students: logits (n, K) by name.
-        losses: which are used in training (`Loss`).
+        losses: which are used in training (`LogitLoss`).
     """
     exact_nK = output.logits.float()
     codec = codec.to(exact_nK.device)
@@ -343,7 +343,7 @@ def measure(
     return Quality(errors.max().item(), cosines.min().item())
 
 
-def _compare(loss: Loss, student_nK: Tensor, exact_nK: Tensor, stored_nK: Tensor) -> Quality:
+def _compare(loss: LogitLoss, student_nK: Tensor, exact_nK: Tensor, stored_nK: Tensor) -> Quality:
     n = len(student_nK)
     count = max(1, round(n / CHUNK))
     chunks = [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
@@ -359,7 +359,7 @@ def _compare(loss: Loss, student_nK: Tensor, exact_nK: Tensor, stored_nK: Tensor
 
 
 def _with_gradients(
-    loss: Loss, student_nK: Tensor, teacher_nK: Tensor, chunks: Sequence[slice]
+    loss: LogitLoss, student_nK: Tensor, teacher_nK: Tensor, chunks: Sequence[slice]
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each chunk, and each sample's gradient (n, K)."""
     values, gradients = [], []
@@ -374,12 +374,14 @@ def _with_gradients(
 
 
 @torch.no_grad()
-def _values(loss: Loss, student_nK: Tensor, teacher_nK: Tensor, parts: Sequence[slice]) -> Tensor:
+def _values(
+    loss: LogitLoss, student_nK: Tensor, teacher_nK: Tensor, parts: Sequence[slice]
+) -> Tensor:
     return torch.stack([loss(student_nK[part], teacher_nK[part], part) for part in parts])
 
 
 def _treats_samples_apart(
-    loss: Loss, student_nK: Tensor, teacher_nK: Tensor, chunk: slice, value: Tensor
+    loss: LogitLoss, student_nK: Tensor, teacher_nK: Tensor, chunk: slice, value: Tensor
 ) -> bool:
     """Whether the loss of a chunk is the mean of the losses of its samples alone."""
     samples = [slice(i, i + 1) for i in range(chunk.start, chunk.stop)]

@@ -1,34 +1,78 @@
-"""Distillation losses: pure functions of logits, their registry, and settings that change in a run.
+"""Distillation losses: pure functions, their registry, and settings that change in a run.
 
 Owns the formulas; not their weights, which are the training loop's, and not the cross-entropy with
 the labels, which is torch's (`F.cross_entropy` takes hard and soft labels, and smooths them).
 
-Every loss takes logits (B, K) of student and teacher, K of 2 or more, and returns a scalar: the
-mean over the batch. It is computed in float32 (float64 stays float64) whatever the inputs and
-autocast say, and has no gradient towards the teacher. A new one is a function, its line in the
-registry, its name in `schema.DistillConfig` and its file in conf/distill/:
+Every loss takes logits (B, K), K of 2 or more, or features (B, F) of student and teacher, and
+returns a scalar: the mean over the batch. It is computed in float32 (float64 stays float64)
+whatever the inputs and autocast say, and has no gradient towards the teacher. A new one is one
+function here and its file in conf/distill/ (`name: logit_mse`):
 
-    def logit_mse(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
-        return F.mse_loss(*_wide(student_BK, teacher_BK))
-    LOSSES["logit_mse"] = lambda s, t, y, T, settings: logit_mse(s, t)
+    @loss
+    def logit_mse(student_BK: Tensor, teacher_BK: Tensor, *, scale: float = 1.0) -> Tensor:
+        return scale * F.mse_loss(*_wide(student_BK, teacher_BK))
+
+Its positional parameters say what it compares (`LossInputs`): logits, labels, pooled features
+(student_BF, teacher_BF), the temperature. Its keyword-only ones are its settings (distill.scale=2),
+numbers of 0 or more.
 
 Shapes: B batch, K classes, F features of the teacher, N vectors of M numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ghosttrain.config.schema import DistillConfig, Points
+from ghosttrain.config.schema import Points
 
-Loss = Callable[[Tensor, Tensor, Tensor, float, DistillConfig], Tensor]
-"""(student logits (B, K), teacher logits (B, K), labels (B,) int64, temperature, settings) -> loss;
-of the settings it reads alpha and beta only."""
+LOSSES: dict[str, Callable[..., Tensor]] = {}
+"""Distillation losses by the name in `distill.name`."""
+
+
+class LossInputs(NamedTuple):
+    """What a loss may compare, by the names of its parameters."""
+
+    student_BK: Tensor
+    """Logits of the student."""
+    teacher_BK: Tensor
+    """Logits of the teacher."""
+    labels_B: Tensor
+    """Classes, int64."""
+    temperature: float
+    """Softmax temperature T."""
+    student_BF: Tensor | None = None
+    """Pooled features of the student, projected onto the teacher's."""
+    teacher_BF: Tensor | None = None
+    """Pooled features of the teacher."""
+
+
+def loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Register a distillation loss under the function's name."""
+    LOSSES[function.__name__] = function
+    return function
+
+
+def evaluate_loss(name: str, inputs: LossInputs, settings: Mapping[str, float]) -> Tensor:
+    """Return the loss called `name` of what it compares.
+
+    Raises:
+        ValueError: it compares features, and there are none.
+    """
+    function = LOSSES[name]
+    parameters = inspect.signature(function).parameters.values()
+    wanted = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    values = [getattr(inputs, name) for name in wanted]
+    missing = [name for name, value in zip(wanted, values, strict=True) if value is None]
+    if missing:
+        raise ValueError(f"{name} compares {missing[0]}, and there is none")
+    return function(*values, **settings)
 
 
 def at(value: float | Points, progress: float) -> float:
@@ -45,6 +89,7 @@ def at(value: float | Points, progress: float) -> float:
 # --- Losses ---------------------------------------------------------------------------------------
 
 
+@loss
 def soft_ce(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
     """Cross-entropy -sum_k p_k log q_k, with p and q the softmax of teacher / T and student / T.
 
@@ -55,6 +100,7 @@ def soft_ce(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tenso
     return -(target_BK * F.log_softmax(student_BK / temperature, dim=1)).sum(dim=1).mean()
 
 
+@loss
 def kl(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
     """KL divergence of the student from the teacher, KL(p || q) T^2 with p and q as in `soft_ce`.
 
@@ -65,13 +111,15 @@ def kl(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
     return _kl(student_BK / temperature, teacher_BK / temperature) * temperature**2
 
 
+@loss
 def dkd(
     student_BK: Tensor,
     teacher_BK: Tensor,
     labels_B: Tensor,
     temperature: float,
-    alpha: float,
-    beta: float,
+    *,
+    alpha: float = 1.0,
+    beta: float = 2.0,
 ) -> Tensor:
     """Decoupled KD: (alpha TCKD + beta NCKD) T^2, with the label's class told from all others.
 
@@ -92,8 +140,14 @@ def dkd(
     return (alpha * target + beta * others) * temperature**2
 
 
+@loss
 def dist(
-    student_BK: Tensor, teacher_BK: Tensor, temperature: float, alpha: float, beta: float
+    student_BK: Tensor,
+    teacher_BK: Tensor,
+    temperature: float,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
 ) -> Tensor:
     """DIST: (alpha inter + beta intra) T^2, with 1 - Pearson's correlation of probabilities.
 
@@ -113,6 +167,7 @@ def dist(
     return (alpha * inter + beta * intra) * temperature**2
 
 
+@loss
 def hard(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     """Cross-entropy to the teacher's best class (the first of equals), without temperature.
 
@@ -123,6 +178,7 @@ def hard(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     return F.cross_entropy(student_BK, teacher_BK.argmax(dim=1))
 
 
+@loss
 def logit_std(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
     """`kl` of logits standardised image by image to mean 0 and standard deviation 1.
 
@@ -135,28 +191,18 @@ def logit_std(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Ten
     return kl(_standardised(student_BK), _standardised(teacher_BK), temperature)
 
 
-LOSSES: dict[str, Loss] = {
-    "soft_ce": lambda s, t, y, T, settings: soft_ce(s, t, T),
-    "kl": lambda s, t, y, T, settings: kl(s, t, T),
-    "dkd": lambda s, t, y, T, settings: dkd(s, t, y, T, *_parts(settings)),
-    "dist": lambda s, t, y, T, settings: dist(s, t, T, *_parts(settings)),
-    "hard": lambda s, t, y, T, settings: hard(s, t),
-    "logit_std": lambda s, t, y, T, settings: logit_std(s, t, T),
-}
-"""Distillation losses by the name in `distill.name`."""
+# --- Features, and a measure ----------------------------------------------------------------------
 
 
-# --- Beside the loss of logits --------------------------------------------------------------------
-
-
-def features(projected_BF: Tensor, teacher_BF: Tensor) -> Tensor:
+@loss
+def feature_cosine(student_BF: Tensor, teacher_BF: Tensor) -> Tensor:
     """Mean over the images of 1 - cosine between projected student and teacher features (B, F).
 
     A vector shorter than 1e-4 counts as one of that length, so that the gradient stays bounded as
     its direction vanishes.
     """
-    projected_BF, teacher_BF = _wide(projected_BF, teacher_BF, "features", "F", least=1)
-    return 1 - F.cosine_similarity(projected_BF, teacher_BF, dim=1, eps=1e-4).mean()
+    student_BF, teacher_BF = _wide(student_BF, teacher_BF, "features", "F", least=1)
+    return 1 - F.cosine_similarity(student_BF, teacher_BF, dim=1, eps=1e-4).mean()
 
 
 def agreement(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
@@ -179,14 +225,6 @@ def _wide(
         )
     dtype = torch.promote_types(student.dtype, torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
-
-
-def _parts(settings: DistillConfig) -> tuple[float, float]:
-    """Return alpha and beta; ValueError where the settings lack one."""
-    alpha, beta = settings.alpha, settings.beta
-    if alpha is None or beta is None:
-        raise ValueError(f"{settings.name} needs alpha and beta, got {alpha} and {beta}")
-    return alpha, beta
 
 
 def _kl(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ghosttrain.config.codec import parse_codec
+from ghosttrain.config.losses import compares_features, settings_of, signatures, terms
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset, build_datasets, notes_on
 from ghosttrain.data.loader import Loader, train_loader
@@ -41,13 +42,13 @@ from ghosttrain.distill.cache import (
 )
 from ghosttrain.distill.codecs import (
     Codec,
-    Loss,
+    LogitLoss,
     Quality,
     candidates,
     make_codec,
     measure,
 )
-from ghosttrain.distill.losses import LOSSES
+from ghosttrain.distill.losses import LossInputs, evaluate_loss
 from ghosttrain.distill.pretrained import left_open, networks
 from ghosttrain.distill.teacher import Teacher
 from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
@@ -266,11 +267,11 @@ def _choose(config: Config, teacher: Teacher, sample: Sample) -> tuple[Codec, Qu
     """Return the codec that was asked for, or the smallest that is good enough, and how good."""
     told, num_classes = config.cache.codec, sample.output.logits.shape[1]
     names = candidates(num_classes, teacher.widths) if told == "auto" else [told]
-    if config.distill.features_weight:
+    if compares_features(config.distill):
         names = [name for name in names if parse_codec(name)[0] == "features"]
         if not names:
             raise UserError(
-                f"distill.features_weight needs the teacher's features, which cache.codec={told} "
+                f"a loss that compares features needs the teacher's, which cache.codec={told} "
                 "does not store (or this teacher does not have): type cache.codec=features:8 or "
                 "distill.features_weight=0"
             )
@@ -312,19 +313,24 @@ def _tables(name: str, teacher: Teacher, sample: Sample) -> dict[str, Tensor]:
     return {}
 
 
-def _losses(config: Config, labels: Tensor) -> list[Loss]:
-    """Return the run's distillation loss, at every temperature that its schedule names."""
+def _losses(config: Config, labels: Tensor) -> list[LogitLoss]:
+    """Return the run's losses of logits, at every temperature that the schedule names. Where it has
+    none, cross-entropy stands for them.
+    """
     distill = config.distill
+    names = [term.name for term in terms(distill)]
+    names = [name for name in names if not signatures()[name].compares_features] or ["soft_ce"]
     points = distill.temperature
     temperatures = [value for _, value in points] if isinstance(points, tuple) else [points]
 
-    def at_temperature(temperature: float) -> Loss:
+    def at_temperature(name: str, temperature: float) -> LogitLoss:
         def loss(student_BK: Tensor, teacher_BK: Tensor, part: slice) -> Tensor:
-            return LOSSES[distill.name](student_BK, teacher_BK, labels[part], temperature, distill)
+            inputs = LossInputs(student_BK, teacher_BK, labels[part], temperature)
+            return evaluate_loss(name, inputs, settings_of(distill, name))
 
         return loss
 
-    return [at_temperature(temperature) for temperature in dict.fromkeys(temperatures)]
+    return [at_temperature(name, value) for name in names for value in dict.fromkeys(temperatures)]
 
 
 # --- Writing --------------------------------------------------------------------------------------

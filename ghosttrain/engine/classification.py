@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ghosttrain.config import losses
 from ghosttrain.config.schema import AugmentConfig, Config
 from ghosttrain.data.augment import View, mix_batch
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import Batch
-from ghosttrain.distill.losses import LOSSES, agreement, at, features
+from ghosttrain.distill.losses import LossInputs, agreement, at, evaluate_loss
 from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.engine.evaluate import evaluate
 from ghosttrain.engine.teacher_source import TeacherSource
@@ -70,27 +71,27 @@ def objective(
         targets: (B, K) class probabilities of the labels.
     """
     distill = config.distill
-    logits, projected = network(images)
+    logits, student_BF = network(images)
     # At least float32, whatever autocast says; a network in float64 keeps its precision.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.to(logits.dtype)
     label = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
-    losses = {"label": at(distill.label_weight, progress) * label}
+    terms = {"label": at(distill.label_weight, progress) * label}
     if teacher_output is None:
-        return losses | {"loss": losses["label"]}
-    term = LOSSES[distill.name](
-        logits,
-        teacher_output.logits,
-        targets.argmax(dim=1),
-        at(distill.temperature, progress),
-        distill,
+        return terms | {"loss": terms["label"]}
+    inputs = LossInputs(
+        student_BK=logits,
+        teacher_BK=teacher_output.logits,
+        labels_B=targets.argmax(dim=1),
+        temperature=at(distill.temperature, progress),
+        student_BF=student_BF,
+        teacher_BF=teacher_output.features,
     )
-    losses[distill.name] = at(distill.weight, progress) * term
-    if projected is not None and teacher_output.features is not None:
-        term = features(projected, teacher_output.features)
-        losses["features"] = at(distill.features_weight, progress) * term
-    total = torch.stack(list(losses.values())).sum()
-    return losses | {"loss": total, "agreement": agreement(logits, teacher_output.logits)}
+    for name, weight in losses.terms(distill):
+        term = evaluate_loss(name, inputs, losses.settings_of(distill, name))
+        terms[name] = at(weight, progress) * term
+    total = torch.stack(list(terms.values())).sum()
+    return terms | {"loss": total, "agreement": agreement(logits, teacher_output.logits)}
 
 
 def mixed(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ghosttrain.config.losses import compares_features
 from ghosttrain.config.schema import Config
 from ghosttrain.distill.features import Network, pooled_width
 from ghosttrain.errors import UserError
@@ -32,7 +33,7 @@ def build_network(
         config: all settings.
         classes: names of the data's classes in the order of its labels.
         teacher_features: pooled features in the teacher's output, onto which the student's are
-            projected where `distill.features_weight` is set.
+            projected where a loss compares features.
         micro_batch: images that batch norm sees together.
         device: where it is trained.
 
@@ -49,12 +50,12 @@ def build_network(
     if config.train.sync_bn:
         student = synchronize(student)
     projection = None
-    if config.distill.features_weight:
+    if compares_features(config.distill):
         width = pooled_width(student, config.data.in_chans, config.data.train_size)
         if not width:
             raise UserError(
                 f"{config.model.name} has no pooled features below one linear layer: type "
-                "distill.features_weight=0"
+                "distill.features_weight=0, or a distill= that compares logits"
             )
         projection = nn.Linear(width, teacher_features)
     return Network(student, projection).to(device)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ghosttrain.config import schema
+from ghosttrain.config.losses import compares_features
 from ghosttrain.config.schema import Config
 from ghosttrain.data import augment
 from ghosttrain.data.augment import View
@@ -117,9 +118,9 @@ def build_teacher_source(config: Config, train_set: Dataset, device: torch.devic
     else:
         teacher, about = ready_teacher(config, train_set, device)
         outputs = TeacherSource(about, teacher)
-    if config.distill.features_weight and not outputs.num_features:
+    if compares_features(config.distill) and not outputs.num_features:
         raise UserError(
-            "distill.features_weight needs the teacher's pooled features: a teacher whose"
+            "a loss that compares features needs the teacher's pooled ones: a teacher whose"
             " classifier is one linear layer, an ensemble with teacher.average=logit, or, with"
             " cache.dir, a cache made with cache.codec=features:8"
         )

@@ -109,9 +109,11 @@ def test_the_features_term_trains_a_projection_and_resumes_exactly(
     rows = train_rows(tmp_path / "whole")
     for row in rows:
         assert row["loss"] == pytest.approx(
-            row["label"] + row["soft_ce"] + row["features"], rel=1e-5
+            row["label"] + row["soft_ce"] + row["feature_cosine"], rel=1e-5
         )
-    assert rows[0]["features"] == pytest.approx(0.5, abs=0.1), "1 - cosine of unrelated features"
+    assert rows[0]["feature_cosine"] == pytest.approx(0.5, abs=0.1), (
+        "1 - cosine of unrelated features"
+    )
     saved = read_checkpoint(only_run(tmp_path / "whole") / "checkpoints" / "last.pt")
     assert saved["projection"]["weight"].shape == (1280, 1280)
     assert not any("project.weight" in key for key in load_run(only_run(tmp_path / "whole"))

@@ -19,15 +19,18 @@ import yaml
 from torch import Tensor
 from torchdistill.losses import mid_level
 
+from ghosttrain.config.losses import settings_of, signatures
 from ghosttrain.config.schema import DistillConfig
 from ghosttrain.distill import losses
 from ghosttrain.distill.losses import (
     LOSSES,
+    LossInputs,
     agreement,
     at,
     dist,
     dkd,
-    features,
+    evaluate_loss,
+    feature_cosine,
     hard,
     kl,
     logit_std,
@@ -35,7 +38,7 @@ from ghosttrain.distill.losses import (
 )
 
 B, K = 6, 11
-NAMES = list(LOSSES)
+NAMES = [name for name, loss in signatures().items() if not loss.compares_features]
 TEMPERATURES = [1.0, 2.0, 4.0, 20.0]
 ALPHA, BETA = 1.5, 0.5
 SETTINGS = DistillConfig(alpha=ALPHA, beta=BETA)
@@ -52,7 +55,8 @@ def logits(scale: float = 3.0, dtype: torch.dtype = torch.float64) -> tuple[Tens
 def loss_of(
     name: str, student: Tensor, teacher: Tensor, temperature: float, labels: Tensor = LABELS
 ) -> Tensor:
-    return LOSSES[name](student, teacher, labels, temperature, SETTINGS)
+    inputs = LossInputs(student, teacher, labels, temperature)
+    return evaluate_loss(name, inputs, settings_of(SETTINGS, name))
 
 
 # --- The formulas, in numpy; x is the student and may be complex ----------------------------------
@@ -326,36 +330,38 @@ def test_dkd_weighs_its_two_parts_apart() -> None:
     for row, label in zip(moved, LABELS, strict=True):
         others = torch.arange(K) != label
         row[others] = row[others].flip(0)
-    target, others = [(a, b) for a, b in ((1.0, 0.0), (0.0, 1.0))]
-    unchanged = dkd(student, teacher, LABELS, 2.0, *target).item()
-    assert dkd(moved, teacher, LABELS, 2.0, *target).item() == pytest.approx(unchanged, rel=1e-12)
+    target, others = {"alpha": 1.0, "beta": 0.0}, {"alpha": 0.0, "beta": 1.0}
+    unchanged = dkd(student, teacher, LABELS, 2.0, **target).item()
+    assert dkd(moved, teacher, LABELS, 2.0, **target).item() == pytest.approx(unchanged, rel=1e-12)
     # The label's class moved: the order among the rest stays as it was.
     lifted = student.detach() + 5 * torch.eye(K)[LABELS]
-    unchanged = dkd(student, teacher, LABELS, 2.0, *others).item()
-    assert dkd(lifted, teacher, LABELS, 2.0, *others).item() == pytest.approx(unchanged, rel=1e-12)
-    assert dkd(moved, teacher, LABELS, 2.0, *others).item() != pytest.approx(unchanged, rel=1e-2)
+    unchanged = dkd(student, teacher, LABELS, 2.0, **others).item()
+    assert dkd(lifted, teacher, LABELS, 2.0, **others).item() == pytest.approx(unchanged, rel=1e-12)
+    assert dkd(moved, teacher, LABELS, 2.0, **others).item() != pytest.approx(unchanged, rel=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(B, 1), (B, K), (B - 1,), ()])
 def test_dkd_refuses_labels_that_are_not_one_for_each_image(shape: tuple[int, ...]) -> None:
     student, teacher = logits()
     with pytest.raises(ValueError, match=r"labels must be \(B,\) = \(6,\), got"):
-        dkd(student, teacher, torch.zeros(shape, dtype=torch.int64), 1.0, 1.0, 1.0)
+        dkd(student, teacher, torch.zeros(shape, dtype=torch.int64), 1.0)
 
 
 def test_dist_forgives_probabilities_that_are_a_linear_function_of_the_teachers() -> None:
     _, teacher = logits()
     student = (0.3 * teacher.softmax(dim=1) + 0.7 / K).log()
-    assert dist(student, teacher, 1.0, ALPHA, BETA).item() == pytest.approx(0.0, abs=1e-3)
-    assert dist(student.flip(0), teacher, 1.0, 1.0, 0.0).item() > 0.1
-    assert dist(student.flip(0), teacher, 1.0, 0.0, 1.0).item() > 0.1
+    assert dist(student, teacher, 1.0, alpha=ALPHA, beta=BETA).item() == pytest.approx(
+        0.0, abs=1e-3
+    )
+    assert dist(student.flip(0), teacher, 1.0, alpha=1.0, beta=0.0).item() > 0.1
+    assert dist(student.flip(0), teacher, 1.0, alpha=0.0, beta=1.0).item() > 0.1
     assert kl(student, teacher, 1.0).item() > 0.1
 
 
 def test_dist_of_a_single_image_has_no_relation_between_images() -> None:
     student, teacher = (x[:1].detach().requires_grad_() for x in logits())
-    loss = dist(student, teacher, 2.0, ALPHA, BETA)
-    inter = dist(student, teacher, 2.0, ALPHA, 0.0)
+    loss = dist(student, teacher, 2.0, alpha=ALPHA, beta=BETA)
+    inter = dist(student, teacher, 2.0, alpha=ALPHA, beta=0.0)
     assert loss.item() == pytest.approx(inter.item() + BETA * 4, rel=1e-12)
     (gradient,), (expected,) = (torch.autograd.grad(x, student) for x in (loss, inter))
     assert torch.equal(gradient, expected)
@@ -415,7 +421,7 @@ def test_a_schedule_as_it_is_written_in_the_settings() -> None:
 
 def test_features_is_one_minus_the_cosine() -> None:
     projected, teacher = logits()
-    loss = features(projected, teacher)
+    loss = feature_cosine(projected, teacher)
     loss.backward()
     t = teacher.detach().numpy()
 
@@ -427,9 +433,9 @@ def test_features_is_one_minus_the_cosine() -> None:
     assert loss.item() == pytest.approx(formula(x), rel=1e-12)
     np.testing.assert_allclose(projected.grad.numpy(), complex_step(formula, x), rtol=1e-9)
     assert teacher.grad is None
-    scaled = features(projected * 7, teacher / 3)
+    scaled = feature_cosine(projected * 7, teacher / 3)
     assert scaled.item() == pytest.approx(loss.item(), rel=1e-12)
-    assert features(-2 * teacher, teacher).item() == pytest.approx(2.0, rel=1e-12)
+    assert feature_cosine(-2 * teacher, teacher).item() == pytest.approx(2.0, rel=1e-12)
 
 
 def test_features_of_length_zero_have_bounded_gradients() -> None:
@@ -438,9 +444,9 @@ def test_features_of_length_zero_have_bounded_gradients() -> None:
     teacher[1] = 0
     student[2] = teacher[2] = 0
     student.requires_grad_()
-    loss = features(student, teacher)
+    loss = feature_cosine(student, teacher)
     loss.backward()
-    expected = features(student[3:], teacher[3:]) / 2 + 0.5
+    expected = feature_cosine(student[3:], teacher[3:]) / 2 + 0.5
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert student.grad.isfinite().all() and student.grad.abs().max() <= 1e4 / B
     assert not student.grad[1:3].any()
@@ -449,15 +455,15 @@ def test_features_of_length_zero_have_bounded_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_features_are_compared_in_float32(dtype: torch.dtype) -> None:
     student, teacher = logits(dtype=dtype)
-    expected = features(student.float(), teacher.float())
+    expected = feature_cosine(student.float(), teacher.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = features(student, teacher)
+        loss = feature_cosine(student, teacher)
     assert loss.dtype == torch.float32 and loss.item() == expected.item()
 
 
 def test_features_of_different_widths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"features must both be \(B, F\), F of 1 or more, got"):
-        features(torch.zeros(2, 3), torch.zeros(2, 4))
+        feature_cosine(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -481,28 +487,33 @@ def test_the_registry_holds_what_the_settings_allow() -> None:
 
 def test_every_loss_has_a_file_of_settings() -> None:
     assert {file.stem for file in FILES} == {"none", *LOSSES}
+    assert list(signatures()) == list(LOSSES)  # the reader of the text finds what is registered
     for file in FILES:
         settings = DistillConfig(**yaml.safe_load(file.read_text()))
         assert settings.name == file.stem
         if settings.name != "none":
             student, teacher = logits()
             temperature = at(settings.temperature, 0.5)
-            loss = LOSSES[settings.name](student, teacher, LABELS, temperature, settings)
+            inputs = LossInputs(student, teacher, LABELS, temperature, student, teacher)
+            loss = evaluate_loss(settings.name, inputs, settings_of(settings, settings.name))
             assert 0 < loss.item() < 100
 
 
-@pytest.mark.parametrize("name", ["dkd", "dist"])
-def test_a_loss_of_two_parts_names_the_weight_that_is_missing(name: str) -> None:
+def test_a_loss_of_features_says_that_there_are_none() -> None:
     student, teacher = logits()
-    with pytest.raises(ValueError, match=f"{name} needs alpha and beta, got 1.0 and None"):
-        LOSSES[name](student, teacher, LABELS, 1.0, DistillConfig(name=name, alpha=1.0))
+    with pytest.raises(ValueError, match="feature_cosine compares student_BF, and there is none"):
+        evaluate_loss("feature_cosine", LossInputs(student, teacher, LABELS, 1.0), {})
 
 
 def test_the_example_of_the_module_works() -> None:
     paragraphs = inspect.getsource(losses).split("\n\n")
-    (example,) = (p for p in paragraphs[:6] if p.startswith("    def logit_mse"))
-    registry: dict[str, losses.Loss] = {}
-    exec(textwrap.dedent(example), vars(losses) | {"LOSSES": registry})
-    student, teacher = logits()
-    loss = registry["logit_mse"](student, teacher, LABELS, 1.0, SETTINGS)
-    assert loss.item() == pytest.approx(((student - teacher) ** 2).mean().item())
+    (example,) = (p for p in paragraphs[:6] if p.startswith("    @loss"))
+    names: dict[str, Any] = dict(vars(losses))
+    try:
+        exec(textwrap.dedent(example), names)
+        student, teacher = logits()
+        inputs = LossInputs(student, teacher, LABELS, 1.0)
+        loss = evaluate_loss("logit_mse", inputs, {"scale": 3.0})
+    finally:
+        LOSSES.pop("logit_mse", None)
+    assert loss.item() == pytest.approx(3 * ((student - teacher) ** 2).mean().item())

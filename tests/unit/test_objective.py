@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ghosttrain.config.losses import settings_of
 from ghosttrain.config.schema import AugmentConfig, Config, DistillConfig, TrainConfig
 from ghosttrain.data.augment import mix_batch
 from ghosttrain.data.loader import Batch
-from ghosttrain.distill import losses as distill_losses
 from ghosttrain.distill.features import StudentOutput
+from ghosttrain.distill.losses import LossInputs, evaluate_loss
 from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.engine.classification import mixed, objective
 from ghosttrain.engine.train import mixed_precision
@@ -153,9 +154,10 @@ def test_the_features_term_is_one_minus_the_mean_cosine() -> None:
     losses = terms(distill, output, teacher(TEACHERS))
     norms = np.linalg.norm(PROJECTED, axis=1) * np.linalg.norm(TEACHERS, axis=1)
     term = 5 * (1 - ((PROJECTED * TEACHERS).sum(1) / norms).mean())
-    assert losses["features"] == close(term)
+    assert losses["feature_cosine"] == close(term)
     assert losses["loss"] == close(label_term(SOFT, 0.1) + LOSSES["kl"] + term)
-    assert "features" not in terms(distill, output, teacher())  # an output without features
+    with pytest.raises(ValueError, match="compares teacher_BF"):
+        terms(distill, output, teacher())  # an output without features
 
 
 def test_short_features_count_as_of_length_1e_4() -> None:
@@ -166,7 +168,7 @@ def test_short_features_count_as_of_length_1e_4() -> None:
         output = (torch.from_numpy(STUDENT), torch.from_numpy(short))
         cosines = (short * TEACHERS).sum(1) / np.linalg.norm(TEACHERS, axis=1) / max(length, 1e-4)
         losses = terms(distill, output, teacher(TEACHERS))
-        assert losses["features"] == close(1 - cosines.mean())
+        assert losses["feature_cosine"] == close(1 - cosines.mean())
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -176,7 +178,8 @@ def test_a_loss_is_computed_where_its_logits_are(name: str) -> None:
     distill = DistillConfig(name=name, temperature=2.0, **parts)
     student, labels = torch.from_numpy(STUDENT), torch.from_numpy(LABELS)
     with torch.device("meta"):
-        loss = distill_losses.LOSSES[name](student, teacher().logits, labels, 2.0, distill)
+        inputs = LossInputs(student, teacher().logits, labels, 2.0)
+        loss = evaluate_loss(name, inputs, settings_of(distill, name))
     assert loss.item() == close(LOSSES[name])
 
 
@@ -198,7 +201,7 @@ def test_weights_and_temperature_follow_the_run() -> None:
         losses = terms(distill, output, teacher(TEACHERS), progress=progress)
         assert losses["label"] == close(label * label_term(SOFT, 0.1))
         assert losses["soft_ce"] == close(weight * soft_ce(temperature))
-        assert losses["features"] == close(features * whole["features"])
+        assert losses["feature_cosine"] == close(features * whole["feature_cosine"])
 
 
 def test_terms_are_widened_before_they_are_computed() -> None:
