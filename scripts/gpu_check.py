@@ -285,10 +285,11 @@ def bench(device: torch.device) -> list[str]:
     batch, size, rounds = ("128", "224", "20") if device.type == "cuda" else ("2", "64", "1")
     for model in ("ghostnetv3_100", "mobilenetv2_100", "shufflenetv2_100"):
         lines += _cli(
-            "bench", "step", f"model={model}", f"device={device.type}", f"batch={batch}",
-            f"size={size}", f"rounds={rounds}", "forwards=collapsed,branches",
+            "bench", "step", f"model={model}", f"launch.device={device.type}",
+            f"train.micro_batch={batch}", f"data.train_size={size}", "--rounds", rounds,
+            "--forwards", "collapsed,branches",
         ).splitlines()  # fmt: skip
-    lines += _cli("bench", "optim", f"device={device.type}", f"rounds={rounds}").splitlines()
+    lines += _cli("bench", "optim", f"launch.device={device.type}", "--rounds", rounds).splitlines()
     return lines
 
 

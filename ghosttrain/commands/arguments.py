@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 
 from ghosttrain.errors import UserError, did_you_mean
 
-OPTIONS_WITH_VALUE = ("-c", "--cfg", "--info", "-cd", "--config-dir", "--out", "--to")
+OPTIONS_WITH_VALUE = (
+    *("-c", "--cfg", "--info", "-cd", "--config-dir", "--out", "--to"),
+    *("--rounds", "--threads", "--forwards", "--images"),
+)
 """Options that take the next word: it is no verb, even where it is called like one."""
 
 
@@ -51,6 +54,8 @@ class Arguments(argparse.ArgumentParser):
             action = next(a for a in self._actions if name in a.option_strings)
             *most, last = map(str, action.choices or ())
             raise UserError(f"{name} {choice[2]}: choose {', '.join(most)} or {last}")
+        if number := re.match(r"argument (\S+): invalid int value: (.*)", message):
+            raise UserError(f"{number[1]} {number[2]} is no whole number")
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -8,19 +8,28 @@ from ghosttrain.commands.arguments import Arguments
 
 ARGUMENTS = Arguments(
     "bench",
-    "step|optim|distill [key=value ...]",
-    "step     time and memory of a training step by forward (model= batch= size= rounds= threads=\n"
-    "         device= forwards= input_stride=)\n"
-    "optim    time of LAMB and EMA against timm's (model= rounds= threads= device=)\n"
-    "distill  cost of an epoch with cached outputs against none and a live teacher (model=\n"
-    "         teacher= codec= images= batch= size= rounds= threads= device=)",
+    "step|optim|distill [key=value ...] [options]",
+    "step     time and memory of a training step by every forward, of plain and of timm's:\n"
+    "         model= data.train_size= train.micro_batch= model.input_stride= launch.device=\n"
+    "optim    time of LAMB and EMA against timm's: model= launch.device=\n"
+    "distill  cost of an epoch with cached outputs against none and a live teacher: model=\n"
+    "         teacher= cache.codec= data.train_size= train.global_batch= launch.device=",
 )
+ARGUMENTS.add_argument("--rounds", type=int, metavar="10", help="rounds that count")
+ARGUMENTS.add_argument("--threads", type=int, default=1, metavar="1", help="threads on a CPU")
+ARGUMENTS.add_argument(
+    "--forwards", metavar="auto,branches", help="step: which of auto, branches, stacked, collapsed"
+)
+ARGUMENTS.add_argument("--images", type=int, default=128, metavar="128", help="distill: photos")
 
 
 def run(options: Namespace) -> int:
     """Print the table; return 0."""
-    from ghosttrain.study.bench import bench
+    from ghosttrain.study.bench import Options, bench
 
     names = [word for word in options.words if "=" not in word]
-    print(bench(names, [word for word in options.words if "=" in word]))
+    overrides = [word for word in options.words if "=" in word]
+    given = {key: getattr(options, key) for key in ("rounds", "threads", "forwards", "images")}
+    chosen = Options(**{key: value for key, value in given.items() if value is not None})
+    print(bench(names, overrides, chosen))
     return 0

@@ -12,16 +12,14 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ghosttrain.config.compose import compose
+from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.distill.cache import CacheInfo, create, open_cache
 from ghosttrain.engine.cache_writer import Asking, fill_cache, write_missing
@@ -29,21 +27,27 @@ from ghosttrain.engine.launch import launch
 from ghosttrain.engine.summary import device_name
 from ghosttrain.engine.teacher_source import ready_teacher
 from ghosttrain.engine.track import read_metrics
-from ghosttrain.study.timing import quartiles
-
-Row = dict[str, Any]
+from ghosttrain.study.harness import (
+    Side,
+    Time,
+    paired_ratios,
+    quartiles,
+    take_turns,
+    timed,
+)
+from ghosttrain.study.table import markdown
 
 WIDTH, HEIGHT = 500, 375
 """Pixels of an image: ImageNet's usual ones."""
 CLASSES = 64
 """Folders of images, named by ImageNet's first synsets."""
-LABELS, STORED, LIVE = "epoch, labels only", "epoch, cached outputs", "epoch, live teacher"
+LABELS, CACHED, LIVE = "epoch, labels only", "epoch, cached outputs", "epoch, live teacher"
 ASKED, WRITTEN = "asking the teacher", "asking and storing"
 COMPARED = (
     (LABELS, LABELS),
-    (STORED, LABELS),
+    (CACHED, LABELS),
     (LIVE, LABELS),
-    (LIVE, STORED),
+    (LIVE, CACHED),
     (ASKED, ASKED),
     (WRITTEN, ASKED),
 )
@@ -51,138 +55,97 @@ COMPARED = (
 
 
 def bench_distill(
-    model: str,
-    teacher: str,
-    codec: str,
-    images: int,
-    batch: int,
-    size: int,
-    rounds: int,
-    threads: int,
-    device: torch.device,
-) -> list[Row]:
-    """Return a row for each kind of epoch and for the two ways of asking the teacher.
+    config: Config, images: int, rounds: int, threads: int, device: torch.device
+) -> str:
+    """Return a table: a row for each kind of epoch and for the two ways of asking the teacher.
 
-    A row names `side`, the `seconds` of its passes over all images as (lower quartile, median,
-    upper quartile), and `ratio`: its time over that of the side `against` in the same round, as
-    (lower quartile, median, upper quartile). What all rows share stands in each.
+    Of `config`, model, teacher, cache.codec, data.train_size and train.global_batch count. A ratio
+    is that of two sides in the same round.
     """
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    about = {
-        "model": model,
-        "teacher": teacher,
-        "images": images,
-        "batch": batch,
-        "size": size,
-        "rounds": rounds,
-        "torch": torch.__version__,
-        "device": device_name(device),
-    }
-    try:
-        with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder:
-            calls, stored = _sides(Path(folder), about, codec, device)
-            about |= {"codec": stored.codec, "bytes": stored.bytes_per_image}
-            times: dict[str, list[float]] = {side: [] for side in calls}
-            for round_ in range(1 + rounds):  # the first one warms up
-                order = [*enumerate(calls.items())]
-                # There and back: what a side leaves behind must not always meet the same one.
-                for number, (side, call) in order if round_ % 2 else reversed(order):
-                    with contextlib.redirect_stdout(io.StringIO()):
-                        seconds = call(f"{number}-{round_}")
-                    if round_:
-                        times[side].append(seconds)
-    finally:
-        torch.set_num_threads(threads_before)
-    rows = []
-    for side, against in COMPARED:
-        paired = [x / y for x, y in zip(times[side], times[against], strict=True)]
-        row = {"side": side, "against": against, "seconds": quartiles(times[side])}
-        rows.append(row | {"ratio": quartiles(paired)} | about)
-    return rows
-
-
-def describe(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table below a line that says what was measured, and on what."""
-    about = rows[0]
-    lines = [
-        f"{about['model']} and {about['teacher']}: a pass over {about['images']} JPEG photos, "
-        f"batches of {about['batch']}, {about['size']} pixels; {about['device']}, torch "
-        f"{about['torch']}",
-        f"stored: {about['codec']}, {about['bytes']} bytes an image; median of {about['rounds']} "
-        "rounds (lower to upper quartile), sides taking turns; ratios within a round",
-        "",
-        "| side | seconds | ratio | to |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        seconds, ratio = (
-            f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-            for (low, median, high), digits in ((row["seconds"], 2), (row["ratio"], 3))
-        )
-        lines.append(f"| {row['side']} | {seconds} | {ratio} | {row['against']} |")
-    return "\n".join(lines)
+    with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder:
+        sides, info = _sides(Path(folder), config, images, device)
+        times = take_turns(sides, rounds, warm_up=1, threads=threads, there_and_back=True)
+    table = [["side", "seconds", "ratio", "to"]]
+    for name, base in COMPARED:
+        seconds = [ms / 1000 for ms in times[name, "pass"].wall]
+        ratio = paired_ratios(times[name, "pass"].wall, times[base, "pass"].wall)
+        table.append([name, quartiles(seconds).text(2), ratio.text(3), base])
+    return "\n".join(
+        [
+            f"{config.model.name} and {config.teacher.name}: a pass over {images} JPEG photos, "
+            f"batches of {config.train.global_batch}, {config.data.train_size} pixels; "
+            f"{device_name(device)}, torch {torch.__version__}",
+            f"cached: {info.codec}, {info.bytes_per_image} bytes an image; median of {rounds} "
+            "rounds (lower to upper quartile), sides taking turns; ratios within a round",
+            "",
+            *markdown(table),
+        ]
+    )
 
 
 def _sides(
-    folder: Path, about: Row, codec: str, device: torch.device
-) -> tuple[dict[str, Callable[[str], float]], CacheInfo]:
-    """Return what is timed, each a function of a fresh name that returns seconds, and what the
-    cache holds.
-    """
-    make_photos(folder / "photos", about["images"])
+    folder: Path, given: Config, images: int, device: torch.device
+) -> tuple[dict[str, Side], CacheInfo]:
+    """Return what is timed, and what the cache holds."""
+    make_photos(folder / "photos", images)
+    size, teacher = given.data.train_size, given.teacher
     labels_only = [
         "+recipe=compact_kd",
-        f"model={about['model']}",
+        f"model={given.model.name}",
         "data=folder",
         f"data.root={folder / 'photos'}",
-        f"data.train_size={about['size']}",
-        f"data.eval_size={about['size']}",
+        f"data.train_size={size}",
+        f"data.eval_size={size}",
         "data.workers=0",
         "train.epochs=1",
-        f"train.global_batch={about['batch']}",
+        f"train.global_batch={given.train.global_batch}",
         "tracker.log_every=1000000",
         f"launch.device={device.type}",
         f"run.root={folder / 'runs'}",
     ]
-    live = [*labels_only, f"teacher={about['teacher']}", "teacher.check_samples=0"]
-    stored = [*live, f"cache.dir={folder / 'cache'}"]
+    named = {key: getattr(teacher, key) for key in ("name", "weights", "input_size")}
+    settings = [f"teacher.{key}={value}" for key, value in named.items() if value is not None]
+    live = [*labels_only, "teacher=timm", *settings, "teacher.check_samples=0"]
+    cached = [*live, f"cache.dir={folder / 'cache'}"]
     labels_only += ["teacher=none", "distill=none"]
-    config = compose([*stored, f"cache.codec={codec}"]).config
+    config = compose([*cached, f"cache.codec={given.cache.codec}"]).config
     with contextlib.redirect_stdout(io.StringIO()):
         fill_cache(config)
     cache = open_cache(folder / "cache")
     train_set = build_datasets(config.data)[0]
     asking = Asking(config, train_set, ready_teacher(config, train_set, device)[0], device)
 
-    def epoch(overrides: list[str]) -> Callable[[str], float]:
-        def call(name: str) -> float:
-            launch(compose([*overrides, f"run.name={name}"]))
+    def epoch(overrides: list[str], label: str) -> Side:
+        def call(number: int) -> dict[str, Time]:
+            name = f"{label}-{number}"
+            with contextlib.redirect_stdout(io.StringIO()):
+                launch(compose([*overrides, f"run.name={name}"]))
             (row,) = (r for r in read_metrics(folder / "runs" / name) if r["kind"] == "train")
-            return about["images"] / row["images_per_second"]
+            return {"pass": Time(float("nan"), 1000 * images / row["images_per_second"])}
 
         return call
 
-    def ask(name: str) -> float:
-        since = time.perf_counter()
-        with asking.loader() as loader:
-            for _ in asking.outputs(loader, [range(len(train_set))], draw=0):
-                pass
-        return time.perf_counter() - since
+    def ask(number: int) -> dict[str, Time]:
+        def all_images() -> None:
+            with asking.loader() as loader:
+                for _ in asking.outputs(loader, [range(len(train_set))], draw=0):
+                    pass
 
-    def ask_and_write(name: str) -> float:
-        written = create(folder / name, cache.info, cache.codec.tables, "")
-        since = time.perf_counter()
-        write_missing(written, asking, cache.info.draws)
-        return time.perf_counter() - since
+        return {"pass": timed(all_images, device)}
 
-    return {
-        LABELS: epoch(labels_only),
-        STORED: epoch(stored),
-        LIVE: epoch(live),
+    def ask_and_write(number: int) -> dict[str, Time]:
+        written = create(folder / f"written-{number}", cache.info, cache.codec.tables, "")
+        with contextlib.redirect_stdout(io.StringIO()):
+            return {"pass": timed(lambda: write_missing(written, asking, cache.info.draws), device)}
+
+    sides: dict[str, Side] = {
+        LABELS: epoch(labels_only, "labels"),
+        CACHED: epoch(cached, "cached"),
+        LIVE: epoch(live, "live"),
         ASKED: ask,
         WRITTEN: ask_and_write,
-    }, cache.info
+    }
+    return sides, cache.info
 
 
 def make_photos(root: Path, images: int) -> None:

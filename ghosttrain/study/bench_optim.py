@@ -1,7 +1,6 @@
 """`bench optim`: a step of LAMB and of the weight average against timm's `Lamb` and `ModelEmaV3`.
 
-Every side has its own model, gradients and state, and the same parameter groups. Sides take turns
-within a round, so that whatever else the machine does falls on all of them.
+Every side has its own model, gradients and state, and the same parameter groups.
 """
 
 from __future__ import annotations
@@ -16,115 +15,67 @@ from timm.optim import Lamb as TimmLamb
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ghosttrain.config.schema import Config
 from ghosttrain.engine.summary import device_name
+from ghosttrain.models.cost import count_params
 from ghosttrain.models.create import create_model
 from ghosttrain.optim.ema import Ema
 from ghosttrain.optim.groups import param_groups
 from ghosttrain.optim.lamb import Lamb
-from ghosttrain.study.timing import quartiles, timed
-
-Row = dict[str, Any]
+from ghosttrain.study.harness import Side, Time, quartiles, take_turns, timed
+from ghosttrain.study.table import markdown
 
 PARTS = ("LAMB", "EMA", "both")
 OURS = "ours"
 WARM_UP = 2
-"""Rounds before the first that counts: they make the state and compile the kernels."""
 
 
-def bench_optim(
-    model_name: str = "ghostnetv3_130",
-    rounds: int = 30,
-    threads: int = 1,
-    device: torch.device | None = None,
-) -> list[Row]:
-    """Return a row for LAMB, EMA and both together, of ours, timm's, and timm's without clipping.
-
-    A row names `part` and `side`; `cpu_ms` and `wall_ms` are (lower quartile, median, upper
-    quartile) of CPU time of the process and of elapsed time; `ratio` is the median over that of
-    ours, in CPU time on a CPU and in elapsed time elsewhere. What all rows share (model, tensors,
-    device, versions) stands in each.
-    """
-    device = device or torch.device("cpu")
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        sides = {
-            OURS: _side(model_name, device, Lamb, lambda model: Ema(model, decay=0.9999)),
-            "timm": _side(model_name, device, TimmLamb, ModelEmaV3),
-            "timm, no clipping": _side(
-                model_name, device, partial(TimmLamb, max_grad_norm=None), ModelEmaV3
-            ),
-        }
-        times: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for round_ in range(WARM_UP + rounds):
-            for side, (_, step, average) in sides.items():
-                lamb, ema = timed(step, device), timed(average, device)
-                if round_ >= WARM_UP:
-                    both = (lamb[0] + ema[0], lamb[1] + ema[1])
-                    for part, pair in zip(PARTS, (lamb, ema, both), strict=True):
-                        times.setdefault((part, side), []).append(pair)
-        about = _about(model_name, sides[OURS][0], rounds, device)
-    finally:
-        torch.set_num_threads(threads_before)
-
-    rows: list[Row] = []
-    clock = "cpu_ms" if device.type == "cpu" else "wall_ms"
+def bench_optim(config: Config, rounds: int, threads: int, device: torch.device) -> str:
+    """Return a table: LAMB, EMA and both, of ours, timm's, and timm's without clipping."""
+    name = config.model.name
+    models = [create_model(name).to(device) for _ in range(3)]
+    unclipped = partial(TimmLamb, max_grad_norm=None)
+    sides = {
+        OURS: side(models[0], device, Lamb, lambda model: Ema(model, decay=0.9999)),
+        "timm": side(models[1], device, TimmLamb, ModelEmaV3),
+        "timm, no clipping": side(models[2], device, unclipped, ModelEmaV3),
+    }
+    times = take_turns(sides, rounds, WARM_UP, threads)
+    table = [["part", "side", "CPU ms", "wall ms", "times ours"]]
     for part in PARTS:
-        for side in sides:
-            cpu, wall = zip(*times[part, side], strict=True)
-            row: Row = {
-                "part": part,
-                "side": side,
-                "cpu_ms": quartiles(cpu),
-                "wall_ms": quartiles(wall),
-            }
-            ours = next((r for r in rows if r["part"] == part), row)
-            rows.append(row | {"ratio": row[clock][1] / ours[clock][1]} | about)
-    return rows
+        for key in sides:
+            time = times[key, part]
+            ratio = time.ratio(times[OURS, part], device)
+            row = [part, key, quartiles(time.cpu).text(1), quartiles(time.wall).text(1)]
+            table.append([*row, f"{ratio:.2f}"])
+    tensors = len(list(models[0].parameters()))
+    return "\n".join(
+        [
+            f"{name}: {tensors} tensors, {count_params(models[0]) / 1e6:.3f} M parameters; "
+            f"{device_name(device)}, torch {torch.__version__}, timm {timm.__version__}",
+            f"median of {rounds} rounds (lower to upper quartile), sides taking turns",
+            "",
+            *markdown(table),
+        ]
+    )
 
 
-def describe(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table below a line that says what was measured, and on what."""
-    about = rows[0]
-    lines = [
-        f"{about['model']}: {about['tensors']} tensors, {about['parameters'] / 1e6:.3f} M "
-        f"parameters; {about['device']}, {about['versions']}",
-        f"median of {about['rounds']} rounds (lower to upper quartile), sides taking turns",
-        "",
-        "| part | side | CPU ms | wall ms | times ours |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cpu, wall = (
-            f"{median:.1f} ({low:.1f} to {high:.1f})"
-            for low, median, high in (row["cpu_ms"], row["wall_ms"])
-        )
-        lines.append(f"| {row['part']} | {row['side']} | {cpu} | {wall} | {row['ratio']:.2f} |")
-    return "\n".join(lines)
-
-
-def _side(
-    model_name: str,
+def side(
+    model: nn.Module,
     device: torch.device,
     make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
     make_average: Callable[[nn.Module], Any],
-) -> tuple[nn.Module, Callable[[], Any], Callable[[], Any]]:
-    """Return a model with gradients, its optimizer's step, and the update of its average."""
+) -> Side:
+    """Return the steps of an optimizer on made-up gradients, and the updates of an average."""
     torch.manual_seed(0)
-    model = create_model(model_name).to(device)
-    for p in model.parameters():
-        p.grad = 1e-3 * torch.randn_like(p)
+    for parameter in model.parameters():
+        parameter.grad = 1e-3 * torch.randn_like(parameter)
     optimizer = make_optimizer(param_groups(model, weight_decay=0.05))
     average = make_average(model)
-    return model, optimizer.step, lambda: average.update(model)
 
+    def call(number: int) -> dict[str, Time]:
+        lamb = timed(optimizer.step, device)
+        ema = timed(lambda: average.update(model), device)
+        return dict(zip(PARTS, (lamb, ema, lamb + ema), strict=True))
 
-def _about(model_name: str, model: nn.Module, rounds: int, device: torch.device) -> Row:
-    return {
-        "model": model_name,
-        "tensors": len(list(model.parameters())),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "rounds": rounds,
-        "device": device_name(device),
-        "versions": f"torch {torch.__version__}, timm {timm.__version__}",
-    }
+    return call

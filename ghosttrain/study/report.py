@@ -13,6 +13,7 @@ from ghosttrain.config.identity import result_settings, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun, read_config, read_result
 from ghosttrain.errors import UserError
+from ghosttrain.study.table import markdown
 from ghosttrain.text import clock
 
 
@@ -74,7 +75,7 @@ def report(folders: list[Path]) -> str:
                 clock(statistics.mean(result["seconds"] for _, result in group)),
             ]
         )
-    lines = _markdown(table)
+    lines = markdown(table)
     lines += _differences([group[0][0] for _, group in ordered])
     return "\n".join([*lines, *below])
 
@@ -120,12 +121,3 @@ def _differences(configs: list[Config]) -> list[str]:
             rows = [", ".join(f"{k}={f.get(k)}" for k in keys) for f in flat]
             lines.append(f"{' '.join(label)} in order: " + " | ".join(rows))
     return lines
-
-
-def _markdown(table: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in table
-    ]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]

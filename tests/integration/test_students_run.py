@@ -127,14 +127,13 @@ def test_synchronized_batch_norm_makes_two_ranks_one(tiny, tmp_path):
 
 
 def test_bench_step_prints_a_row_per_side(ghosttrain):
-    outcome = ghosttrain(
-        "bench", "step", "model=shufflenetv2_050", "batch=2", "size=32", "rounds=1", "forwards=auto"
-    )
+    small = ["model=shufflenetv2_050", "train.micro_batch=2", "data.train_size=32"]
+    outcome = ghosttrain("bench", "step", *small, "--rounds", "1", "--forwards", "auto")
     assert outcome.code == 0, outcome.err
     head, _, _, titles, _, auto, plain = outcome.out.splitlines()
-    assert "shufflenetv2_050" in head and "CPU" in head
-    assert titles.startswith("| side | CPU ms")
-    assert auto.startswith("| `forward=auto` |") and plain.startswith("| plain |")
+    assert "shufflenetv2_050" in head and "2 images of 32 pixels" in head and "CPU" in head
+    assert titles.startswith("| side ")
+    assert auto.startswith("| `forward=auto` |") and plain.startswith("| plain ")
     cells = [cell.strip() for cell in plain.split("|")]
     assert cells[4] == cells[6] == "1.00"
     assert 0 < float(cells[5]) < 4000, "MiB"
@@ -147,19 +146,21 @@ def test_bench_step_prints_a_row_per_side(ghosttrain):
         (["steps"], "bench step"),
         (["step", "modle=x"], "Did you mean 'model'"),
         (["step", "model=ghostnetv3_10"], "Did you mean 'ghostnetv3_1"),
-        (["step", "forwards=auto,stakced"], "stacked"),
-        (["step", "rounds=0"], "rounds=0"),
-        (["step", "size=16"], "size=33 or more"),
-        (["step", "size=16", "input_stride=small"], "size=17 or more"),
-        (["step", "input_stride=tiny"], "standard or small"),
-        (["step", "forwards="], "is no forward"),
-        (["step", "device=cuda"], "device=cuda, but"),
-        (["optim", "batch=3"], "no setting 'batch'"),
-        (["optim", "device=gpu"], "auto, cpu or cuda"),
+        (["step", "--forwards", "auto,stakced"], "stacked"),
+        (["step", "--rounds", "0"], "--rounds 0 must be 1 or more"),
+        (["step", "--rounds", "ten"], "--rounds 'ten' is no whole number"),
+        (["step", "data.train_size=16"], "data.train_size=33 or more"),
+        (["step", "data.train_size=16", "model.input_stride=small"], "data.train_size=17 or more"),
+        (["step", "model.input_stride=tiny"], "'standard' or 'small'"),
+        (["step", "--forwards="], "'' is none"),
+        (["step", "launch.device=cuda"], "launch.device=cuda, but"),
+        (["step", "model=timm", "model.name=resnet18"], "this project's students"),
+        (["optim", "batch=3"], "there is no setting 'batch'"),
+        (["optim", "launch.device=gpu"], "'auto', 'cpu' or 'cuda'"),
     ],
 )
 def test_mistakes_in_bench(ghosttrain, arguments, said):
-    if "device=cuda" in arguments and torch.cuda.is_available():
+    if "launch.device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("no mistake here")
     outcome = ghosttrain("bench", *arguments)
     assert outcome.code == 2

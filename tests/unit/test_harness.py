@@ -1,0 +1,91 @@
+"""The harness of the benchmarks: turns, medians, ratios; and the tables of the three parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ghosttrain.study.harness import Quartiles, Time, paired_ratios, quartiles, take_turns, timed
+
+CPU = torch.device("cpu")
+
+
+def sides(order: list[tuple[str, int]], **factors: float):
+    """Sides whose times are the round's number times a factor; they note when they are called."""
+
+    def side(name: str, factor: float):
+        def call(number: int) -> dict[str, Time]:
+            order.append((name, number))
+            first = Time(factor * number, 10 * factor * number)
+            return {"first": first, "both": first + first}
+
+        return call
+
+    return {name: side(name, factor) for name, factor in factors.items()}
+
+
+def test_sides_take_turns_and_the_first_rounds_do_not_count() -> None:
+    order: list[tuple[str, int]] = []
+    times = take_turns(sides(order, a=1.0, b=3.0), rounds=5, warm_up=2, threads=1)
+    assert order == [(name, number) for number in range(7) for name in "ab"]
+    assert times["a", "first"].cpu == (2, 3, 4, 5, 6)
+    assert times["b", "first"].wall == (60, 90, 120, 150, 180)
+    assert times["b", "both"].cpu == (12, 18, 24, 30, 36)
+    assert quartiles(times["a", "first"].cpu) == (3, 4, 5)
+    assert times["b", "first"].ratio(times["a", "first"], CPU) == 3
+    assert times["b", "first"].clock(torch.device("cuda")) == times["b", "first"].wall
+
+
+def test_there_and_back_every_second_round_is_reversed() -> None:
+    order: list[tuple[str, int]] = []
+    take_turns(sides(order, a=1.0, b=1.0), 2, warm_up=1, threads=1, there_and_back=True)
+    assert "".join(name for name, _ in order) == "baabba"
+
+
+def test_threads_are_restored_also_when_a_side_fails() -> None:
+    torch.set_num_threads(2)
+    seen = []
+
+    def fails(number: int) -> dict[str, Time]:
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        take_turns({"a": fails}, 1, 0, threads=1)
+    assert seen == [1] and torch.get_num_threads() == 2
+
+
+def test_quartiles_and_ratios_by_hand() -> None:
+    assert quartiles([7.0]) == Quartiles(7, 7, 7)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]).text(1) == "3.0 (2.0 to 4.0)"
+    assert paired_ratios([2.0, 6.0, 12.0], [1.0, 2.0, 3.0]) == (2.5, 3.0, 3.5)
+
+
+def test_a_call_is_timed_by_both_clocks() -> None:
+    calls: list[int] = []
+    time = timed(lambda: calls.append(1), CPU)
+    assert calls == [1] and time.cpu >= 0 and time.wall > 0
+
+
+def test_bench_optim_prints_a_row_per_part_and_side(ghosttrain) -> None:
+    outcome = ghosttrain("bench", "optim", "model=ghostnetv3_050", "--rounds", "2")
+    assert outcome.code == 0, outcome.err
+    head, _, _, titles, _, *rows = outcome.out.splitlines()
+    assert "ghostnetv3_050: 978 tensors, 3.395 M parameters; CPU" in head
+    assert ", 1 thread, C++ kernels o" in head and f"torch {torch.__version__}" in head
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["LAMB"] * 3 + ["EMA"] * 3 + ["both"] * 3
+    assert [row[1] for row in cells[:3]] == ["ours", "timm", "timm, no clipping"]
+    assert all((row[4] == "1.00") or row[1] != "ours" for row in cells)
+
+
+def test_bench_distill_prints_a_row_per_comparison(ghosttrain) -> None:
+    outcome = ghosttrain(
+        "bench", "distill", "data.train_size=64", "train.global_batch=4", "--images", "8",
+        "--rounds", "1", "teacher=efficientnet_lite0",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    head, second, _, titles, _, *rows = outcome.out.splitlines()
+    assert "mobilenetv2_050 and tf_efficientnet_lite0: a pass over 8 JPEG photos" in head
+    assert "cached: features:4" in second and titles.startswith("| side")
+    assert len(rows) == 6 and "epoch, cached outputs" in rows[1]
