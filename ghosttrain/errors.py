@@ -53,14 +53,14 @@ def mistake(error: BaseException) -> str | None:
     system about files, memory or disks; None for a bug, whose stack trace is worth more.
     """
     if isinstance(error, UserError):
-        said = str(error)
+        message = str(error)
     elif isinstance(error, OSError) and error.errno in _MENDABLE:
         file = [] if error.filename is None else [os.fsdecode(error.filename)]
-        said = ": ".join([*file, error.strerror or type(error).__name__])
-        said += f"; {hint}" if (hint := remedy(error)) else ""
+        message = ": ".join([*file, error.strerror or type(error).__name__])
+        message += f"; {hint}" if (hint := remedy(error)) else ""
     else:
         return None
-    return " ".join(said.splitlines())
+    return " ".join(message.splitlines())
 
 
 def raise_if_of_the_system(error: BaseException, path: str | os.PathLike[str]) -> None:

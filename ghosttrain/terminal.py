@@ -53,8 +53,10 @@ class Output:
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
         if self.other is not None:
-            said = f"{self.name} cannot be written ({reason(error)}); the work goes on without it"
-            self.other.write(f"ghosttrain: {said}\n")
+            message = (
+                f"{self.name} cannot be written ({reason(error)}); the work goes on without it"
+            )
+            self.other.write(f"ghosttrain: {message}\n")
 
 
 @contextmanager

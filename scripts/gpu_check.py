@@ -267,14 +267,14 @@ def run(device: torch.device) -> list[str]:
         small = device.type == "cpu"
         size = "model=ghostnetv3_050" if small else "model=ghostnetv3_130"
         short = ["train.max_steps=2"] if small else []
-        said = _cli(*job, size, *short)
+        output = _cli(*job, size, *short)
         result = next(Path(folder).rglob("result.json")).parent
         again = _cli("eval", str(result), f"launch.device={device.type}")
         tail = said.splitlines()[-12:] + again.splitlines()
         if small:
             return tail
         since = time.perf_counter()
-        said = _cli(*job, "model=ghostnetv3_050", "train.compile=true", "train.epochs=2")
+        output = _cli(*job, "model=ghostnetv3_050", "train.compile=true", "train.epochs=2")
         last = next(line for line in said.splitlines() if line.startswith("epoch 2/"))
         return [*tail, f"compiled ({time.perf_counter() - since:.0f} s): {last}"]
 

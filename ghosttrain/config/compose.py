@@ -94,8 +94,10 @@ def compose(
             chosen |= layer.groups
         unused = {group for group, choice in chosen.items() if choice == "none"}
         stronger = {g: c for layer in ablations for g, c in layer.groups.items()} | user_groups
-        own = [layer.values["budget"] for layer in bases if "budget" in layer.values]
-        budget = names.budget(_pick(user, "budget") or (own or [None])[-1], chosen | stronger)
+        named_budgets = [layer.values["budget"] for layer in bases if "budget" in layer.values]
+        budget = names.budget(
+            _pick(user, "budget") or (named_budgets or [None])[-1], chosen | stronger
+        )
         # A budget picks a smaller teacher; it does not give one to a recipe that has none.
         smaller = {g: c for g, c in budget.groups.items() if g not in unused}
         budget = replace(budget, groups=smaller)
@@ -249,9 +251,9 @@ def _as_mistakes() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
-        said, _, place = " ".join(str(cause).split()).partition(" full_key: ")
+        message, _, place = " ".join(str(cause).split()).partition(" full_key: ")
         key = place.partition(" ")[0]
-        raise UserError(f"{key}: {said}" if key else said) from None
+        raise UserError(f"{key}: {message}" if key else message) from None
 
 
 def _typed(tree: dict[str, Any]) -> Config:
@@ -352,15 +354,15 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             )
     for name in ("mean", "std"):
         if len(getattr(data, name)) != data.in_chans:
-            one = f"[{data.mean[0]}]", f"[{data.std[0]}]"
-            how = (
-                f"data.mean={one[0]} data.std={one[1]}"
+            first = f"[{data.mean[0]}]", f"[{data.std[0]}]"
+            remedy = (
+                f"data.mean={first[0]} data.std={first[1]}"
                 if data.in_chans == 1
                 else f"data.{name}=[r,g,b]"
             )
             raise UserError(
                 f"data.{name} has {len(getattr(data, name))} values for "
-                f"data.in_chans={data.in_chans}; type {how}"
+                f"data.in_chans={data.in_chans}; type {remedy}"
             )
     if data.name == "digits" and data.root:
         raise UserError(
@@ -369,8 +371,8 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
         )
     if data.name != "digits":
         if not data.root:
-            also = " or set IMAGENET_DIR" if data.name == "imagenet" else ""
-            raise UserError(f"data={data.name} needs a folder: type data.root=/path{also}")
+            variable = " or set IMAGENET_DIR" if data.name == "imagenet" else ""
+            raise UserError(f"data={data.name} needs a folder: type data.root=/path{variable}")
         if not Path(data.root).is_dir():
             raise UserError(f"data.root={data.root}: no such folder")
     if config.cache.dir and data.root:

@@ -52,11 +52,11 @@ class Names:
         self.conf = [shipped("conf")]
         self.recipe_dirs = [shipped("recipes")]
         if config_dir is not None:
-            own = expanded(config_dir).resolve()
-            if not own.is_dir():
+            folder = expanded(config_dir).resolve()
+            if not folder.is_dir():
                 raise UserError(f"--config-dir {config_dir}: no such folder")
-            self.conf.append(own)
-            self.recipe_dirs.append(own / "recipe")
+            self.conf.append(folder)
+            self.recipe_dirs.append(folder / "recipe")
             _refuse_shadows(self.conf)
             _refuse_shadows(self.recipe_dirs)
         self.groups = {
@@ -106,8 +106,8 @@ class Names:
             if "=" not in text:
                 hint = did_you_mean(text, [*self.groups, *KEYS, "recipe", "budget"])
                 raise UserError(f"{text!r} is not key=value.{hint}")
-            for one in _spread(parser, text):
-                override = self._listed(parser, parse_override(parser, one))
+            for single in _spread(parser, text):
+                override = self._listed(parser, parse_override(parser, single))
                 self._check_name(override, sweep)
                 parsed.append(override)
         return parsed
@@ -237,9 +237,9 @@ class Names:
             )
         body = _load_yaml(_find([d / "budget" for d in self.conf], name))
         lines = list(body.get("overrides", []))
-        for condition, more in body.get("only_with", {}).items():
+        for condition, conditional in body.get("only_with", {}).items():
             group, _, wanted = condition.partition("=")
-            lines += more if chosen.get(group) == wanted else []
+            lines += conditional if chosen.get(group) == wanted else []
         groups, values = {}, {}
         for override in self.parse(lines):
             key = override.key_or_group

@@ -21,10 +21,10 @@ def check_normalization(data: DataConfig, teacher: TeacherConfig) -> None:
         UserError: naming the setting; where 0..255 was meant, the divided values are what to type.
     """
     networks = {"data": data, "teacher": teacher}
-    networks |= {f"teacher.members.{name}": one for name, one in teacher.members.items()}
-    for section, one in networks.items():
+    networks |= {f"teacher.members.{name}": network for name, network in teacher.members.items()}
+    for section, network in networks.items():
         for name in ("mean", "std"):
-            if (values := getattr(one, name)) is not None:
+            if (values := getattr(network, name)) is not None:
                 _check(f"{section}.{name}", values)
 
 

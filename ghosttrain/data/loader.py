@@ -321,27 +321,31 @@ def _what_failed(error: BaseException, batch_bytes: int = 0) -> str | None:
 
     torch says most of it in words only.
     """
-    said, code = "", getattr(error, "errno", None)
+    message, code = "", getattr(error, "errno", None)
     cause: BaseException | None = error
     while cause is not None:
-        said += f"{cause}\n"
+        message += f"{cause}\n"
         cause = cause.__cause__
-    if code is None and (found := re.search(r"shared memory.*\((\d+)\)", said)):
+    if code is None and (found := re.search(r"shared memory.*\((\d+)\)", message)):
         code = int(found[1])
-    if code in (errno.EMFILE, errno.ENFILE) or "ancdata" in said or "Too many open files" in said:
+    if (
+        code in (errno.EMFILE, errno.ENFILE)
+        or "ancdata" in message
+        or "Too many open files" in message
+    ):
         return f"too many files are open for {_WORKERS} to send their batches: {TOO_MANY_FILES}"
-    if code == errno.ENOSPC or "Bus error" in said:
+    if code == errno.ENOSPC or "Bus error" in message:
         return (
             f"the batches of {_WORKERS} do not fit into shared memory ({_free(batch_bytes)}): type "
             "data.workers=0 or fewer than now, a smaller train.micro_batch and train.eval_batch, "
             "or in Docker start the container with --shm-size=8g"
         )
-    if _DIED in said and "signal: Killed" in said:
+    if _DIED in message and "signal: Killed" in message:
         return (
             "a data worker was killed, as the system does when memory runs out: type a smaller "
             "data.workers (or 0), or a smaller train.micro_batch"
         )
-    if _DIED in said:
+    if _DIED in message:
         return f"a data worker died ({_one_line(error)}): type data.workers=0 to see why"
     if isinstance(error, OSError) and code is not None:
         return f"{_WORKERS} cannot work ({os.strerror(code)}): type data.workers=0"
@@ -352,14 +356,17 @@ _WORKERS = "the data workers (data.workers)"
 
 
 def _free(batch_bytes: int) -> str:
-    said = []
+    parts = []
     with suppress(OSError):
-        there = os.statvfs("/dev/shm")
-        total, free = (blocks * there.f_frsize for blocks in (there.f_blocks, there.f_bavail))
-        said.append(f"/dev/shm has {free / 1e6:,.1f} of {total / 1e6:,.1f} MB free")
+        shared_memory = os.statvfs("/dev/shm")
+        total, free = (
+            blocks * shared_memory.f_frsize
+            for blocks in (shared_memory.f_blocks, shared_memory.f_bavail)
+        )
+        parts.append(f"/dev/shm has {free / 1e6:,.1f} of {total / 1e6:,.1f} MB free")
     if batch_bytes:
-        said.append(f"one batch takes {batch_bytes / 1e6:,.1f} MB")
-    return ", ".join(said) or "/dev/shm is not there"
+        parts.append(f"one batch takes {batch_bytes / 1e6:,.1f} MB")
+    return ", ".join(parts) or "/dev/shm is not there"
 
 
 def _one_line(error: BaseException) -> str:

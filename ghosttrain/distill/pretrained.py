@@ -282,11 +282,11 @@ def class_columns(
     Raises:
         UserError: the network lacks a class of the data, or the numbers differ.
     """
-    how = "by name"
+    basis = "by name"
     if known is None and all(re.fullmatch(r"n\d{8}", c) for c in classes):
         subset = infer_imagenet_subset({"num_classes": count})
         known = ImageNetInfo(subset).label_names() if subset else None
-        how = "by synset"
+        basis = "by synset"
     if known is None:
         if count != len(classes):
             raise UserError(
@@ -306,8 +306,8 @@ def class_columns(
         )
     columns = [position[label] for label in classes]
     if columns == list(range(count)):
-        return None, f"classes matched {how}"
-    return columns, f"{len(columns)} of its {count} classes, {how}"
+        return None, f"classes matched {basis}"
+    return columns, f"{len(columns)} of its {count} classes, {basis}"
 
 
 def _names(classes: Sequence[str]) -> str:

@@ -290,7 +290,7 @@ def check_teacher(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor, View
     return [score(torch.cat([labels[0], *kept]), torch.cat(labels)) for kept in given]
 
 
-def validate_above_chance(found: Score, num_classes: int, who: str = "the teacher") -> None:
+def validate_above_chance(found: Score, num_classes: int, subject: str = "the teacher") -> None:
     """Raise UserError unless a network is right more often than guesses are.
 
     It must be right on more images than one that always names the most frequent class, and more
@@ -303,8 +303,8 @@ def validate_above_chance(found: Score, num_classes: int, who: str = "the teache
     take = "or teacher.trust=true to take it all the same"
     if binomial_tail(n, n, max(found.best_chance, 1 / num_classes)) > LEAST_P:
         raise UserError(
-            f"{who} was asked about {n} training images, {majority} of them of one class: too few"
-            " images to tell knowing the classes from guessing, even if all outputs were right;"
+            f"{subject} was asked about {n} training images, {majority} of them of one class: too"
+            " few images to tell knowing the classes from guessing, even if all outputs were right;"
             f" type teacher.check_samples=NUMBER for more (as far as there are more), {take}"
         )
     p = binomial_tail(hits, n, max(found.chance, 1 / num_classes))
@@ -319,7 +319,7 @@ def validate_above_chance(found: Score, num_classes: int, who: str = "the teache
     else:
         why = f"no better than guessing one of {num_classes} classes (p = {p:.2g}){cause}"
     raise UserError(
-        f"{who} is right on {hits} of {n} training images, {why}; give another teacher, type"
+        f"{subject} is right on {hits} of {n} training images, {why}; give another teacher, type"
         f" teacher=none distill=none, {take}"
     )
 

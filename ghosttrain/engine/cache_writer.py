@@ -184,11 +184,11 @@ def _draws(config: Config) -> int:
 def _say_missing(cache: TeacherCache, draws: int) -> None:
     """Say what is left to write of the first `draws` draws of a cache that exists."""
     info = cache.info
-    more = max(draws - info.draws, 0) * cache.total_bytes() / info.draws
+    added_bytes = max(draws - info.draws, 0) * cache.total_bytes() / info.draws
     left = sum(shard.draw < draws for shard in cache.missing())
     _say(
         f"{cache.folder}: {info.codec}, {_count(info.draws, 'draw')}, "
-        f"{_count(left, 'file')} missing; {_count(draws, 'draw')} add {_bytes(more)}"
+        f"{_count(left, 'file')} missing; {_count(draws, 'draw')} add {_bytes(added_bytes)}"
     )
 
 

@@ -119,8 +119,8 @@ def classes_before(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (B, K).
         labels: (B,) int64.
     """
-    own = logits.gather(1, labels[:, None])
+    own_logits = logits.gather(1, labels[:, None])
     lower = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     # Not `logits > own`: every comparison with a NaN is false, and no NaN may count as a hit.
-    before = ~(logits <= own) | ((logits == own) & lower)
+    before = ~(logits <= own_logits) | ((logits == own_logits) & lower)
     return before.sum(dim=1)

@@ -75,8 +75,8 @@ def head(run: Description, student: nn.Module) -> list[str]:
         "form"
     )
     if config.model.weights:
-        said = (getattr(student, "weights_dialect", "timm"), getattr(student, "weights_note", ""))
-        lines.append(f"weights: {config.model.weights} ({'; '.join(filter(None, said))})")
+        notes = (getattr(student, "weights_dialect", "timm"), getattr(student, "weights_note", ""))
+        lines.append(f"weights: {config.model.weights} ({'; '.join(filter(None, notes))})")
     lines.append(f"teacher: {run.teacher}")
     seen = "seen by batch norm" + (", of all ranks together" if config.train.sync_bn else "")
     lines.append(
@@ -129,7 +129,7 @@ def card(run: Description, result: dict[str, Any]) -> str:
     config, notes = run.config, run.notes
     table = "\n".join(result_lines(result))
     policy = config.augment.policy
-    said = "\n".join(note.replace("  ", "- ", 1) if note[:2] == "  " else note for note in notes)
+    bullets = "\n".join(note.replace("  ", "- ", 1) if note[:2] == "  " else note for note in notes)
     asked = networks(config.teacher).values()
     teacher = " + ".join(str(network.name or network.weights or "none") for network in asked)
     mixed = " Mixup/CutMix were on." if policy == "with_mixup" else ""
@@ -145,7 +145,7 @@ held-out images.
 
 ![curves](curves.png)
 
-{said}
+{bullets}
 Teacher: {teacher} ({config.distill.name}). Augmentation: `{policy}`.{mixed}
 
 ```python

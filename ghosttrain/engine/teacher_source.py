@@ -142,8 +142,8 @@ def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> t
         with eval_loader(train_set, config.data, device, views=teacher.views) as images:
             batches = images.batches(eval_batches(sample, 64))
             scores = check_teacher(teacher, ((b.images, b.labels, b.views) for b in batches))
-        who = ["the teacher", *(f"the teacher's member {name!r}" for name in teacher.members)]
-        for found, name in zip(scores, who, strict=False):
+        subjects = ["the teacher", *(f"the teacher's member {name!r}" for name in teacher.members)]
+        for found, name in zip(scores, subjects, strict=False):
             if not cfg.trust:
                 validate_above_chance(found, len(train_set.classes), name)
     return teacher, _describe(cfg, teacher, scores)
@@ -152,9 +152,9 @@ def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> t
 def _describe(cfg: schema.TeacherConfig, teacher: Teacher, scores: list[Score]) -> str:
     shares = [f", top-1 {100 * found.top1:.1f} %" for found in scores]
     parts = [
-        f"{member.name} ({one.weights}), {member.view[0]} px {member.size_note}, "
+        f"{member.name} ({network.weights}), {member.view[0]} px {member.size_note}, "
         + ", ".join(filter(None, (member.network.weights_note, member.classes_note)))
-        for one, member in zip(networks(cfg).values(), teacher.members.values(), strict=True)
+        for network, member in zip(networks(cfg).values(), teacher.members.values(), strict=True)
     ]
     if len(parts) > 1:
         if scores:
@@ -246,11 +246,11 @@ def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
     like settings that say the same.
     """
     cfg, data = config.teacher, config.data
-    own = {"name", "input_size", "mean", "std", "weight"}
+    decisive = {"name", "input_size", "mean", "std", "weight"}
     classes = json.dumps(train_set.classes)
     return {
         "teacher": {
-            name: as_asked(member).model_dump(mode="json", include=own)
+            name: as_asked(member).model_dump(mode="json", include=decisive)
             | {"weights": weights_digest(member) or absent(member)}
             for name, member in networks(cfg).items()
         },

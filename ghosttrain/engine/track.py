@@ -180,9 +180,9 @@ class Tracker:
         """
         if self.folder is None:
             return []
-        said = [self.about_wandb] if self.about_wandb else []
-        said += ["TensorBoard"] if self.tensorboard is not None else []
-        return [f"tracking: {', '.join(said)}"] if said else []
+        places = [self.about_wandb] if self.about_wandb else []
+        places += ["TensorBoard"] if self.tensorboard is not None else []
+        return [f"tracking: {', '.join(places)}"] if places else []
 
     def say(self, *lines: str) -> None:
         """Print lines and keep them in log.txt."""

@@ -65,10 +65,12 @@ def validate_timm_sides(
 def _remedy(model: nn.Module, sides: Mapping[str, int]) -> str:
     """Name the side that timm's configuration of this model gives, where that is another one."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    own = (config.get("input_size") or (0, 0))[1]
-    if not own or all(side == own for side in sides.values()):
+    made_for = (config.get("input_size") or (0, 0))[1]
+    if not made_for or all(side == made_for for side in sides.values()):
         return "; choose another model.name"
-    return f": it is made for {own}x{own} pixels, type " + " ".join(f"{k}={own}" for k in sides)
+    return f": it is made for {made_for}x{made_for} pixels, type " + " ".join(
+        f"{k}={made_for}" for k in sides
+    )
 
 
 def _sees_one_value(model: nn.Module, data: DataConfig) -> bool:

@@ -30,8 +30,8 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         try:
             runs.append(compose(cell, config_dir))
         except UserError as error:
-            own = [word for word in cell if any(word not in other for other in every)]
-            where = f"{' '.join(own)}: " if own else ""
+            distinct = [word for word in cell if any(word not in other for other in every)]
+            where = f"{' '.join(distinct)}: " if distinct else ""
             raise UserError(f"{where}{error}{_leave_out(cell, overrides, str(error))}") from None
     done, failed = [], []
     for number, run in enumerate(runs, start=1):
@@ -39,12 +39,12 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
         try:
             code = launch(run)
         except Exception as error:  # the other cells still run
-            said = mistake(error)
-            if said is None:
+            message = mistake(error)
+            if message is None:
                 traceback.print_exc()
             else:
-                print(f"ghosttrain: error: {said}", file=sys.stderr)
-            code = 1 if said is None else 2
+                print(f"ghosttrain: error: {message}", file=sys.stderr)
+            code = 1 if message is None else 2
         if code:
             failed.append(f"{' '.join(run.arguments)} (exit code {code})")
         else:
@@ -56,12 +56,12 @@ def sweep(overrides: list[str], config_dir: str | None) -> int:
     return int(bool(failed))
 
 
-def _leave_out(cell: list[str], overrides: list[str], said: str) -> str:
+def _leave_out(cell: list[str], overrides: list[str], message: str) -> str:
     """Return how to leave out what a `glob(*)` brought into this cell, if it is what was said."""
     values = {key: value for key, _, value in (word.partition("=") for word in cell)}
     for word in overrides:
         key, _, value = word.partition("=")
         match = re.fullmatch(r"glob\(([^,=\[\]]+)\)", value)
-        if match and said.startswith(f"{key}."):
+        if match and message.startswith(f"{key}."):
             return f"; to leave it out: '{key}=glob({match[1]},exclude={values[key]})'"
     return ""

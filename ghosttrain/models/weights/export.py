@@ -29,19 +29,25 @@ def export_state(model: Student, library: str) -> tuple[str, State]:
 
     Raises UserError where `library` has no such network.
     """
-    own = model.state_dict()
-    layout, name = _counterpart(model, own, library)
-    if detect(own).dialect == "fused":
-        own = _with_identity_norms(own)
+    model_state = model.state_dict()
+    layout, name = _counterpart(model, model_state, library)
+    if detect(model_state).dialect == "fused":
+        model_state = _with_identity_norms(model_state)
     elif layout.reparam == PLAIN:
-        own = {key.replace(".branches.0.", "."): value for key, value in own.items()}
-    shaped = {k: v[:, :, None, None] if _MATRIX.fullmatch(k) else v for k, v in own.items()}
+        model_state = {
+            key.replace(".branches.0.", "."): value for key, value in model_state.items()
+        }
+    shaped = {k: v[:, :, None, None] if _MATRIX.fullmatch(k) else v for k, v in model_state.items()}
     return name, {layout.rename(key): value.cpu().contiguous() for key, value in shaped.items()}
 
 
-def _counterpart(model: Student, own: State, library: str) -> tuple[Layout, str]:
+def _counterpart(model: Student, model_state: State, library: str) -> tuple[Layout, str]:
     """Return the layout and the name of a student's network in `library`; UserError if none."""
-    ours, reparam, width = detect(own), branches_of(own) or PLAIN, model.name.rpartition("_")[2]
+    ours, reparam, width = (
+        detect(model_state),
+        branches_of(model_state) or PLAIN,
+        model.name.rpartition("_")[2],
+    )
     written = [
         layout for layout in foreign_layouts() if layout.networks and layout.family == ours.family
     ]

@@ -106,7 +106,7 @@ def read_file(path: Path, origin: str) -> Content:
     # Half as large as the largest: a few averaged tensors are no network.
     least = max(_elements(state) for _, state in found) / 2
     found = [(where, state) for where, state in found if _elements(state) >= least]
-    found.sort(key=lambda one: (not _EMA.search(one[0]), -_elements(one[1])))
+    found.sort(key=lambda named: (not _EMA.search(named[0]), -_elements(named[1])))
     where, state = found[0]
     others = ", ".join(other or "the top level" for other, _ in found[1:])
     note = f"{where or 'the top level'} is taken, not {others}" if others else ""
@@ -250,13 +250,13 @@ def other_normalisation(about: WeightsInfo, mean: Sequence[float], std: Sequence
     if about.mean is None or about.std is None or len(about.mean) != len(mean):
         return ""
     pairs = zip((*about.mean, *about.std), (*mean, *std), strict=True)
-    if all(abs(own - given) <= 1e-3 for own, given in pairs):
+    if all(abs(theirs - given) <= 1e-3 for theirs, given in pairs):
         return ""
-    own, given = (
+    theirs, given = (
         f"data.mean=[{','.join(f'{x:g}' for x in m)}] data.std=[{','.join(f'{x:g}' for x in s)}]"
         for m, s in ((about.mean, about.std), (mean, std))
     )
-    return f"they were trained with another normalisation than {given}: type {own} for theirs"
+    return f"they were trained with another normalisation than {given}: type {theirs} for theirs"
 
 
 def other_input_stride(about: WeightsInfo, input_stride: str) -> str:
@@ -323,7 +323,7 @@ def _allowed() -> list[Any]:
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2
         allowed += [(scalar, f"{module}.scalar"), (rebuild, f"{module}._reconstruct")]
     allowed += [np.dtype, np.ndarray]
-    allowed += [one for one in vars(dtypes).values() if isinstance(one, type)]
+    allowed += [dtype for dtype in vars(dtypes).values() if isinstance(dtype, type)]
     nodes = ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")
     allowed += [getattr(omegaconf, f"{node}Node") for node in nodes]
     allowed += [omegaconf.DictConfig, omegaconf.ListConfig]

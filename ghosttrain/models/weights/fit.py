@@ -74,8 +74,8 @@ def load_student_weights(
     Raises UserError, naming `origin` (a file), for another family, for fused weights in a model
     with batch norms, and for what does not fit, key by key, as `fit_state` does.
     """
-    own = model.state_dict()
-    ours, theirs = detect(own), detect(state)
+    model_state = model.state_dict()
+    ours, theirs = detect(model_state), detect(state)
     if theirs.dialect != "unknown" and theirs.family != ours.family:
         raise UserError(
             f"{origin} holds a {theirs.dialect} {theirs.family}, the model is {model.name}: choose "
@@ -88,13 +88,15 @@ def load_student_weights(
             f"create_model({model.name!r}, fused=True, weights=...), or a teacher."
         )
     if theirs.dialect == "deployed":
-        state = _fold_deployed(state, own)
-    state = translate(state, own)
-    spare, notes = _silent_branches(own, state), []
+        state = _fold_deployed(state, model_state)
+    state = translate(state, model_state)
+    spare, notes = _silent_branches(model_state, state), []
     if count := sum(key.endswith(".running_mean") for key in spare):
         notes.append(f"{count} branches that it lacks start with gain 0")
     if new_classifier:
-        state, note = _with_new_classifier(state, own, STUDENT_ENDS.classifier, known, classes)
+        state, note = _with_new_classifier(
+            state, model_state, STUDENT_ENDS.classifier, known, classes
+        )
         notes += [note] if note else []
     reparam = None if theirs.dialect in ("ghosttrain", "unknown") else theirs.reparam
     fit_state(model, state, model.name, origin, spare, reparam)
@@ -116,11 +118,11 @@ def load_timm_weights(
     the names that its authors gave. `new_classifier`, `known`, `classes` and errors are as in
     `load_student_weights`.
     """
-    own, ends = network.state_dict(), ends_of(network)
-    state, note = part_of(state, own.keys())
+    model_state, ends = network.state_dict(), ends_of(network)
+    state, note = part_of(state, model_state.keys())
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     others = ("missing", "unexpected", "of another shape")
-    ours = _body(own, ends.classifier)
+    ours = _body(model_state, ends.classifier)
     body = _body(state, ends.classifier)
     reader = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if reader and any(mismatch(ours, body)[kind] for kind in others):
@@ -130,7 +132,7 @@ def load_timm_weights(
                 state = translated
     notes = [note] if note else []
     if new_classifier:
-        state, note = _with_new_classifier(state, own, ends.classifier, known, classes)
+        state, note = _with_new_classifier(state, model_state, ends.classifier, known, classes)
         notes += [note] if note else []
     fit_state(network, state, name, origin, ends=ends)
     return "; ".join(notes)
@@ -168,7 +170,7 @@ def _body(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> State:
 
 def _with_new_classifier(
     state: Mapping[str, Tensor],
-    own: State,
+    model_state: State,
     classifier: tuple[str, ...],
     known: Sequence[str] | None,
     classes: Sequence[str],
@@ -177,7 +179,7 @@ def _with_new_classifier(
 
     It is the model's own where that of `state` is missing or has other classes.
     """
-    mine = {key: value for key, value in own.items() if _below(key, classifier)}
+    mine = {key: value for key, value in model_state.items() if _below(key, classifier)}
     theirs = {key: value for key, value in state.items() if _below(key, classifier)}
     new = _classes(mine, classifier)
     if new is None:
@@ -213,7 +215,7 @@ def _classes(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> int | 
     return next((len(weight) for weight in weights), None)
 
 
-def _fold_deployed(state: Mapping[str, Tensor], own: State) -> State:
+def _fold_deployed(state: Mapping[str, Tensor], model_state: State) -> State:
     """Return a deployed GhostNetV3 under the names of the fused form `own`.
 
     The layers that had no branches keep a batch norm in it, which is folded here. Entries without
@@ -221,7 +223,7 @@ def _fold_deployed(state: Mapping[str, Tensor], own: State) -> State:
     """
     layout, rest = detect(state), dict(state)
     folded: State = {}
-    for path in dict.fromkeys(key.rpartition(".")[0] for key in own):
+    for path in dict.fromkeys(key.rpartition(".")[0] for key in model_state):
         names = [layout.rename(f"{path}.conv.{leaf}") for leaf in ("weight", "bias")]
         norm = layout.rename(f"{path}.bn.weight").removesuffix("weight")
         leaves = [f"{norm}{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
@@ -244,19 +246,19 @@ def _fold_deployed(state: Mapping[str, Tensor], own: State) -> State:
     return {**rest, **folded}
 
 
-def translate(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> State:
+def translate(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> State:
     """Return `state`, of any dialect, under the names of `own`, a student's state dict.
 
     Entries without a counterpart keep their names. The weights of a plain layer become branch 0.
     """
     layout = detect(state)
     ours = {}
-    for key in own:
+    for key in model_state:
         names = (layout.rename(key), layout.rename(key.replace(".branches.0.", ".")))
         ours.update({name: key for name in names if name in state})
     renamed = {ours.get(name, name): value for name, value in state.items()}
     # A layer on a pooled map may be a 1x1 convolution theirs.
-    matrices = {key for key in own if own[key].ndim == 2}
+    matrices = {key for key in model_state if model_state[key].ndim == 2}
     return {k: v.flatten(1) if k in matrices and v.ndim == 4 else v for k, v in renamed.items()}
 
 
@@ -276,14 +278,14 @@ def same_widths(plain: State, state: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def _silent_branches(own: State, state: State) -> State:
+def _silent_branches(model_state: State, state: State) -> State:
     """Return the entries of `own` in branches that `state` lacks wholly, with gain and bias 0.
 
     A layer of which `state` does not even have branch 0 is missing, not plain.
     """
     held = {match.expand(r"\1.\2") for match in map(_BRANCH.fullmatch, state) if match}
     silent = {}
-    for key, value in own.items():
+    for key, value in model_state.items():
         match = _BRANCH.fullmatch(key)
         if match and match.expand(r"\1.\2") not in held and f"{match[1]}.branches.0" in held:
             is_gain_or_bias = match[3] in ("bn.weight", "bn.bias", "weight", "bias")
@@ -309,15 +311,17 @@ def fit_state(
     decide. Counters of batch norms (`num_batches_tracked`) may be missing: not all trainers store
     them, and only a batch norm without momentum reads them.
     """
-    own = model.state_dict()
-    counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
+    model_state = model.state_dict()
+    counters = {key: model_state[key] for key in model_state if key.endswith("num_batches_tracked")}
     complete = {**counters, **spare, **state}
-    found = mismatch(own, complete)
+    found = mismatch(model_state, complete)
     if not any(found.values()):
         model.load_state_dict(complete)
         return
     missing, unexpected, reshaped = found.values()
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in reshaped]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(model_state[k].shape)}" for k in reshaped
+    ]
     parts = [
         f"{len(keys)} {what} ({listed(keys, most=6)})"
         for what, keys in zip(found, (missing, unexpected, shapes), strict=True)
@@ -325,38 +329,42 @@ def fit_state(
     ]
     hint = ""
     if not missing and not unexpected:
-        hint = _hint_for_shapes(own, state, reshaped, ends)
+        hint = _hint_for_shapes(model_state, state, reshaped, ends)
     elif not unexpected and missing and all(_below(key, ends.classifier) for key in missing):
         hint = " It has no classifier: give weights with one."
-    elif not reshaped and (reparam or branches_of(state)) not in (None, branches_of(own)):
+    elif not reshaped and (reparam or branches_of(state)) not in (None, branches_of(model_state)):
         hint = f" The file has {spelled(reparam or branches_of(state) or PLAIN)}."
     raise UserError(f"{origin} does not fit {name}: {'; '.join(parts)}.{hint}{remedy}")
 
 
-def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def mismatch(
+    model_state: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
     """Return the keys in which `state` differs from `own`, a model's state dict, by what is wrong.
 
     "missing", "unexpected" and "of another shape", in this order, each possibly empty.
     """
     return {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
-        "of another shape": [k for k in own if k in state and own[k].shape != state[k].shape],
+        "missing": [key for key in model_state if key not in state],
+        "unexpected": [key for key in state if key not in model_state],
+        "of another shape": [
+            k for k in model_state if k in state and model_state[k].shape != state[k].shape
+        ],
     }
 
 
 def _hint_for_shapes(
-    own: State, state: Mapping[str, Tensor], reshaped: list[str], ends: Ends
+    model_state: State, state: Mapping[str, Tensor], reshaped: list[str], ends: Ends
 ) -> str:
     """Say which setting the weights belong to, where only the classes or the channels differ."""
     if all(_below(key, ends.classifier) for key in reshaped):
-        given, wanted = (_classes(s, ends.classifier) for s in (state, own))
+        given, wanted = (_classes(s, ends.classifier) for s in (state, model_state))
         return (
             f" It has {given} classes, the model {wanted}: use data of {given} classes "
             f"(num_classes={given}) or other weights."
         )
     if all(_below(key, ends.first) for key in reshaped):
-        given, wanted = (s[reshaped[0]].shape[1] for s in (state, own))
+        given, wanted = (s[reshaped[0]].shape[1] for s in (state, model_state))
         return (
             f" It takes {given} channels, the model {wanted}: use data.in_chans={given} "
             f"(in_chans={given}) or other weights."

@@ -52,8 +52,8 @@ _GHOSTNETV3_OFFICIAL = {
     "stages.S.B.depthwise.scale.bn": "blocks.S.B.dw_rpr_scale.bn",
 }
 _GHOSTNETV3 = {
-    ours: there + "1" if there.endswith(".bn") else there
-    for ours, there in _GHOSTNETV3_OFFICIAL.items()
+    ours: theirs + "1" if theirs.endswith(".bn") else theirs
+    for ours, theirs in _GHOSTNETV3_OFFICIAL.items()
 }
 
 DIALECTS = (

@@ -32,9 +32,9 @@ _MOBILENETV2_TORCHVISION = {
     "stages.0.0.project.conv": "features.1.conv.1",
     "stages.0.0.project.bn": "features.1.conv.2",
     **{
-        f"{block}.{ours}": f"features.{number}.conv.{there}"
+        f"{block}.{ours}": f"features.{number}.conv.{theirs}"
         for number, block in enumerate(_BLOCKS[1:], start=2)
-        for ours, there in {
+        for ours, theirs in {
             "expand.conv": "0.0",
             "expand.bn": "0.1",
             "depthwise.conv": "1.0",

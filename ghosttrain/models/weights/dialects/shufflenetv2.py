@@ -9,9 +9,9 @@ _SHUFFLENETV2_TORCHVISION = {
     "stem.conv": "conv1.0",
     "stem.bn": "conv1.1",
     **{
-        f"stages.{stage}.B.{ours}": f"stage{stage + 2}.B.{there}"
+        f"stages.{stage}.B.{ours}": f"stage{stage + 2}.B.{theirs}"
         for stage in range(3)
-        for ours, there in {
+        for ours, theirs in {
             "left.depthwise.conv": "branch1.0",
             "left.depthwise.bn": "branch1.1",
             "left.pointwise.conv": "branch1.2",
