@@ -270,12 +270,12 @@ def run(device: torch.device) -> list[str]:
         output = _cli(*job, size, *short)
         result = next(Path(folder).rglob("result.json")).parent
         again = _cli("eval", str(result), f"launch.device={device.type}")
-        tail = said.splitlines()[-12:] + again.splitlines()
+        tail = output.splitlines()[-12:] + again.splitlines()
         if small:
             return tail
         since = time.perf_counter()
         output = _cli(*job, "model=ghostnetv3_050", "train.compile=true", "train.epochs=2")
-        last = next(line for line in said.splitlines() if line.startswith("epoch 2/"))
+        last = next(line for line in output.splitlines() if line.startswith("epoch 2/"))
         return [*tail, f"compiled ({time.perf_counter() - since:.0f} s): {last}"]
 
 

@@ -32,6 +32,7 @@ LIST, TABLE = ROOT / "tests/mutants.yaml", ROOT / "docs/mutants.md"
 DRAWN, SEED, WORKERS, LIMIT_S = 100, 9, 2, 600.0
 DRAWN_FROM = [
     "ghosttrain/engine/train.py",
+    "ghosttrain/engine/classification.py",
     "ghosttrain/engine/evaluate.py",
     "ghosttrain/distill/losses.py",
     "ghosttrain/optim/schedule.py",
