@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset, notes_on
 from ghosttrain.distill.pretrained import networks
-from ghosttrain.engine.folder import result_lines
+from ghosttrain.engine.folder import result_lines, run_folder
 from ghosttrain.engine.plan import Plan
 from ghosttrain.engine.same_data import without_classes
 from ghosttrain.engine.state import TrainState
@@ -29,16 +28,12 @@ class Description:
 
     config: Config
     plan: Plan
-    folder: Path
     train_set: Dataset
     held_out: Dataset
     data_record: Mapping[str, Any]
     """What the data are (`same_data.describe_data`)."""
     teacher: str
     """What the teacher is, in one line."""
-    device: torch.device
-    notes: list[str]
-    """Lines for the reader of the log and the card."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +50,13 @@ class Measured:
     """Of the whole run, evaluations included."""
 
 
-def head(run: Description, student: nn.Module) -> list[str]:
+def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str]:
     """Return the first lines of a run: what is trained on what, and what differs from the recipe as
     published.
     """
     config, plan, train_set, held_out = run.config, run.plan, run.train_set, run.held_out
     data, optim, ranks = config.data, config.optim, plan.ranks
-    lines = [f"run folder: {run.folder}"]
+    lines = [f"run folder: {run_folder(config)}"]
     lines.append(f"data: {train_set.describe()}; held out {len(held_out)}")
     if data.name == "digits":
         lines.append(
@@ -69,20 +64,20 @@ def head(run: Description, student: nn.Module) -> list[str]:
             "data.root=/path"
         )
     lines += [f"  {note}" for note in (*notes_on(train_set), *notes_on(held_out))]
-    lines += run.notes
+    lines += notes
     lines.append(
         f"student: {config.model.name}, {count_params(student) / 1e6:.3f} M parameters in training "
         "form"
     )
     if config.model.weights:
-        notes = (getattr(student, "weights_dialect", "timm"), getattr(student, "weights_note", ""))
-        lines.append(f"weights: {config.model.weights} ({'; '.join(filter(None, notes))})")
+        known = (getattr(student, "weights_dialect", "timm"), getattr(student, "weights_note", ""))
+        lines.append(f"weights: {config.model.weights} ({'; '.join(filter(None, known))})")
     lines.append(f"teacher: {run.teacher}")
     seen = "seen by batch norm" + (", of all ranks together" if config.train.sync_bn else "")
     lines.append(
         f"batch: {config.train.global_batch} = {plan.micro_batch} ({seen}) x {plan.accumulation} "
         f"accumulated x {ranks} {'process' if ranks == 1 else 'processes'}, on "
-        f"{device_name(run.device)}"
+        f"{device_name(device_of(student))}"
     )
     scaled = "as set"
     if optim.lr_batch is not None and optim.lr_batch != config.train.global_batch:
@@ -120,13 +115,13 @@ def result(run: Description, state: TrainState, measured: Measured) -> dict[str,
         "images_per_second": state.step * run.plan.global_batch / state.seconds,
         "steps": state.step,
         "data": without_classes(run.data_record),
-        "device": device_name(run.device),
+        "device": device_name(device_of(average)),
     }
 
 
-def card(run: Description, result: dict[str, Any]) -> str:
+def card(run: Description, result: dict[str, Any], notes: Sequence[str]) -> str:
     """Return the model card of a finished run, as Markdown."""
-    config, notes = run.config, run.notes
+    config = run.config
     table = "\n".join(result_lines(result))
     policy = config.augment.policy
     bullets = "\n".join(note.replace("  ", "- ", 1) if note[:2] == "  " else note for note in notes)
@@ -156,6 +151,11 @@ model = ghosttrain.load_run("this/folder", weights="ema")  # or "raw", "fused"
 
 All settings: `config.yaml`; versions, commit, command: `provenance.json`.
 """
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a network is."""
+    return next(model.parameters()).device
 
 
 def device_name(device: torch.device) -> str:

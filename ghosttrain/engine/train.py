@@ -113,9 +113,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
 
     # ---------------------------------------------------------------- Loop
     tracker = track.Tracker(config, plan, state.step, run if rank == 0 else None)
-    about = summary.Description(
-        config, plan, run, train_set, held_out, data_record, teacher.about, device, notes
-    )
+    about = summary.Description(config, plan, train_set, held_out, data_record, teacher.about)
     kind = describe_weights(config, classes, "ema")
     if config.train.compile:
         network.compile()
@@ -125,7 +123,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     network.train()
     with train_images, held_images, tracker:
         if rank == 0:
-            tracker.say(*summary.head(about, student), *tracker.about())
+            tracker.say(*summary.head(about, student, notes), *tracker.about())
         try_first_batch(student, held_images)
         row: track.Row = {}
         while True:
@@ -195,7 +193,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             result = summary.result(about, state, measured)
             write_weights(run / "model.safetensors", ema.model, kind)
             tracker.draw_curves(folder.run_name(config))
-            write_text(run / "card.md", summary.card(about, result))
+            write_text(run / "card.md", summary.card(about, result, notes))
             write_json(run / "result.json", result)
             tracker.say("", *folder.result_lines(result), f"run folder: {run}")
     distributed.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ghosttrain.models.collapse.normalize import Normalize
-from ghosttrain.models.collapse.step import SumOfBranches, update_running
+from ghosttrain.models.collapse.step import SumOfBranches, Way, update_running
 from ghosttrain.models.layers import BatchNorm
 
 
@@ -25,9 +25,8 @@ class SyncBatchNorm2d(BatchNorm):
         weight = self.weight.new_empty(0, len(self.weight), 1, 1, 1)
         taps = self.weight.new_ones(1, len(self.weight))
         gamma, beta = self.weight[None], self.bias[None]
-        y, *statistics = SumOfBranches.apply(
-            x, weight, taps, gamma, beta, Normalize, (1, 0, 1), self.eps, True
-        )
+        way = Way(Normalize, 1, 0, 1, self.eps, synced=True)
+        y, *statistics = SumOfBranches.apply(x, weight, taps, gamma, beta, way)
         update_running([self], *statistics)
         return y
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ghosttrain.models.collapse.depthwise import Depthwise
 from ghosttrain.models.collapse.pointwise import Pointwise
 from ghosttrain.models.collapse.stacked import Stacked
-from ghosttrain.models.collapse.step import Form, SumOfBranches, update_running
+from ghosttrain.models.collapse.step import Form, SumOfBranches, Way, update_running
 from ghosttrain.models.depthwise import compiled
 from ghosttrain.models.layers import BatchNorm, ConvBN, convolve
 from ghosttrain.models.ops import is_channels_last
@@ -106,10 +106,9 @@ def forward_together(rep: Block, x: Tensor, mode: str) -> Tensor:
     form = form_of(conv) if mode == "collapsed" else Stacked
     weight, taps = _kernels(rep, form)
     gamma, beta = (torch.stack([getattr(bn, name) for bn in norms]) for name in ("weight", "bias"))
-    geometry = conv.stride[0], int(conv.padding[0]), conv.groups
-    y, *statistics = SumOfBranches.apply(
-        x, weight, taps, gamma, beta, form, geometry, norms[0].eps, norms[0].synced
-    )
+    stride, padding, eps = conv.stride[0], int(conv.padding[0]), norms[0].eps
+    way = Way(form, stride, padding, conv.groups, eps, norms[0].synced)
+    y, *statistics = SumOfBranches.apply(x, weight, taps, gamma, beta, way)
     update_running(norms, *statistics)
     return y
 

@@ -42,6 +42,23 @@ class Layer(NamedTuple):
     groups: int
 
 
+class Way(NamedTuple):
+    """What is no tensor of a step."""
+
+    form: type[Form]
+    stride: int
+    padding: int
+    groups: int
+    eps: float
+    """Of every batch norm."""
+    synced: bool
+    """Whether statistics are those of all processes."""
+
+    def layer(self, weight: Tensor, taps: Tensor) -> Layer:
+        """Return these kernels and taps as they move over the map."""
+        return Layer(weight, taps, self.stride, self.padding, self.groups)
+
+
 class Sums(NamedTuple):
     """What the backward of batch norm sums over this process's positions."""
 
@@ -110,26 +127,23 @@ class SumOfBranches(torch.autograd.Function):
         taps: Tensor,
         gamma: Tensor,
         beta: Tensor,
-        form: type[Form],
-        geometry: tuple[int, int, int],
-        eps: float,
-        synced: bool,
+        way: Way,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        layer = Layer(weight, taps, *geometry)
+        layer, form = way.layer(weight, taps), way.form
         with full_precision(x):
             own_mean, var, kept = form.statistics(as_map(x), layer)
             own_count = count = positions(x, layer)
             mean = own_mean
-            if synced:
+            if way.synced:
                 mean, var, count = _over_ranks(mean, var, count)
                 if len(as_rows(x)) <= 1 and count <= 1:
                     raise ValueError("Expected more than 1 value per channel over all processes")
-            rstd = (var.clamp_(min=0) + eps).rsqrt_()
+            rstd = (var.clamp_(min=0) + way.eps).rsqrt_()
             gain = gamma * rstd
             bias = (beta - gain * mean).sum(0)
         y = form.output(x, layer, gain, bias, own_mean, kept)  # under autocast, if that is on
         ctx.save_for_backward(x, weight, taps, gain, rstd, own_mean - mean, count, own_count, *kept)
-        ctx.form, ctx.geometry, ctx.synced = form, geometry, synced
+        ctx.way = way
         ctx.mark_non_differentiable(mean, var, count)
         return y, mean, var, count
 
@@ -139,27 +153,27 @@ class SumOfBranches(torch.autograd.Function):
         ctx: Any, dy: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, weight, taps, gain, rstd, offset, count, own_count, *saved = ctx.saved_tensors
-        form, layer = ctx.form, Layer(weight, taps, *ctx.geometry)
+        form, layer = ctx.way.form, ctx.way.layer(weight, taps)
         kept = form.Kept(*saved)
         with full_precision(x):
             x_map, dy = as_map(x), as_map(dy)
             sums = form.sums(x_map, dy, layer, kept)
             s0, s1 = sums.dy, sums.dy_z
             all0, all1 = s0, s1
-            if ctx.synced:
+            if ctx.way.synced:
                 s1 = s1 + offset * s0
                 flat = _all_sum(torch.cat([s0[None], s1]))
                 all0, all1 = flat[0], flat[1:]
             b = all1 * rstd * rstd * gain / -count
             c = gain * (all0 / -count)
             total = torch.zeros_like(c)
-            if ctx.synced:
+            if ctx.way.synced:
                 c = c + b * offset
                 total = gain * s0 + own_count * c
             abc = Coefficients(gain, b, c, total, own_count)
             dx, dweight, dtaps = form.gradients(x_map, dy, layer, abc, sums, kept)
             dgamma, dbeta = (rstd * s1).to(weight.dtype), s0.to(weight.dtype).repeat(len(s1), 1)
-        return dx.to(x.dtype), dweight, dtaps, dgamma, dbeta, None, None, None, None
+        return dx.to(x.dtype), dweight, dtaps, dgamma, dbeta, None
 
 
 def update_running(norms: list[Any], mean: Tensor, var: Tensor, count: Tensor) -> None:
