@@ -39,7 +39,7 @@ mean, std = torch.tensor(data.mean), torch.tensor(data.std)
 
 
 def ask(draw: int) -> TeacherOutput:
-    """Return the output to one draw of every sample."""
+    """Return the output for one draw of every sample."""
     outputs = []
     for index in range(SAMPLES):
         photo = photos[index % len(photos)]

@@ -33,8 +33,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ghosttrain import ranks
-from ghosttrain.config.distillation import check_teacher, validate_cache_settings, validate_loss
-from ghosttrain.config.identity import changeable, check_run_name, field_of, flatten, unflatten
+from ghosttrain.config.distillation import validate_cache_settings, validate_loss, validate_teacher
+from ghosttrain.config.identity import changeable, field_of, flatten, unflatten, validate_run_name
 from ghosttrain.config.names import (
     MEMBERS,
     NAME_A_MEMBER,
@@ -43,7 +43,7 @@ from ghosttrain.config.names import (
     parse_override,
     settings_near,
 )
-from ghosttrain.config.normalization import check_normalization
+from ghosttrain.config.normalization import validate_normalization
 from ghosttrain.config.policy import validate_policy
 from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, STUDENT_SOURCES, Config, Use
 from ghosttrain.config.students import STUDENTS, validate_sides
@@ -340,12 +340,12 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             f"model.weights={model.weights}: no such file; give the path of a .safetensors or .pth "
             f"file, the folder of a finished run, or one of {', '.join(STUDENT_SOURCES)}"
         )
-    check_teacher(config.teacher, config.distill, chosen["teacher"], names.groups["teacher"])
+    validate_teacher(config.teacher, config.distill, chosen["teacher"], names.groups["teacher"])
     validate_loss(config.distill)
     validate_cache_settings(config.cache, config.distill, augment)
     validate_policy(augment)
-    check_run_name(config)
-    check_normalization(data, config.teacher)
+    validate_run_name(config)
+    validate_normalization(data, config.teacher)
     for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max")):
         if getattr(augment, low) > getattr(augment, high):
             raise UserError(

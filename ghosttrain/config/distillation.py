@@ -21,7 +21,7 @@ from ghosttrain.config.schema import (
 from ghosttrain.errors import UserError
 
 
-def check_teacher(
+def validate_teacher(
     teacher: TeacherConfig, distill: DistillConfig, chosen: str, choices: Sequence[str]
 ) -> None:
     """Refuse a loss without a teacher, and a teacher that is one network and several.

@@ -27,7 +27,7 @@ def run_name(config: Config) -> str:
     return f"{recipe}/{label}-{settings_hash(config)}-s{config.seed}"
 
 
-def check_run_name(config: Config) -> None:
+def validate_run_name(config: Config) -> None:
     """Refuse names that cannot be a run folder below `run.root`.
 
     Raises:

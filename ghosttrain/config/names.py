@@ -57,8 +57,8 @@ class Names:
                 raise UserError(f"--config-dir {config_dir}: no such folder")
             self.conf.append(folder)
             self.recipe_dirs.append(folder / "recipe")
-            _refuse_shadows(self.conf)
-            _refuse_shadows(self.recipe_dirs)
+            _validate_no_shadows(self.conf)
+            _validate_no_shadows(self.recipe_dirs)
         self.groups = {
             group.name: sorted(
                 {f.stem for root in self.conf for f in (root / group.name).glob("*.yaml")}
@@ -108,7 +108,7 @@ class Names:
                 raise UserError(f"{text!r} is not key=value.{hint}")
             for single in _spread(parser, text):
                 override = self._listed(parser, parse_override(parser, single))
-                self._check_name(override, sweep)
+                self._validate_name(override, sweep)
                 parsed.append(override)
         return parsed
 
@@ -141,7 +141,7 @@ class Names:
             parser.parse_override(f"{key}=choice({listed})"), type=o.type, input_line=text
         )
 
-    def _check_name(self, o: Override, sweep: bool) -> None:
+    def _validate_name(self, o: Override, sweep: bool) -> None:
         key = o.key_or_group
         if not key:
             raise UserError(f"{o.input_line!r}: there is no name before the '='")
@@ -162,13 +162,13 @@ class Names:
         elif _above_settings(key) and not o.is_sweep_override():
             raise UserError(f"{o.input_line!r}: {NAME_A_MEMBER}")
         else:
-            self._check_key(key)
+            self._validate_key(key)
         if o.is_sweep_override() and not sweep:
             raise UserError(
                 f"{o.input_line!r} names several values: add -m to run one after the other"
             )
 
-    def _check_key(self, key: str) -> None:
+    def _validate_key(self, key: str) -> None:
         if _is_setting(key) or _above_settings(key):
             return
         inside = [k for k in KEYS if k.startswith(key + ".")]
@@ -219,7 +219,7 @@ class Names:
             groups[group] = str(value)
         for key in flatten(body):
             try:
-                self._check_key(key)
+                self._validate_key(key)
             except UserError as error:
                 raise UserError(f"{path.name}: {error}") from None
         return Layer(name, groups, body)
@@ -323,7 +323,7 @@ def _yaml_names(folder: Path) -> Iterator[str]:
             yield path.relative_to(folder).with_suffix("").as_posix()
 
 
-def _refuse_shadows(folders: Sequence[Path]) -> None:
+def _validate_no_shadows(folders: Sequence[Path]) -> None:
     """Refuse a user's file that has the name of a shipped one: it would be unclear which counts."""
     shipped_names, own_names = ({*_yaml_names(folder)} for folder in folders)
     for name in sorted(shipped_names & own_names):

@@ -11,7 +11,7 @@ from ghosttrain.config.schema import DataConfig, TeacherConfig
 from ghosttrain.errors import UserError
 
 
-def check_normalization(data: DataConfig, teacher: TeacherConfig) -> None:
+def validate_normalization(data: DataConfig, teacher: TeacherConfig) -> None:
     """Refuse means outside [0, 1] and standard deviations outside (0, 1] of data, teacher, members.
 
     Pixels lie in [0, 1], so their mean does, and their standard deviation is at most 0.5; 1 stands

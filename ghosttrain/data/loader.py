@@ -116,7 +116,7 @@ class Loader:
         workers = self._loader.num_workers
         with _explained(workers), _starting_workers():
             if workers and self._loader._iterator is None:
-                _refuse_no_room(workers)
+                _validate_room(workers)
             batches = iter(self._loader)
         while True:
             with _explained(workers):
@@ -267,7 +267,7 @@ def _packed(batch: Batch) -> _Parcel | _Failure:
     tensors = [batch.images, *batch.views.values()]
     try:
         # The thread that hands them over needs a few: without, the main process would wait.
-        _refuse_no_files(len(tensors) + 3 + 6)
+        _validate_files(len(tensors) + 3 + 6)
         return _Parcel(bytes(ForkingPickler.dumps(batch)))
     except Exception as error:
         size = sum(t.nbytes for t in tensors)
@@ -292,13 +292,13 @@ _NOT_SENT = "a data worker could not send its batch ({reason}): type data.worker
 _DIED = "DataLoader worker (pid"
 
 
-def _refuse_no_room(workers: int) -> None:
+def _validate_room(workers: int) -> None:
     """Raise the OSError that starting the workers would: torch prints another traceback with it."""
     multiprocessing.Lock()  # lies in shared memory
-    _refuse_no_files(6 * workers + 10)  # pipes: of each worker, of the results
+    _validate_files(6 * workers + 10)  # pipes: of each worker, of the results
 
 
-def _refuse_no_files(needed: int) -> None:
+def _validate_files(needed: int) -> None:
     """Raise an OSError unless `needed` more files can be opened."""
     with ExitStack() as opened:
         for _ in range(needed):

@@ -315,7 +315,7 @@ class TeacherCache:
     def _map(self, shard: Shard, verify: bool = True) -> tuple[np.ndarray, str]:
         """Return the bytes of a shard, memory-mapped, and what is wrong with them, if anything.
 
-        Without `verify`, what it takes the reading of the body to know is not looked for.
+        With `verify` the whole body is read and its checksum compared.
         """
         nothing = np.empty((0, 0), np.uint8)
         try:

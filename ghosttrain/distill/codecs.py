@@ -320,8 +320,9 @@ def measure(
     The loss error is of single samples, where a loss treats samples apart; of a loss that compares
     the samples of a batch, it is of batches of `CHUNK`. The cosine is of each sample's gradient to
     the logits, averaged with the norm of the exact gradient as weight: that is what the sample
-    contributes to a step, and where it is nearly 0 its direction is noise. For the same reason a
-    student that says what the teacher says (another draw, where nothing is drawn) is left out.
+    contributes to a step, and where it is nearly 0 its direction is noise. A student
+    whose logits equal the teacher's has no such gradient, and is left out: another draw is one,
+    where the augmentation draws nothing.
 
     Args:
         codec: what stores.

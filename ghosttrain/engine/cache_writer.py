@@ -151,8 +151,8 @@ class Asking:
     def outputs(
         self, loader: Loader, parts: Iterable[Sequence[int]], draw: int
     ) -> Iterator[TeacherOutput]:
-        """Yield the outputs to parts of the images under one draw, batch by batch; no batch reaches
-        from one part into the next.
+        """Yield the outputs for parts of the images under one draw, batch by batch: every batch
+        lies within one part.
         """
         plan = (batch for part in parts for batch in eval_batches(part, self.batch))
         for batch in loader.batches(plan, draw):

@@ -94,7 +94,7 @@ def read_config(folder: Path) -> Config:
         ) from None
 
 
-def check_same_run(folder: Path, config: Config) -> None:
+def validate_same_run(folder: Path, config: Config) -> None:
     """Refuse to go on in a folder that holds a run with other settings. A start that failed before
     its first step is no run: whoever comes next takes its folder.
 
@@ -140,7 +140,7 @@ def opened(config: Config, notes: list[str]) -> Iterator[Path]:
                     notes.append(f"run.fresh: the earlier run was moved to {aside}")
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             locks.enter_context(_locked(folder))
-            check_same_run(folder, config)  # within the lock: no other process begins meanwhile
+            validate_same_run(folder, config)  # within the lock: no other process begins meanwhile
             made = made_by_other_code(folder)
             if made:
                 notes.append(f"its first epochs were {made}")

@@ -7,12 +7,12 @@ from __future__ import annotations
 from ghosttrain import ranks
 from ghosttrain.config.compose import Composed
 from ghosttrain.engine.folder import (
-    check_same_run,
     made_by_other_code,
     opened,
     read_result,
     result_lines,
     run_folder,
+    validate_same_run,
 )
 from ghosttrain.engine.same_data import note_on_result
 from ghosttrain.engine.spawn import spawn
@@ -25,7 +25,7 @@ def launch(composed: Composed) -> int:
     folder = run_folder(config)
     result = None if config.run.fresh else read_result(folder)
     if result is not None:
-        check_same_run(folder, config)
+        validate_same_run(folder, config)
         print(f"finished: {folder}")
         notes_on_it = (made_by_other_code(folder), note_on_result(config, result))
         print("\n".join([*filter(None, notes_on_it), *result_lines(result)]))

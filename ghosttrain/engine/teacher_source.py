@@ -29,14 +29,9 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import eval_loader
 from ghosttrain.data.order import epoch_order, eval_batches
 from ghosttrain.distill.cache import TeacherCache, open_cache
+from ghosttrain.distill.chance import Score, validate_above_chance
 from ghosttrain.distill.pretrained import as_asked, networks, weights_digest
-from ghosttrain.distill.teacher import (
-    Score,
-    Teacher,
-    build_teacher,
-    check_teacher,
-    validate_above_chance,
-)
+from ghosttrain.distill.teacher import Teacher, build_teacher, measure_teacher
 from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.errors import UserError
 from ghosttrain.text import listed
@@ -56,7 +51,7 @@ class TeacherSource:
     def __call__(
         self, images: Tensor, views: Mapping[View, Tensor], cached: Tensor | None
     ) -> TeacherOutput | None:
-        """Return the output to images (B, C, H, W), their larger views or their cached bytes."""
+        """Return the output for images (B, C, H, W), their larger views or their cached bytes."""
         if self.cache is not None and cached is not None:
             return self.cache.decode(cached)
         return None if self.teacher is None else self.teacher(images, views)
@@ -141,7 +136,7 @@ def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> t
     if sample:
         with eval_loader(train_set, config.data, device, views=teacher.views) as images:
             batches = images.batches(eval_batches(sample, 64))
-            scores = check_teacher(teacher, ((b.images, b.labels, b.views) for b in batches))
+            scores = measure_teacher(teacher, ((b.images, b.labels, b.views) for b in batches))
         subjects = ["the teacher", *(f"the teacher's member {name!r}" for name in teacher.members)]
         for found, name in zip(scores, subjects, strict=False):
             if not cfg.trust:
@@ -216,10 +211,10 @@ def _stored(config: Config, train_set: Dataset, device: torch.device) -> Teacher
 
 
 def validate_key(cache: TeacherCache, now: Mapping[str, Any]) -> None:
-    """Raise UserError, naming what differs, unless the cache was made for cache_key `now`.
+    """Raise UserError, naming what differs, unless the cache was made for the key `now`.
 
-    Weights that are not on this machine are those of the cache if they have the same name, and what
-    they would say of themselves is what they said then.
+    A file of weights may be absent from this machine. It counts as the one that the cache was made
+    with if the settings name it alike; what it says about itself is then read from the cache.
     """
     networks_now = {}
     for name, network in now["teacher"].items():

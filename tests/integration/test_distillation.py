@@ -502,7 +502,7 @@ def test_a_resumed_run_keeps_the_draws_it_began_with(ghosttrain, stored, tmp_pat
     assert "logits:8" in outcome.err and "topk:2" in outcome.err
 
 
-def test_a_codec_measured_with_another_loss_is_said(ghosttrain, cache, stored):
+def test_a_run_is_told_that_the_codec_was_measured_with_another_loss(ghosttrain, cache, stored):
     outcome = ghosttrain(*stored, "distill=kl", "train.max_steps=1")
     assert "the codec was measured with distill=soft_ce at T = 1.0" in outcome.out
 

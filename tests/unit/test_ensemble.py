@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ghosttrain.config import schema
 from ghosttrain.distill.features import Network, pooled_width
 from ghosttrain.distill.pretrained import class_columns, weights_digest
-from ghosttrain.distill.teacher import Teacher, build_teacher, check_teacher
+from ghosttrain.distill.teacher import Teacher, build_teacher, measure_teacher
 from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model
 
@@ -282,7 +282,7 @@ def test_every_member_is_checked(tmp_path: Path) -> None:
     teacher = build({"a": member(tmp_path, 1), "b": member(tmp_path, 2)})
     images = student_view(torch.rand(8, 3, 40, 40))
     labels = teacher.each(images)[1].logits.argmax(1)
-    scores = check_teacher(teacher, [(images, labels, {})])
+    scores = measure_teacher(teacher, [(images, labels, {})])
     top1 = [found.top1 for found in scores]
     assert scores[0].n == 8 and len(top1) == 3 and top1[2] == 1.0
     agree = (teacher.each(images)[0].logits.argmax(1) == labels).float().mean().item()

@@ -14,13 +14,13 @@ from ghosttrain.config.schema import Config, OptimConfig, RunConfig
 from ghosttrain.engine import folder as folders
 from ghosttrain.engine.folder import (
     RESULT_KEYS,
-    check_same_run,
     has_begun,
     made_by_other_code,
     opened,
     read_config,
     read_result,
     run_folder,
+    validate_same_run,
 )
 from ghosttrain.errors import UserError
 from ghosttrain.files import replacing, write_json, write_text
@@ -73,11 +73,11 @@ def test_a_run_with_other_settings_is_refused_once_a_step_was_kept(tmp_path):
     with opened(first, []) as folder:
         pass
     for other in others.values():
-        check_same_run(folder, other)
+        validate_same_run(folder, other)
     begin(folder)
-    check_same_run(folder, first)
+    validate_same_run(folder, first)
     neutral = first.model_copy(update={"tracker": first.tracker.model_copy()})
-    check_same_run(folder, neutral)
+    validate_same_run(folder, neutral)
     before = (folder / "config.yaml").read_bytes()
     for said, other in others.items():
         with pytest.raises(UserError, match=said), opened(other, []):

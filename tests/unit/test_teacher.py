@@ -18,16 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config import schema
+from ghosttrain.distill.chance import binomial_tail, score, validate_above_chance
 from ghosttrain.distill.pretrained import Packed, PretrainedNetwork, save_packed
-from ghosttrain.distill.teacher import (
-    Member,
-    Teacher,
-    binomial_tail,
-    build_teacher,
-    check_teacher,
-    score,
-    validate_above_chance,
-)
+from ghosttrain.distill.teacher import Member, Teacher, build_teacher, measure_teacher
 from ghosttrain.errors import UserError
 from ghosttrain.models.weights import lite, sources
 from ghosttrain.models.weights.files import read_file
@@ -442,9 +435,9 @@ def test_check_teacher_counts() -> None:
     labels = torch.tensor([0, 1, 2, 3, 9, 9, 9])
     images = outputs.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float()
     batches = zip(images.split(4), labels.split(4), ({}, {}), strict=True)
-    (found,) = check_teacher(oracle(), batches)
+    (found,) = measure_teacher(oracle(), batches)
     assert found[:3] == (4, 7, 3) and found.top1 == 4 / 7
-    (found,) = check_teacher(oracle(), [])
+    (found,) = measure_teacher(oracle(), [])
     assert found[:3] == (0, 0, 0) and found.top1 == 0
 
 
@@ -453,7 +446,7 @@ def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         only(built).network.fc.weight.fill_(1e38)
     batch = (torch.rand(2, 3, 48, 48), torch.zeros(2, dtype=torch.long), {})
-    assert "not finite" in refusal(lambda: check_teacher(built, [batch]))
+    assert "not finite" in refusal(lambda: measure_teacher(built, [batch]))
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def read_file(path: Path, origin: str) -> Content:
     where, state = found[0]
     others = ", ".join(other or "the top level" for other, _ in found[1:])
     note = f"{where or 'the top level'} is taken, not {others}" if others else ""
-    _refuse_not_finite(state, origin)
+    _validate_finite(state, origin)
     return Content(_bare(state), read_about(path, origin), note)
 
 
@@ -172,7 +172,7 @@ def _bare(state: State) -> State:
     return state
 
 
-def _refuse_not_finite(state: State, origin: str) -> None:
+def _validate_finite(state: State, origin: str) -> None:
     """Raise UserError, naming the first tensor with a value that is NaN or infinite."""
     for key, tensor in state.items():
         if not tensor.is_floating_point():
