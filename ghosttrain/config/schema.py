@@ -177,6 +177,13 @@ class TeacherConfig(PretrainedConfig):
     """Images it sees at once, where memory is short; null: the whole micro-batch, on a CPU as many
     as are fastest."""
 
+    @property
+    def networks(self) -> dict[str, PretrainedConfig]:
+        """The networks by name: members in the order of their names (in any other, the same
+        ensemble would be another one to a cache), or "teacher" alone.
+        """
+        return {name: self.members[name] for name in sorted(self.members)} or {"teacher": self}
+
 
 if TYPE_CHECKING:
     LossName = str

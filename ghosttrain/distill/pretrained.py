@@ -131,37 +131,6 @@ def load_pretrained(
     )
 
 
-def networks(cfg: schema.TeacherConfig) -> dict[str, schema.PretrainedConfig]:
-    """Return the networks of a teacher by name: its members in the order of their names (in any
-    other, the same ensemble would be another one to a cache), or "teacher" alone.
-    """
-    return {name: cfg.members[name] for name in sorted(cfg.members)} or {"teacher": cfg}
-
-
-def weights_digest(cfg: schema.PretrainedConfig) -> str | None:
-    """Return the SHA-256 of the file of weights; None where it is not on this machine."""
-    return sources.weights_digest(cfg.weights, cfg.name) if cfg.weights else None
-
-
-def as_asked(cfg: schema.PretrainedConfig) -> schema.PretrainedConfig:
-    """Return the settings with what they leave open filled in from what the file says itself.
-
-    Unchanged where it says nothing or is not on this machine.
-    """
-    if cfg.weights is None:
-        return cfg
-    try:
-        about = sources.about_weights(cfg.weights)
-    except UserError:
-        return cfg
-    return cfg.model_copy(update={field: getattr(about, field) for field in left_open(cfg)})
-
-
-def left_open(cfg: schema.PretrainedConfig) -> list[str]:
-    """Return which settings of a network are left to what its file, or timm, says."""
-    return [f for f in ("name", "input_size", "mean", "std") if getattr(cfg, f) is None]
-
-
 # --- Which network it is -------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ghosttrain.config import schema
 from ghosttrain.distill.chance import Score, score
 from ghosttrain.distill.features import classify, pool, pooled_width
-from ghosttrain.distill.pretrained import PretrainedNetwork, load_pretrained, networks
+from ghosttrain.distill.pretrained import PretrainedNetwork, load_pretrained
 from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
 from ghosttrain.errors import UserError
 
@@ -216,7 +216,7 @@ def build_teacher(
     cuda = torch.device(device).type == "cuda"
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and cuda)
     members = {}
-    for name, network in networks(cfg).items():
+    for name, network in cfg.networks.items():
         key = f"teacher.members.{name}" if cfg.members else "teacher"
         loaded = load_pretrained(network, key, classes, data.in_chans)
         members[name] = Member(
@@ -227,7 +227,7 @@ def build_teacher(
         )
         if cfg.compile:
             members[name].compile()
-    weights = [getattr(network, "weight", 1.0) for network in networks(cfg).values()]
+    weights = [getattr(network, "weight", 1.0) for network in cfg.networks.values()]
     teacher = Teacher(members, weights, cfg.average, data.train_size, cfg.chunk)
     return teacher.to(device)
 

@@ -49,18 +49,18 @@ from ghosttrain.distill.codecs import (
     measure,
 )
 from ghosttrain.distill.losses import LossInputs, evaluate_loss
-from ghosttrain.distill.pretrained import left_open, networks
 from ghosttrain.distill.teacher import Teacher
 from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
 from ghosttrain.engine import distributed
-from ghosttrain.engine.cache_picture import draw_picture
-from ghosttrain.engine.teacher_source import (
+from ghosttrain.engine.cache_key import (
     absent,
     cache_key,
+    left_open,
     loss_note,
-    ready_teacher,
     validate_key,
 )
+from ghosttrain.engine.cache_picture import draw_picture
+from ghosttrain.engine.teacher_source import ready_teacher
 from ghosttrain.errors import UserError
 from ghosttrain.text import clock
 
@@ -231,8 +231,8 @@ def _new(
         shard_size=config.cache.shard_size,
         notes={
             "teacher": about_teacher,
-            "absent": {name: absent(each) for name, each in networks(config.teacher).items()},
-            "left_open": {name: left_open(each) for name, each in networks(config.teacher).items()},
+            "absent": {name: absent(each) for name, each in config.teacher.networks.items()},
+            "left_open": {name: left_open(each) for name, each in config.teacher.networks.items()},
             "loss": loss_note(config),
             "loss_error": quality.loss_error,
             "cosine": quality.cosine,

@@ -13,7 +13,6 @@ from torch import nn
 from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset, notes_on
-from ghosttrain.distill.pretrained import networks
 from ghosttrain.engine.folder import result_lines, run_folder
 from ghosttrain.engine.plan import Plan
 from ghosttrain.engine.same_data import without_classes
@@ -125,7 +124,7 @@ def card(run: Description, result: dict[str, Any], notes: Sequence[str]) -> str:
     table = "\n".join(result_lines(result))
     policy = config.augment.policy
     bullets = "\n".join(note.replace("  ", "- ", 1) if note[:2] == "  " else note for note in notes)
-    asked = networks(config.teacher).values()
+    asked = config.teacher.networks.values()
     teacher = " + ".join(str(network.name or network.weights or "none") for network in asked)
     mixed = " Mixup/CutMix were on." if policy == "with_mixup" else ""
     return f"""# {run_name(config)}

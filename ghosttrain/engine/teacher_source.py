@@ -1,19 +1,16 @@
 """Where the teacher's output for a batch comes from: a live teacher, or a cache.
 
 Owns the checks before the first step (the teacher knows the classes; the cache belongs to this
-data, policy and teacher) and the cache_key that ties a cache to what it was made for.
+data, policy and teacher).
 
 Shapes: B batch, C channels, H W map, R bytes of a cached output.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +20,16 @@ from torch import Tensor
 from ghosttrain.config import schema
 from ghosttrain.config.losses import compares_features
 from ghosttrain.config.schema import Config
-from ghosttrain.data import augment
 from ghosttrain.data.augment import View
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import eval_loader
 from ghosttrain.data.order import epoch_order, eval_batches
 from ghosttrain.distill.cache import TeacherCache, open_cache
 from ghosttrain.distill.chance import Score, validate_above_chance
-from ghosttrain.distill.pretrained import as_asked, networks, weights_digest
 from ghosttrain.distill.teacher import Teacher, build_teacher, measure_teacher
 from ghosttrain.distill.teacher_output import TeacherOutput
+from ghosttrain.engine.cache_key import cache_key, loss_note, validate_key
 from ghosttrain.errors import UserError
-from ghosttrain.text import listed
 
 
 @dataclass(frozen=True)
@@ -149,7 +144,7 @@ def _describe(cfg: schema.TeacherConfig, teacher: Teacher, scores: list[Score]) 
     parts = [
         f"{member.name} ({network.weights}), {member.view[0]} px {member.size_note}, "
         + ", ".join(filter(None, (member.network.weights_note, member.classes_note)))
-        for network, member in zip(networks(cfg).values(), teacher.members.values(), strict=True)
+        for network, member in zip(cfg.networks.values(), teacher.members.values(), strict=True)
     ]
     if len(parts) > 1:
         if scores:
@@ -164,11 +159,6 @@ def _describe(cfg: schema.TeacherConfig, teacher: Teacher, scores: list[Score]) 
         f"{line}{shares[0]} on {scores[0].n} unaugmented training images "
         f"({most:.1f} % are of one class)"
     )
-
-
-def loss_note(config: Config) -> str:
-    """Return the loss whose gradient decides what a codec is worth."""
-    return f"distill={config.distill.name} at T = {config.distill.temperature}"
 
 
 # --- Cached outputs -------------------------------------------------------------------------------
@@ -208,78 +198,3 @@ def _stored(config: Config, train_set: Dataset, device: torch.device) -> Teacher
             " gradient is not known (cache --dry-run with another cache.dir measures it)"
         )
     return TeacherSource(about, cache=cache.to(device), draws=draws)
-
-
-def validate_key(cache: TeacherCache, now: Mapping[str, Any]) -> None:
-    """Raise UserError, naming what differs, unless the cache was made for the key `now`.
-
-    A file of weights may be absent from this machine. It counts as the one that the cache was made
-    with if the settings name it alike; what it says about itself is then read from the cache.
-    """
-    networks_now = {}
-    for name, network in now["teacher"].items():
-        old = cache.info.key["teacher"].get(name, {})
-        if network["weights"] == cache.info.notes["absent"].get(name):
-            unknown = ["weights", *cache.info.notes.get("left_open", {}).get(name, ())]
-            unknown = [key for key in unknown if key == "weights" or network[key] is None]
-            network = network | {key: old.get(key) for key in unknown}
-        networks_now[name] = network
-    now = {**now, "teacher": networks_now}
-    lines = cache.difference(now)
-    if lines:
-        raise UserError(
-            f"cache.dir={cache.folder} was stored for something else "
-            f"({listed(lines, 4, joiner='; ')}): type the settings it was stored with, or store "
-            "anew in another cache.dir"
-        )
-
-
-def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
-    """Return everything that a cached output depends on, by name, as JSON values.
-
-    The weights are a digest of their file, or `absent`. What their file says about itself counts
-    like settings that say the same.
-    """
-    cfg, data = config.teacher, config.data
-    decisive = {"name", "input_size", "mean", "std", "weight"}
-    classes = json.dumps(train_set.classes)
-    return {
-        "teacher": {
-            name: as_asked(member).model_dump(mode="json", include=decisive)
-            | {"weights": weights_digest(member) or absent(member)}
-            for name, member in networks(cfg).items()
-        },
-        "teacher.average": cfg.average if len(cfg.members) > 1 else "",
-        "teacher.dtype": cfg.dtype,
-        "classes": f"{len(train_set.classes)}, {hashlib.sha256(classes.encode()).hexdigest()}",
-        "augment": config.augment.model_dump(
-            mode="json", include={"policy"} if config.augment.policy == "none" else None
-        ),
-        "data": data.model_dump(
-            mode="json",
-            include={
-                "train_size",
-                "interpolation",
-                "in_chans",
-                "bit_depth",
-                "mean",
-                "std",
-                "flip",
-            },
-        ),
-        "images": train_set.content_digest(),
-        "versions": {
-            "augmentation": augment.VERSION,
-            **{name: _minor(name) for name in ("pillow", "torch", "timm")},
-        },
-    }
-
-
-def absent(network: schema.PretrainedConfig) -> str:
-    """Return what stands for the digest of weights that are not on this machine."""
-    return f"not on this machine: {network.weights}"
-
-
-def _minor(package: str) -> str:
-    """Return the version of a package without its patch level."""
-    return ".".join(metadata.version(package).split(".")[:2])

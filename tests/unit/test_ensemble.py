@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from ghosttrain.config import schema
 from ghosttrain.distill.features import Network, pooled_width
-from ghosttrain.distill.pretrained import class_columns, weights_digest
+from ghosttrain.distill.pretrained import class_columns
 from ghosttrain.distill.teacher import Teacher, build_teacher, measure_teacher
+from ghosttrain.engine.cache_key import weights_digest
 from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model
 

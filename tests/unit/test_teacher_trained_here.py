@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config import schema
-from ghosttrain.distill.pretrained import as_asked
 from ghosttrain.distill.teacher import Teacher, build_teacher
+from ghosttrain.engine.cache_key import completed
 from ghosttrain.engine.weights_file import describe_weights, write_weights
 from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model, create_timm_model
@@ -171,10 +171,10 @@ def test_what_is_asked_for_a_cache(tmp_path: Path) -> None:
     path = written(tmp_path / "w.safetensors", model, "test_resnet", "timm")
     said = {"name": "test_resnet", "input_size": SIZE, **OWN}
     left = schema.TeacherConfig(weights=path)
-    assert as_asked(left).model_dump(include={*said}) == said
-    assert as_asked(schema.TeacherConfig(weights=path, **said)) == as_asked(left)
+    assert completed(left).model_dump(include={*said}) == said
+    assert completed(schema.TeacherConfig(weights=path, **said)) == completed(left)
     typed = schema.TeacherConfig(weights=path, input_size=48)
-    assert as_asked(typed).input_size == 48 and as_asked(typed).name == "test_resnet"
+    assert completed(typed).input_size == 48 and completed(typed).name == "test_resnet"
     save_file(model.state_dict(), tmp_path / "plain.safetensors")
     for cfg in (
         schema.TeacherConfig(name="digits", weights="digits"),
@@ -183,7 +183,7 @@ def test_what_is_asked_for_a_cache(tmp_path: Path) -> None:
         schema.TeacherConfig(name="resnet18", weights="hub"),
         schema.TeacherConfig(),
     ):
-        assert as_asked(cfg) == cfg
+        assert completed(cfg) == cfg
 
 
 def test_the_metadata_of_a_run_are_read_back(tmp_path: Path) -> None:
