@@ -117,11 +117,11 @@ def triton_kernels(device: torch.device) -> list[str]:
 
         x, shift = last(normal(B, C, H, W) + 3), normal(C) + 3
         dy = last(normal(B, C, -(-H // stride), -(-W // stride)))
-        w, abc, one = normal(N, k, k, C), normal(3, N, C), normal(3, C)
+        w, abc, tap_abc = normal(N, k, k, C), normal(3, N, C), normal(3, C)
         calls = {
             "depthwise_stats": (x, w, shift, stride),
             "depthwise_reduce": (x, dy, shift, k, stride),
-            "depthwise_grads": (x, dy, w, shift, abc, one, stride),
+            "depthwise_grads": (x, dy, w, shift, abc, tap_abc, stride),
         }
         figures = []
         for name, given in calls.items():
