@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -21,10 +22,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import ReparamConfig
+from ghosttrain.distill.features import Network
+from ghosttrain.engine.cuda_graph import record
+from ghosttrain.engine.train import mixed_precision
 from ghosttrain.models import depthwise
 from ghosttrain.models.create import create_model
 from ghosttrain.models.depthwise import reference
@@ -260,6 +266,55 @@ def nccl(device: torch.device) -> list[str]:
     return [f"{backend}, 1 rank: loss {losses[0]:.6f}, synchronized under DDP {losses[1]:.6f}"]
 
 
+def cuda_graph(device: torch.device) -> list[str]:
+    """A run of two micro-batches a step with `train.cuda_graph` against one without; and times."""
+    if device.type != "cuda":
+        return ["a CPU has none"]
+    lines, weights = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for recorded in ("false", "true"):
+            job = [
+                "+recipe=compact_kd", "model=ghostnetv3_050", "train.max_steps=6",
+                "train.micro_batch=64", "train.global_batch=128", "train.precision=fp32",
+                "distill.features_weight=1", "reparam.forward=collapsed", f"run.root={folder}",
+                f"run.name={recorded}", f"train.cuda_graph={recorded}",
+            ]  # fmt: skip
+            _cli(*job)
+            weights.append(load_file(f"{folder}/{recorded}/model.safetensors"))
+    plain, graphed = (
+        torch.cat([t.double().flatten() for _, t in sorted(w.items())]) for w in weights
+    )
+    difference = (plain - graphed).norm() / plain.norm()
+    lines.append(f"6 steps of 2 x 64 images: weights differ by {difference:.1e} of their norm")
+    assert difference < 1e-4, lines
+    batch = 128
+    images = torch.randn(batch, 3, 224, 224).to(device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(batch, device=device)
+    config = compose(["+recipe=compact_kd", "data.train_size=224", "data.in_chans=3"]).config
+    for name in ("ghostnetv3_100", "mobilenetv2_100", "shufflenetv2_100"):
+        for form, bf16 in itertools.product(("branches", "collapsed"), (False, True)):
+            times = []
+            for recorded in (False, True):
+                network = Network(create_model(name, reparam={"forward": form})).to(device)
+                network = network.to(memory_format=torch.channels_last)
+                autocast = mixed_precision("bf16" if bf16 else "fp32", device)
+                replica = record(network, config, batch, autocast) if recorded else network
+
+                def step() -> None:
+                    with autocast():  # noqa: B023
+                        logits = replica(images).logits  # noqa: B023
+                    F.cross_entropy(logits.float(), labels).backward()
+                    network.zero_grad(set_to_none=not recorded)  # noqa: B023
+
+                times.append(median_ms(step, device))
+            number_format = "bf16" if bf16 else "fp32"
+            lines.append(
+                f"{name} {form} {number_format}: {times[0]:.1f} ms, recorded {times[1]:.1f}"
+            )
+    return lines
+
+
 def run(device: torch.device) -> list[str]:
     """The main job on the digits, then the same command again, `eval`, and a compiled run."""
     with tempfile.TemporaryDirectory() as folder:
@@ -305,6 +360,7 @@ CHECKS: dict[str, Callable[[torch.device], list[str]]] = {
     "layers": layers,
     "students": students,
     "nccl": nccl,
+    "cuda_graph": cuda_graph,
     "run": run,
     "bench": bench,
 }

@@ -386,6 +386,12 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
         return
     processes = ranks.world_size(config.launch.nproc)
     micro_batch, _ = batch_split(config, processes)
+    if config.train.cuda_graph and (config.train.compile or processes > 1):
+        other = "train.compile=true" if config.train.compile else f"a run of {processes} processes"
+        raise UserError(
+            f"train.cuda_graph=true is not for {other}: graphs are recorded of one process's own "
+            "forward and backward; type train.cuda_graph=false"
+        )
     if model.source == "ghosttrain":
         validate_sides(model, data, micro_batch * (processes if config.train.sync_bn else 1))
 

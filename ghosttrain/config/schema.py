@@ -406,6 +406,9 @@ class TrainConfig(Section):
     """Batch norm over the micro-batches of all ranks together, on any device."""
     compile: bool = False
     """torch.compile the student."""
+    cuda_graph: bool = False
+    """Record forward and backward of the network once and start them as one CUDA graph; on a GPU,
+    in runs of one process, without torch.compile."""
     eval_every: int = Field(1, ge=1, json_schema_extra=may_change("run"))
     """Epochs between two evaluations of the EMA weights; the last epoch always is."""
     eval_batch: int | None = Field(None, ge=1, json_schema_extra=may_change("run", "eval", "cache"))

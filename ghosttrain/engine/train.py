@@ -23,6 +23,7 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import train_loader
 from ghosttrain.data.order import mix
 from ghosttrain.engine import distributed, folder, same_data, summary, track
+from ghosttrain.engine.cuda_graph import record
 from ghosttrain.engine.evaluate import HeldOutImages, Table, try_first_batch
 from ghosttrain.engine.plan import make_plan
 from ghosttrain.engine.state import TrainState, read_checkpoint
@@ -115,10 +116,12 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     tracker = track.Tracker(config, plan, state.step, run if rank == 0 else None)
     about = summary.Description(config, plan, train_set, held_out, data_record, teacher.about)
     kind = describe_weights(config, classes, "ema")
+    autocast = mixed_precision(config.train.precision, device)
     if config.train.compile:
         network.compile()
     replica = distributed.parallel(network, device)
-    autocast = mixed_precision(config.train.precision, device)
+    if config.train.cuda_graph:
+        replica = record(network, config, plan.micro_batch, autocast)
     started, meter = time.perf_counter() - state.seconds, track.Meter()
     network.train()
     with train_images, held_images, tracker:
@@ -167,7 +170,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                 if config.optim.clip_grad is not None:
                     nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_grad)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=not config.train.cuda_graph)
                 ema.update(student)
                 state.step += 1
                 if state.step % config.tracker.log_every == 0 or state.step == plan.end_of(epoch):
@@ -200,9 +203,12 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
 
 
 def mixed_precision(setting: str, device: torch.device) -> Callable[[], torch.autocast]:
-    """Return the autocast context of `train.precision` (auto: bf16 on CUDA, off on the CPU)."""
+    """Return the autocast context of `train.precision` (auto: bf16 on CUDA, off on the CPU).
+
+    It keeps no copies of weights: a forward uses each once, and a recorded one may keep none.
+    """
     enabled = setting == "bf16" or (setting == "auto" and device.type == "cuda")
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
 
 
 def validate_finite_row(row: track.Row, step: int, checkpoint: Path) -> None:

@@ -166,5 +166,6 @@ def identity_kernel(conv: nn.Conv2d) -> Tensor:
     kernel = torch.zeros_like(conv.weight)
     outputs = torch.arange(conv.out_channels, device=kernel.device)
     row, column = (k // 2 for k in conv.kernel_size)
-    kernel[outputs, outputs % kernel.shape[1], row, column] = 1
+    # Not by an index: a GPU would wait for its numbers to come from the processor.
+    kernel[:, :, row, column].scatter_(1, (outputs % kernel.shape[1])[:, None], 1)
     return kernel
