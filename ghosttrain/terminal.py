@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from ghosttrain.text import one_line
+
 
 class Output:
     """A stream of the terminal that never raises: what fails once is switched off."""
@@ -108,8 +110,8 @@ def reason(error: BaseException) -> str:
     """
     if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
         error = error.__context__
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(str(text).split())[:300] or type(error).__name__
+    meaning = error.strerror if isinstance(error, OSError) else None
+    return one_line(meaning or error)[:300]
 
 
 def printable(text: str) -> str:

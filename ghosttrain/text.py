@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 
@@ -13,8 +14,11 @@ def listed(items: Iterable[object], most: int = 3, joiner: str = ", ") -> str:
 
 
 def one_line(value: object) -> str:
-    """Return a text, or what an error says, without line breaks and repeated spaces."""
-    return " ".join(str(value).split())
+    """Return a text, or what an error says, without line breaks and repeated spaces; of an error
+    without a message its name.
+    """
+    text = " ".join(str(value).split())
+    return text or (type(value).__name__ if isinstance(value, BaseException) else "")
 
 
 def clock(seconds: float) -> str:
@@ -22,3 +26,16 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 file` or `2 files`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def byte_size(count: float) -> str:
+    """Return `512 bytes`, `1.5 kB` or `2.3 GB`: powers of 1000."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    power = min(int(math.log10(count)) // 3, 4)
+    return f"{count / 1000**power:.1f} {' kMGT'[power]}B"

@@ -49,6 +49,7 @@ from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, STUDENT_SOURCES
 from ghosttrain.config.students import STUDENTS, validate_sides
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import expanded
+from ghosttrain.text import one_line
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _as_mistakes() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
-        message, _, place = " ".join(str(cause).split()).partition(" full_key: ")
+        message, _, place = one_line(cause).partition(" full_key: ")
         key = place.partition(" ")[0]
         raise UserError(f"{key}: {message}" if key else message) from None
 

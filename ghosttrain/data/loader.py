@@ -34,6 +34,7 @@ from ghosttrain.data.augment import Transform, View, eval_transform, normalise, 
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.decode import TOO_MANY_FILES
 from ghosttrain.errors import UserError
+from ghosttrain.text import one_line
 
 CachedReader = Callable[[int, Sequence[int]], Tensor]
 """(draw number, sample numbers) -> what is stored of them: (B, R) uint8. It is called in the
@@ -271,14 +272,14 @@ def _packed(batch: Batch) -> _Parcel | _Failure:
         return _Parcel(bytes(ForkingPickler.dumps(batch)))
     except Exception as error:
         size = sum(t.nbytes for t in tensors)
-        return _Failure(_what_failed(error, size) or _NOT_SENT.format(reason=_one_line(error)))
+        return _Failure(_what_failed(error, size) or _NOT_SENT.format(reason=one_line(error)))
 
 
 def _unpacked(pickled: bytes) -> Batch | _Failure:
     try:
         return pickle.loads(pickled)
     except Exception as error:
-        return _Failure(_what_failed(error) or _NOT_SENT.format(reason=_one_line(error)))
+        return _Failure(_what_failed(error) or _NOT_SENT.format(reason=one_line(error)))
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
@@ -346,7 +347,7 @@ def _what_failed(error: BaseException, batch_bytes: int = 0) -> str | None:
             "data.workers (or 0), or a smaller train.micro_batch"
         )
     if _DIED in message:
-        return f"a data worker died ({_one_line(error)}): type data.workers=0 to see why"
+        return f"a data worker died ({one_line(error)}): type data.workers=0 to see why"
     if isinstance(error, OSError) and code is not None:
         return f"{_WORKERS} cannot work ({os.strerror(code)}): type data.workers=0"
     return None
@@ -367,10 +368,6 @@ def _free(batch_bytes: int) -> str:
     if batch_bytes:
         parts.append(f"one batch takes {batch_bytes / 1e6:,.1f} MB")
     return ", ".join(parts) or "/dev/shm is not there"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from ghosttrain.distill.codecs import Codec, make_codec
 from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.errors import UserError, raise_if_of_the_system
 from ghosttrain.files import expanded, locked, write_bytes, write_json, write_text
+from ghosttrain.text import one_line
 
 FORMAT = 1
 OPEN_FILES = 512
@@ -428,4 +429,4 @@ def _why(error: Exception) -> str:
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     if isinstance(error, KeyError):
         return f"no {error}"
-    return " ".join(str(error).split())[:120]
+    return one_line(error)[:120]

@@ -1,7 +1,7 @@
 """Codecs: a teacher's output for an image as a fixed number of bytes, and what that costs.
 
 Owns the three formats and the measurement that compares them; not the files the bytes are kept in
-(cache.py), nor the choice (engine/cache_writer.py).
+(cache.py), nor the choice (engine/codec_choice.py).
 
 | codec | an image's bytes (little-endian) | bytes |
 |---|---|---|

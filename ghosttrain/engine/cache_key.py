@@ -69,22 +69,22 @@ def _minor(package: str) -> str:
     return ".".join(metadata.version(package).split(".")[:2])
 
 
-def validate_key(cache: TeacherCache, now: Mapping[str, Any]) -> None:
-    """Raise UserError, naming what differs, unless the cache was made for the key `now`.
+def validate_key(cache: TeacherCache, key: Mapping[str, Any]) -> None:
+    """Raise UserError, naming what differs, unless the cache was made for `key`.
 
     A file of weights may be absent from this machine. It counts as the one that the cache was made
     with if the settings name it alike; what it says about itself is then read from the cache.
     """
-    networks_now = {}
-    for name, network in now["teacher"].items():
+    networks = {}
+    for name, network in key["teacher"].items():
         old = cache.info.key["teacher"].get(name, {})
         if network["weights"] == cache.info.notes["absent"].get(name):
             unknown = ["weights", *cache.info.notes.get("left_open", {}).get(name, ())]
-            unknown = [key for key in unknown if key == "weights" or network[key] is None]
-            network = network | {key: old.get(key) for key in unknown}
-        networks_now[name] = network
-    now = {**now, "teacher": networks_now}
-    lines = cache.difference(now)
+            unknown = [field for field in unknown if field == "weights" or network[field] is None]
+            network = network | {field: old.get(field) for field in unknown}
+        networks[name] = network
+    key = {**key, "teacher": networks}
+    lines = cache.difference(key)
     if lines:
         raise UserError(
             f"cache.dir={cache.folder} was stored for something else "

@@ -40,7 +40,7 @@ def draw_picture(cache: TeacherCache, config: Config, train_set: Dataset) -> Pat
             f"{cache.folder} holds no whole draw yet: type python -m ghosttrain cache"
             f" {cache.folder} --repair"
         )
-    names = [_spoken(name) for name in train_set.classes]
+    names = [_in_words(name) for name in train_set.classes]
     rows, columns = len(draws), len(indices)
     figure = Figure(figsize=(2.4 * columns, 3.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -76,7 +76,7 @@ def _best(probabilities_K: Tensor, names: list[str]) -> str:
     return "\n".join(f"{names[k]} {100 * p:.1f} %" for p, k in pairs)
 
 
-def _spoken(name: str) -> str:
+def _in_words(name: str) -> str:
     """Return what a class is called: ImageNet's synsets have a name in words."""
     if not re.fullmatch(r"n\d{8}", name):
         return name

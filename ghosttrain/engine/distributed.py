@@ -86,6 +86,12 @@ def pick_device(setting: str, key: str = "launch.device") -> torch.device:
     return torch.device("cuda", local)
 
 
+def say(text: str) -> None:
+    """Print on rank 0 what a person waits for."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def broadcast(value: Any) -> Any:
     """Return rank 0's value on every rank."""
     if world_size() == 1:

@@ -31,7 +31,7 @@ from ghosttrain.config.identity import result_settings, run_name, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.errors import UserError, remedy
 from ghosttrain.files import PACKAGE, expanded, locked, write_json, write_text
-from ghosttrain.text import clock, listed
+from ghosttrain.text import clock, listed, one_line
 
 RESULT_KEYS = {
     *("headline", "weights", "best", "model", "seconds", "images_per_second", "steps", "data"),
@@ -57,7 +57,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
         missing = RESULT_KEYS - result.keys()
     except (ValueError, AttributeError) as error:
-        missing, result = {" ".join(str(error).split())}, None
+        missing, result = {one_line(error)}, None
     if missing:
         reason = f"it lacks {min(missing)}" if result is not None else min(missing)
         raise UserError(
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> Config:
     try:
         return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split()).partition(" [type=")[0]
+        reason = one_line(error).partition(" [type=")[0]
         raise UserError(
             f"{path} cannot be read ({reason}): type the command of this run with --cfg job > "
             f"{shlex.quote(str(path))}"

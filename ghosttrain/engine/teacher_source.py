@@ -34,7 +34,7 @@ from ghosttrain.errors import UserError
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """The teacher of a run, or what stands for it. Called with a batch, it outputs."""
+    """Where a run's teacher outputs come from: a live teacher, a cache, or nowhere."""
 
     about: str = "none"
     """One line for the head of the log."""
@@ -58,7 +58,7 @@ class TeacherSource:
 
     @property
     def cached(self) -> Callable[[int, Sequence[int]], Tensor] | None:
-        """What the loader asks for the cached outputs (B, R) to (draw number, sample numbers)."""
+        """(draw number, sample numbers) -> cached outputs (B, R): what the loader reads them by."""
         return self.cache.read if self.cache is not None else None
 
     @property
@@ -69,10 +69,10 @@ class TeacherSource:
         return sum(self.teacher.widths) if self.teacher is not None else 0
 
     def resumed(self, before: Mapping[str, Any]) -> TeacherSource:
-        """Return the outputs that a run began with: a cache may have been given more draws since.
+        """Return the source that a run began with: a cache may have more draws since then.
 
         Raises:
-            UserError: other outputs than those `state()` was taken of.
+            UserError: `before`, the `state()` of then, is of other outputs.
         """
         now = self.state()
         if before == now:
@@ -95,26 +95,26 @@ class TeacherSource:
 
 
 def build_teacher_source(config: Config, train_set: Dataset, device: torch.device) -> TeacherSource:
-    """Return what outputs in this run, checked; with `distill=none` nothing does.
+    """Return where this run's teacher outputs come from, checked; nowhere with `distill=none`.
 
     Raises:
         UserError: the teacher cannot be had or does not know the classes; the cache is not there,
-            not complete, or belongs to something else; no features where the settings need them.
+            not complete, or of other settings; no features where the settings need them.
     """
     if config.distill.name == "none":
         return TeacherSource()
     if config.cache.dir is not None:
-        outputs = _stored(config, train_set, device)
+        source = _open_cache(config, train_set, device)
     else:
         teacher, about = ready_teacher(config, train_set, device)
-        outputs = TeacherSource(about, teacher)
-    if compares_features(config.distill) and not outputs.num_features:
+        source = TeacherSource(about, teacher)
+    if compares_features(config.distill) and not source.num_features:
         raise UserError(
             "a loss that compares features needs the teacher's pooled ones: a teacher whose"
             " classifier is one linear layer, an ensemble with teacher.average=logit, or, with"
             " cache.dir, a cache made with cache.codec=features:8"
         )
-    return outputs
+    return source
 
 
 def ready_teacher(config: Config, train_set: Dataset, device: torch.device) -> tuple[Teacher, str]:
@@ -164,7 +164,7 @@ def _describe(cfg: schema.TeacherConfig, teacher: Teacher, scores: list[Score]) 
 # --- Cached outputs -------------------------------------------------------------------------------
 
 
-def _stored(config: Config, train_set: Dataset, device: torch.device) -> TeacherSource:
+def _open_cache(config: Config, train_set: Dataset, device: torch.device) -> TeacherSource:
     """Open the cache of `cache.dir` and make sure that it was made for this run."""
     cache = open_cache(Path(str(config.cache.dir)))
     validate_key(cache, cache_key(config, train_set))

@@ -35,6 +35,7 @@ from types import ModuleType
 import torch
 
 from ghosttrain.files import locked
+from ghosttrain.text import one_line
 
 FOLDER = Path(__file__).parent
 """Where the sources lie."""
@@ -72,8 +73,8 @@ def load() -> ModuleType | None:
         torch.ops.load_library(build())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         warnings.warn(
-            f"C++ kernels are off: {_one_line(error)}; the same results come from PyTorch's own "
-            "operators, more slowly. Needed are a C++ compiler (apt install g++), ninja (pip "
+            f"C++ kernels are off: {one_line(error)[:200]}; the same results come from PyTorch's "
+            "own operators, more slowly. Needed are a C++ compiler (apt install g++), ninja (pip "
             f"install ninja) and a writable {_root()} (or TORCH_EXTENSIONS_DIR=FOLDER); "
             "GHOSTTRAIN_NATIVE=0 switches them off without a word",
             RuntimeWarning,
@@ -177,7 +178,3 @@ def _compile(library: Path) -> None:
 def _takes(compiler: list[str], flag: str) -> bool:
     command = [*compiler, flag, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, timeout=PATIENCE).returncode == 0
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

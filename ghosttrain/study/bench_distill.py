@@ -1,5 +1,5 @@
 """`bench distill`: an epoch with cached outputs, against none and against a live teacher; and what
-storing costs on top of asking the teacher.
+storing costs on top of the teacher's inference.
 
 An epoch is one of the training loop's, as a user runs it: decoding and augmenting real JPEG files
 in the same process, forward, backward, LAMB, EMA. Sides take turns within a round. The images are
@@ -22,7 +22,8 @@ from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.distill.cache import CacheInfo, create, open_cache
-from ghosttrain.engine.cache_writer import Asking, fill_cache, write_missing
+from ghosttrain.engine.cache_writer import fill_cache, write_missing
+from ghosttrain.engine.codec_choice import TeacherInference
 from ghosttrain.engine.launch import launch
 from ghosttrain.engine.summary import device_name
 from ghosttrain.engine.teacher_source import ready_teacher
@@ -42,14 +43,14 @@ WIDTH, HEIGHT = 500, 375
 CLASSES = 64
 """Folders of images, named by ImageNet's first synsets."""
 LABELS, CACHED, LIVE = "epoch, labels only", "epoch, cached outputs", "epoch, live teacher"
-ASKED, WRITTEN = "asking the teacher", "asking and storing"
+INFERENCE, STORED = "teacher inference", "inference and storing"
 COMPARED = (
     (LABELS, LABELS),
     (CACHED, LABELS),
     (LIVE, LABELS),
     (LIVE, CACHED),
-    (ASKED, ASKED),
-    (WRITTEN, ASKED),
+    (INFERENCE, INFERENCE),
+    (STORED, INFERENCE),
 )
 """Rows of the table: a side, and the side that it is compared with."""
 
@@ -57,7 +58,8 @@ COMPARED = (
 def bench_distill(
     config: Config, images: int, rounds: int, threads: int, device: torch.device
 ) -> str:
-    """Return a table: a row for each kind of epoch and for the two ways of asking the teacher.
+    """Return a table: a row for each kind of epoch, and for the teacher's inference
+    without and with storing.
 
     Of `config`, model, teacher, cache.codec, data.train_size and train.global_batch count. A ratio
     is that of two sides in the same round.
@@ -113,7 +115,8 @@ def _sides(
         fill_cache(config)
     cache = open_cache(folder / "cache")
     train_set = build_datasets(config.data)[0]
-    asking = Asking(config, train_set, ready_teacher(config, train_set, device)[0], device)
+    teacher_network, _ = ready_teacher(config, train_set, device)
+    inference = TeacherInference(config, train_set, teacher_network, device)
 
     def epoch(overrides: list[str], label: str) -> Side:
         def call(number: int) -> dict[str, Time]:
@@ -125,25 +128,26 @@ def _sides(
 
         return call
 
-    def ask(number: int) -> dict[str, Time]:
+    def infer(number: int) -> dict[str, Time]:
         def all_images() -> None:
-            with asking.loader() as loader:
-                for _ in asking.outputs(loader, [range(len(train_set))], draw=0):
+            with inference.loader() as loader:
+                for _ in inference.outputs(loader, [range(len(train_set))], draw=0):
                     pass
 
         return {"pass": timed(all_images, device)}
 
-    def ask_and_write(number: int) -> dict[str, Time]:
+    def infer_and_store(number: int) -> dict[str, Time]:
         written = create(folder / f"written-{number}", cache.info, cache.codec.tables, "")
         with contextlib.redirect_stdout(io.StringIO()):
-            return {"pass": timed(lambda: write_missing(written, asking, cache.info.draws), device)}
+            draws = cache.info.draws
+            return {"pass": timed(lambda: write_missing(written, inference, draws), device)}
 
     sides: dict[str, Side] = {
         LABELS: epoch(labels_only, "labels"),
         CACHED: epoch(cached, "cached"),
         LIVE: epoch(live, "live"),
-        ASKED: ask,
-        WRITTEN: ask_and_write,
+        INFERENCE: infer,
+        STORED: infer_and_store,
     }
     return sides, cache.info
 

@@ -249,13 +249,13 @@ def test_cache_ends_in_one_line_and_its_cache_is_right_when_it_goes_on(
     # A batch has 4 tensors, with the teacher's view 5; the sample takes 24 batches of another
     # loader: the first files are written, then the memory is full.
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", failing_after(5 * 5))
-    monkeypatch.setattr("ghosttrain.engine.cache_writer.SAMPLE", 5)
+    monkeypatch.setattr("ghosttrain.engine.codec_choice.SAMPLE", 5)
     outcome = ghosttrain(*args, f"cache.dir={cache}")
     assert outcome.code == 2 and "do not fit into shared memory" in outcome.err
     assert outcome.err.count("\n") == 1
     assert 0 < len(list(cache.rglob("*.shard"))) < 6
     monkeypatch.undo()
-    monkeypatch.setattr("ghosttrain.engine.cache_writer.SAMPLE", 5)
+    monkeypatch.setattr("ghosttrain.engine.codec_choice.SAMPLE", 5)
     outcome = ghosttrain(*args, f"cache.dir={cache}")
     assert outcome.code == 0
     assert "note: 1 of 60 images looked at in" in outcome.out  # notes on the data are said here too
