@@ -151,7 +151,7 @@ def loop(
     second = [torch.zeros_like(p) for p in weights]
     average = [p.detach().clone() for p in weights]
     buffers = {k: b for k, b in model.named_buffers() if b.is_floating_point()}
-    own = [{k: b.clone() for k, b in buffers.items()} for _ in range(ranks)]
+    per_rank = [{k: b.clone() for k, b in buffers.items()} for _ in range(ranks)]
     own_average = [{k: b.clone() for k, b in buffers.items()} for _ in range(ranks)]
     losses = []
     for step in range(STEPS):
@@ -168,7 +168,7 @@ def loop(
             )
             torch.manual_seed(mix(SEED, step, rank))
             for k, b in buffers.items():
-                b.copy_(own[rank][k])
+                b.copy_(per_rank[rank][k])
             for _ in range(BATCH // (micro_batch * ranks)):
                 batch = next(numbers)
                 log_q = model(x[batch]).log_softmax(1)
@@ -176,7 +176,7 @@ def loop(
                 loss.backward()
                 total += loss.item()
             for k, b in buffers.items():
-                own[rank][k] = b.clone()
+                per_rank[rank][k] = b.clone()
                 own_average[rank][k] = d * own_average[rank][k] + (1 - d) * b
         losses.append(total)
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in weights))
@@ -194,10 +194,10 @@ def loop(
                 p -= lr_of(step) * ratio * u
                 average[i] = d * average[i] + (1 - d) * p
         if done + 1 == STEPS_PER_EPOCH:
-            own = [mean_of(own) for _ in range(ranks)]
+            per_rank = [mean_of(per_rank) for _ in range(ranks)]
             own_average = [mean_of(own_average) for _ in range(ranks)]
     raw = {name: p.detach() for name, p in zip(names, weights, strict=True)}
-    return losses, raw | own[0], dict(zip(names, average, strict=True)) | own_average[0]
+    return losses, raw | per_rank[0], dict(zip(names, average, strict=True)) | own_average[0]
 
 
 def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -216,8 +216,8 @@ def accuracy(images: Path, weights: dict[str, Tensor]) -> dict[str, float]:
     return {"top1": 100 * top1 / len(x), "top5": 100 * top5 / len(x), "n": len(x)}
 
 
-def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+def difference(first: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Return the largest relative difference of a tensor; counters are left out."""
-    one = {name: value.double() for name, value in one.items() if value.is_floating_point()}
-    assert one.keys() == {name for name, value in other.items() if value.is_floating_point()}
-    return max(float((one[k] - other[k]).norm() / other[k].double().norm()) for k in one)
+    first = {name: value.double() for name, value in first.items() if value.is_floating_point()}
+    assert first.keys() == {name for name, value in other.items() if value.is_floating_point()}
+    return max(float((first[k] - other[k]).norm() / other[k].double().norm()) for k in first)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from helpers import Outcome, make_images, paint, write_idx
 
 THREADS = int(os.environ.get("TEST_THREADS", "1"))
 """Threads of this process and of those that tests start: rounding may depend on their number."""
@@ -22,13 +20,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(autouse=True)
@@ -67,19 +58,6 @@ def ghosttrain(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return run
 
 
-def refusal(call: Callable[[], object], *parts: str) -> str:
-    """Return the one line with which a call refuses, after checking what it must hold."""
-    from ghosttrain.errors import UserError
-
-    with pytest.raises(UserError) as raised:
-        call()
-    message = str(raised.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-    return message
-
-
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 3 classes: 16 training and 7 held-out JPEG files each, telling classes by
@@ -87,18 +65,6 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
     make_images(root, classes=3)
     return root
-
-
-def make_images(root: Path, classes: int, train: int = 16, val: int = 7) -> None:
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for label in range(classes):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 120, (48, 56, 3), dtype=np.uint8)
-                pixels[..., label % 3] += 120
-                Image.fromarray(pixels).save(folder / f"{number}.JPEG", quality=95)
 
 
 @pytest.fixture(scope="session")
@@ -130,25 +96,40 @@ def tiny(image_folder: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-def count_calls(function: Callable[[], object]) -> int:
-    """Return how many functions, of Python or C, are called meanwhile in this thread: what
-    something costs, the same on a busy machine."""
-    calls = 0
-
-    def seen(frame: object, event: str, argument: object) -> None:
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(seen)
-    try:
-        function()
-    finally:
-        sys.setprofile(before)
-    return calls
+@pytest.fixture
+def root(tmp_path):
+    for split in ("train", "val"):
+        for k, label in enumerate(("bird", "Ant", "cat")):
+            for n in range(3 if split == "train" else 1):
+                paint(tmp_path / split / label / f"{n}.JPEG", (k, n, 0))
+    return tmp_path
 
 
-def only_run(root: Path) -> Path:
-    """Return the one run folder below `root`."""
-    (folder,) = {path.parent for path in root.rglob("config.yaml")}
-    return folder
+@pytest.fixture(params=[False, True], ids=["plain", "gz"])
+def idx(request, tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (12, 7, 5)), np.arange(12) % 4 + 1
+    write_idx(tmp_path, "train", images, labels, request.param)
+    write_idx(tmp_path, "t10k", images[:3] // 2, labels[:3], request.param)
+    return tmp_path, images
+
+
+@pytest.fixture
+def photos(photo_folder: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a run of seconds: 60 photo crops of 64 pixels, EfficientNet-Lite0 teaches."""
+    return [
+        "+recipe=compact_kd",
+        "model=mobilenetv2_050",
+        "teacher=efficientnet_lite0",
+        "teacher.input_size=96",
+        "teacher.check_samples=20",
+        "data=folder",
+        f"data.root={photo_folder}",
+        "data.train_size=64",
+        "data.eval_size=64",
+        "data.workers=0",
+        "train.global_batch=20",
+        "train.epochs=2",
+        "tracker.log_every=1",
+        f"run.root={tmp_path / 'runs'}",
+    ]

@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import only_run
+from helpers import only_run
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -162,16 +162,16 @@ def measured(images: Path, network: nn.Module) -> dict[str, float]:
     x = ((np.stack(arrays) - MEAN) / STD).transpose(0, 3, 1, 2).astype(np.float32)
     with torch.no_grad():
         logits = network(torch.from_numpy(x)).double().numpy()
-    own = logits[range(len(labels)), labels]
+    true_logit = logits[range(len(labels)), labels]
     others = logits[np.arange(CLASSES) != np.array(labels)[:, None]].reshape(len(labels), -1)
     first, _, _, _, fifth = -np.sort(-others, axis=1).T
     log_sum = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
     return {
-        "top1": 100 * int((own > first).sum()) / len(labels),
-        "top5": 100 * int((own > fifth).sum()) / len(labels),
+        "top1": 100 * int((true_logit > first).sum()) / len(labels),
+        "top5": 100 * int((true_logit > fifth).sum()) / len(labels),
         "n": len(labels),
-        "cross_entropy": float((log_sum - own).mean()),
-        "close": int((np.minimum(abs(own - first), abs(own - fifth)) < 1e-4).sum()),
+        "cross_entropy": float((log_sum - true_logit).mean()),
+        "close": int((np.minimum(abs(true_logit - first), abs(true_logit - fifth)) < 1e-4).sum()),
     }
 
 

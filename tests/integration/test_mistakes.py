@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_images, only_run
+from helpers import make_images, only_run
 from PIL import Image
 from torch import nn
 
@@ -171,8 +171,8 @@ def test_a_folder_that_another_process_trains_in(ghosttrain, tiny, tmp_path):
     os.close(other)
     resumed = ghosttrain(*tiny, "train.max_steps=1", "run.name=mine")
     assert resumed.code == 0
-    said = resumed.out  # of an epoch that did not end, one number in both lines
-    assert "resumed after epoch 1, step 1" in said and "epoch 1/1  held-out" in said
+    message = resumed.out  # of an epoch that did not end, one number in both lines
+    assert "resumed after epoch 1, step 1" in message and "epoch 1/1  held-out" in message
 
 
 def test_training_that_diverges_says_so(ghosttrain, tiny):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_images, only_run
+from helpers import make_images, only_run
 from safetensors.torch import load_file
 from test_mistakes import refused
 
@@ -18,7 +18,7 @@ from ghosttrain.engine.track import read_metrics
 
 
 @pytest.fixture
-def own(tiny: list[str], tmp_path: Path) -> list[str]:
+def settings(tiny: list[str], tmp_path: Path) -> list[str]:
     """A run smaller than `tiny`, on images of its own."""
     make_images(tmp_path / "d", classes=3)
     kept = [a for a in tiny if not a.startswith(("data.root", "model=", "data.train", "data.eval"))]
@@ -26,27 +26,27 @@ def own(tiny: list[str], tmp_path: Path) -> list[str]:
     return [*kept, *small, f"data.root={tmp_path / 'd'}"]
 
 
-def stopped_after_an_epoch(ghosttrain, own: list[str], tmp_path: Path) -> Path:
+def stopped_after_an_epoch(ghosttrain, settings: list[str], tmp_path: Path) -> Path:
     """Leave a run whose first epoch is saved and whose evaluation failed; its data are whole."""
     bad = tmp_path / "d" / "val" / "class2" / "6.JPEG"  # the last image: not in the first batch
     whole = bad.read_bytes()
     bad.write_bytes(whole[:400])
-    refused(ghosttrain(*own, "train.eval_batch=5"), "class2", "6.JPEG")
+    refused(ghosttrain(*settings, "train.eval_batch=5"), "class2", "6.JPEG")
     bad.write_bytes(whole)
     run = only_run(tmp_path)
     assert read_checkpoint(run / "checkpoints" / "last.pt")["step"] == 3
     return run
 
 
-def test_a_failed_evaluation_is_repeated_and_nothing_else_differs(ghosttrain, own, tmp_path):
-    run = stopped_after_an_epoch(ghosttrain, own, tmp_path)
+def test_a_failed_evaluation_is_repeated_and_nothing_else_differs(ghosttrain, settings, tmp_path):
+    run = stopped_after_an_epoch(ghosttrain, settings, tmp_path)
     assert [row["kind"] for row in read_metrics(run)] == ["train"]
-    resumed = ghosttrain(*own, "train.eval_batch=5")
+    resumed = ghosttrain(*settings, "train.eval_batch=5")
     assert resumed.code == 0 and "resumed after epoch 1, step 3" in resumed.out, resumed.err
     assert "epoch 1/2  held-out top-1" in resumed.out
 
     whole = tmp_path / "whole"
-    assert ghosttrain(*own, "train.eval_batch=5", f"run.root={whole}").code == 0
+    assert ghosttrain(*settings, "train.eval_batch=5", f"run.root={whole}").code == 0
     other = only_run(whole)
     for name in ("model.safetensors", "checkpoints/best.safetensors"):
         a, b = load_file(run / name), load_file(other / name)
@@ -64,7 +64,7 @@ def test_a_failed_evaluation_is_repeated_and_nothing_else_differs(ghosttrain, ow
 
     before = read_metrics(run)  # killed in the evaluation of the last epoch
     (run / "result.json").unlink()
-    assert ghosttrain(*own, "train.eval_batch=5").code == 0
+    assert ghosttrain(*settings, "train.eval_batch=5").code == 0
     again = json.loads((run / "result.json").read_text())
     assert read_metrics(run) == before
     assert all(again[key] == results[0][key] for key in ("weights", "best", "steps"))
@@ -98,8 +98,8 @@ def drop_a_held_out_image(images: Path) -> str:
     return "held-out images: 21 -> 20"
 
 
-def test_changed_data_are_refused_by_name_and_accepted_on_record(ghosttrain, own, tmp_path):
-    run = stopped_after_an_epoch(ghosttrain, own, tmp_path)
+def test_changed_data_are_refused_by_name_and_accepted_on_record(ghosttrain, settings, tmp_path):
+    run = stopped_after_an_epoch(ghosttrain, settings, tmp_path)
     images, last = tmp_path / "d", run / "checkpoints" / "last.pt"
     kept = {p: p.read_bytes() for p in (last, run / "metrics.jsonl")}
     shutil.copytree(images, tmp_path / "before")
@@ -110,10 +110,10 @@ def test_changed_data_are_refused_by_name_and_accepted_on_record(ghosttrain, own
 
     for change in (rename_class, add_images, move_an_image, drop_a_held_out_image, add_a_class):
         found = change(images)
-        refused(ghosttrain(*own), found, "run.fresh=true")
+        refused(ghosttrain(*settings), found, "run.fresh=true")
         assert all(path.read_bytes() == content for path, content in kept.items())
         if change is add_a_class:
-            refused(ghosttrain(*own, "data.changed=accept"), found, "has 3 outputs")
+            refused(ghosttrain(*settings, "data.changed=accept"), found, "has 3 outputs")
         restore()
 
     add_images(images)
@@ -122,7 +122,7 @@ def test_changed_data_are_refused_by_name_and_accepted_on_record(ghosttrain, own
     write_checkpoint(
         last, read_checkpoint(last) | {"best": {"top1": 101.0, "epoch": 1}}
     )  # on other images
-    accepted = ghosttrain(*own, "data.changed=accept")
+    accepted = ghosttrain(*settings, "data.changed=accept")
     assert accepted.code == 0, accepted.err
     assert found in accepted.out and found in (run / "card.md").read_text()
     result = json.loads((run / "result.json").read_text())
@@ -131,7 +131,7 @@ def test_changed_data_are_refused_by_name_and_accepted_on_record(ghosttrain, own
     tops = [row["ema_top1"] for row in read_metrics(run) if row["kind"] == "eval"]
     assert result["best"]["top1"] == max(tops) and len(tops) == 2
 
-    again = ghosttrain(*own)  # finished; these data are the recorded ones
+    again = ghosttrain(*settings)  # finished; these data are the recorded ones
     assert again.code == 0 and "note:" not in again.out
     assert "note:" not in ghosttrain("eval", run).out
     drop = images / "val" / "class2" / "6.JPEG"
@@ -140,19 +140,21 @@ def test_changed_data_are_refused_by_name_and_accepted_on_record(ghosttrain, own
     assert "not the held-out images of the run (20 then, 19 now)" in ghosttrain("eval", run).out
     drop.write_bytes(kept_image)
     rename_class(images)
-    noted = ghosttrain(*own)
+    noted = ghosttrain(*settings)
     assert noted.code == 0
     assert "not those it was trained on (class names, file names or labels of the" in noted.out
     refused(ghosttrain("eval", run), "(classes differ: 'class0' -> 'zebra'): type data.root=")
     (run / "result.json").unlink()
     restore()
     drop_a_held_out_image(images)
-    refused(ghosttrain(*own, "data.changed=accept"), "50 -> 48", "has taken all its steps")
+    refused(ghosttrain(*settings, "data.changed=accept"), "50 -> 48", "has taken all its steps")
 
 
-def test_a_start_that_failed_before_its_first_step_gives_its_name_back(ghosttrain, own, tmp_path):
+def test_a_start_that_failed_before_its_first_step_gives_its_name_back(
+    ghosttrain, settings, tmp_path
+):
     """Held-out images are tried first: nothing was trained when a broken one is named."""
-    named = [*own, "run.name=mine", "train.max_steps=1"]
+    named = [*settings, "run.name=mine", "train.max_steps=1"]
     bad = tmp_path / "d" / "val" / "class0" / "3.JPEG"
     whole = bad.read_bytes()
     bad.write_bytes(whole[:400])

@@ -11,7 +11,7 @@ import by_hand
 import pytest
 import torch
 from by_hand import Plain
-from conftest import only_run
+from helpers import only_run
 from safetensors.torch import load_file
 
 from ghosttrain.engine import classification
@@ -151,9 +151,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     whole, cut = only_run(tmp_path / "whole"), only_run(tmp_path / "cut")
     for name in ("model.safetensors", "checkpoints/best.safetensors"):
         assert by_hand.difference(load_file(whole / name), load_file(cut / name)) == 0
-    one, two = (read_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, cut))
-    assert all(torch.equal(one["student"][k], two["student"][k]) for k in one["student"])
-    assert one["best"] == two["best"] and one["ema"]["updates"] == two["ema"]["updates"]
+    first, two = (read_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, cut))
+    assert all(torch.equal(first["student"][k], two["student"][k]) for k in first["student"])
+    assert first["best"] == two["best"] and first["ema"]["updates"] == two["ema"]["updates"]
 
     def without_times(run: Path) -> list[dict]:
         return [row | {"images_per_second": 0} for k in ("train", "eval") for row in rows(run, k)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import only_run
+from helpers import only_run
 from safetensors.torch import load_file
 
 import ghosttrain as package
@@ -88,18 +88,20 @@ def test_killed_and_resumed_equals_uninterrupted(ghosttrain, tiny, tmp_path):
     outcome = ghosttrain(*tiny, f"run.root={cut}")
     assert outcome.code == 0 and "resumed after epoch" in outcome.out
 
-    one, two = only_run(whole), only_run(cut)
+    first, two = only_run(whole), only_run(cut)
     for name in ("model.safetensors", "checkpoints/best.safetensors"):
-        a, b = load_file(one / name), load_file(two / name)
+        a, b = load_file(first / name), load_file(two / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-    raw = [torch.load(r / "checkpoints/last.pt", weights_only=True)["student"] for r in (one, two)]
+    raw = [
+        torch.load(r / "checkpoints/last.pt", weights_only=True)["student"] for r in (first, two)
+    ]
     assert all(torch.equal(raw[0][k], raw[1][k]) for k in raw[0])
 
     def losses(run):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         return [(r["kind"], r["step"], r.get("loss"), r.get("ema_top1")) for r in rows]
 
-    assert losses(one) == losses(two)
+    assert losses(first) == losses(two)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -214,8 +216,8 @@ def test_report_says_which_settings_tell_rows_apart_in_their_order(ghosttrain, t
     table = ghosttrain("report", tmp_path).out.splitlines()
     rows = [line for line in table if line.startswith("| compact_kd")]
     order = table[-1].split("in order: ")[1].split(" | ")
-    for row, said in zip(rows, order, strict=True):
-        value = said.removeprefix("optim.lr=")
+    for row, message in zip(rows, order, strict=True):
+        value = message.removeprefix("optim.lr=")
         (run,) = [f for f in tmp_path.rglob("config.yaml") if f"lr: {value}\n" in f.read_text()]
         top1 = json.loads((run.parent / "result.json").read_text())["weights"]["raw"]["top1"]
         assert f"{top1:.2f}" in row
@@ -238,7 +240,7 @@ def test_compile(ghosttrain, tiny):
 def test_torchrun_trains_as_launch_nproc_does(tiny, tmp_path):
     tiny = [a for a in tiny if not a.startswith("run.root")]
     tiny += ["train.max_steps=3", "launch.device=cpu"]
-    own = [
+    in_plain_python = [
         sys.executable,
         "-m",
         "ghosttrain",
@@ -248,12 +250,12 @@ def test_torchrun_trains_as_launch_nproc_does(tiny, tmp_path):
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]
     torchrun += ["ghosttrain", *tiny, f"run.root={tmp_path / 'b'}"]
-    for command in (own, torchrun):
+    for command in (in_plain_python, torchrun):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
-    one, two = (load_file(only_run(tmp_path / x) / "model.safetensors") for x in "ab")
-    assert all(torch.equal(one[k], two[k]) for k in one)
+    first, two = (load_file(only_run(tmp_path / x) / "model.safetensors") for x in "ab")
+    assert all(torch.equal(first[k], two[k]) for k in first)
 
 
 def test_timm_student(ghosttrain, tiny, tmp_path):

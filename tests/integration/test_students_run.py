@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import only_run
+from helpers import only_run
 from safetensors.torch import load_file
 from torch import nn
 
@@ -51,8 +51,8 @@ def test_weights_of_another_number_of_classes_start_a_run_with_a_new_classifier(
     ghosttrain, tiny, tmp_path
 ):
     torch.manual_seed(0)
-    there = torchvision.models.shufflenet_v2_x0_5(num_classes=1000)
-    torch.save(there.state_dict(), tmp_path / "w.pth")
+    theirs = torchvision.models.shufflenet_v2_x0_5(num_classes=1000)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
     outcome = ghosttrain(
         *without(tiny, "model"), "model=shufflenetv2_050", f"model.weights={tmp_path / 'w.pth'}",
         "train.max_steps=1",
@@ -88,15 +88,15 @@ def test_a_run_is_usable_in_timm_and_in_torchvision(ghosttrain, tiny, tmp_path):
         path, form = written.split(" ", 1)
         assert form == ("(in training form)" if library == "timm" else "(fused)")
         assert load.startswith("load it: ")
-        there: nn.Module
+        theirs: nn.Module
         if library == "timm":
-            there = timm.create_model("ghostnetv3_050", num_classes=3, checkpoint_path=path)
+            theirs = timm.create_model("ghostnetv3_050", num_classes=3, checkpoint_path=path)
         else:
-            there = torchvision.models.get_model("shufflenet_v2_x0_5", num_classes=3)
-            there.load_state_dict(load_file(path))
+            theirs = torchvision.models.get_model("shufflenet_v2_x0_5", num_classes=3)
+            theirs.load_state_dict(load_file(path))
         with torch.no_grad():
-            here = load_run(run, "ema")(images())
-            assert (there.eval()(images()) - here).abs().max() <= 1e-4 * here.abs().max()
+            ours = load_run(run, "ema")(images())
+            assert (theirs.eval()(images()) - ours).abs().max() <= 1e-4 * ours.abs().max()
     outcome = ghosttrain("fuse", str(run), "--to", "timm")
     assert outcome.code == 2
     assert "shufflenetv2_050" in outcome.err and "torchvision" in outcome.err
@@ -122,8 +122,8 @@ def test_synchronized_batch_norm_makes_two_ranks_one(tiny, tmp_path):
         running = [value.flatten() for key, value in state.items() if "running" in key]
         start = [torch.full_like(v, "var" in k) for k, v in state.items() if "running" in k]
         states.append(torch.cat(running) - torch.cat([s.flatten() for s in start]))
-    one, two = states
-    assert (one - two).norm() <= 1e-3 * one.norm()
+    first, two = states
+    assert (first - two).norm() <= 1e-3 * first.norm()
 
 
 def test_bench_step_prints_a_row_per_side(ghosttrain):
@@ -140,7 +140,7 @@ def test_bench_step_prints_a_row_per_side(ghosttrain):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         ([], "bench step"),
         (["steps"], "bench step"),
@@ -159,10 +159,10 @@ def test_bench_step_prints_a_row_per_side(ghosttrain):
         (["optim", "launch.device=gpu"], "'auto', 'cpu' or 'cuda'"),
     ],
 )
-def test_mistakes_in_bench(ghosttrain, arguments, said):
+def test_mistakes_in_bench(ghosttrain, arguments, expected):
     if "launch.device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("no mistake here")
     outcome = ghosttrain("bench", *arguments)
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
-    assert said in line
+    assert expected in line

@@ -21,7 +21,7 @@ import by_hand
 import pytest
 import torch
 from by_hand import Plain
-from conftest import only_run
+from helpers import only_run
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config
@@ -99,12 +99,12 @@ def outputs_of(rank: int) -> dict[str, Any]:
 
     layer = nn.Linear(1, 1, bias=False)
     model = distributed.parallel(layer, torch.device("cpu"))
-    own = []
+    parts = []
     for part in range(2):
         with distributed.no_sync(model, part == 0):
             model(torch.full((1, 1), 10.0**part * (1 + rank))).sum().backward()
-        own.append(layer.weight.grad.item())
-    outputs["gradients"] = own
+        parts.append(layer.weight.grad.item())
+    outputs["gradients"] = parts
 
     meter = Meter()
     meter.add({"loss": torch.tensor(1.0 + rank)}, 8)

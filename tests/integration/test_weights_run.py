@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import only_run
+from helpers import only_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -82,7 +82,7 @@ def test_a_timm_student_starts_from_other_classes(
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "expected"),
     [
         ("model.weights=nowhere.pth", "no such file; give the path of"),
         ("model.weights=hub", "cannot be had from the hub"),
@@ -97,11 +97,11 @@ def test_weights_that_cannot_start_a_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     argument: str,
-    said: str,
+    expected: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     torch.save({"features.0.0.weight": torch.full((2,), float("nan"))}, "nan.pth")
     torch.save(timm.create_model("mobilenetv2_140", num_classes=3).state_dict(), "wide.pth")
     outcome = ghosttrain(*quick, "teacher=none", "distill=none", argument)
-    assert outcome.code == 2 and said in outcome.err and outcome.err.count("\n") == 1
+    assert outcome.code == 2 and expected in outcome.err and outcome.err.count("\n") == 1

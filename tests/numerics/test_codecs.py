@@ -3,61 +3,29 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
 
 import numpy as np
 import pytest
-import timm
 import torch
-from sklearn.datasets import load_sample_images
+from outputs import WIDTHS, K, N, classifier, codec, draw, output, pooled
 from torch import Tensor
-from torch.nn import functional as F
 
 from ghosttrain.config.codec import BITS, parse_codec
 from ghosttrain.distill import codecs
-from ghosttrain.distill.codecs import Codec, candidates, make_codec, measure
+from ghosttrain.distill.codecs import candidates, make_codec
 from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.errors import UserError
-from ghosttrain.models.weights.lite import lite_file, to_timm
 
-N, K, WIDTHS = 7, 101, (37, 90)
 SMALL_BITS = [2, 3, 4, 5, 6, 7, 8]
 EVERY = ["topk:1", "topk:10", *(f"{k}:{b}" for k in ("logits", "features") for b in BITS)]
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pooled(rows: int, seed: int = 0) -> Tensor:
-    """Features as a network with ReLU pools them: never negative, most small, a few large."""
-    maps = draw(rows, sum(WIDTHS), 1, seed=seed) * 1.5 - 1.5 + draw(rows, sum(WIDTHS), 9, seed=seed)
-    return maps.relu().mean(dim=2)
-
-
-def classifier(classes: int = K, seed: int = 1) -> tuple[Tensor, Tensor]:
-    return draw(classes, sum(WIDTHS), seed=seed) * 0.3, draw(classes, seed=seed + 1)
-
-
-def output(rows: int = N, seed: int = 0, features: Tensor | None = None) -> TeacherOutput:
-    weight, bias = classifier()
-    features = pooled(rows, seed) if features is None else features
-    return TeacherOutput(features @ weight.T + bias, features)
-
-
-def codec(name: str, classes: int = K, mean: Tensor | None = None) -> Codec:
-    weight, bias = classifier(classes)
-    mean = draw(classes, seed=3).softmax(dim=0) if mean is None else mean
-    return make_codec(name, classes, WIDTHS, {"mean": mean, "weight": weight, "bias": bias})
-
-
 def stored(name: str, given: TeacherOutput, mean: Tensor | None = None) -> TeacherOutput:
-    one = codec(name, given.logits.shape[1], mean)
-    cached = one.encode(given)
+    first = codec(name, given.logits.shape[1], mean)
+    cached = first.encode(given)
     assert cached.dtype == torch.uint8 and cached.device.type == "cpu"
-    assert cached.shape == (len(given.logits), one.bytes_per_image)
-    return one.decode(cached)
+    assert cached.shape == (len(given.logits), first.bytes_per_image)
+    return first.decode(cached)
 
 
 def extreme(scale: float) -> Tensor:
@@ -67,9 +35,6 @@ def extreme(scale: float) -> Tensor:
     rows[4] = draw(K, seed=4) + scale
     rows[5] = torch.linspace(-scale, scale, K)[draw(K, seed=5).argsort()]
     return rows
-
-
-# --- Names ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -91,7 +56,7 @@ def test_other_names_are_refused_with_what_is_valid(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "widths", "says"),
+    ("name", "classes", "widths", "expected"),
     [
         ("topk:10", 10, (), "10 classes: type topk:K with K below"),
         ("topk:11", 10, (), "10 classes: type topk:K with K below"),
@@ -101,8 +66,8 @@ def test_other_names_are_refused_with_what_is_valid(name: str) -> None:
         ("topk:4", 10, (), "table 'mean' of .10,., got nothing"),
     ],
 )
-def test_what_does_not_fit_is_refused(name, classes, widths, says) -> None:
-    with pytest.raises(UserError, match=says):
+def test_what_does_not_fit_is_refused(name, classes, widths, expected) -> None:
+    with pytest.raises(UserError, match=expected):
         make_codec(name, classes, widths, {})
 
 
@@ -141,9 +106,6 @@ def test_candidates_come_smallest_first_and_can_be_made() -> None:
         assert sizes == sorted(sizes) and "logits:16" in names
 
 
-# --- Bits -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 100, 1000])
 @pytest.mark.parametrize("bits", SMALL_BITS)
 def test_packing_is_that_of_numpy(bits: int, count: int) -> None:
@@ -158,26 +120,23 @@ def test_packing_is_that_of_numpy(bits: int, count: int) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_any_split_of_a_batch_decodes_alike(name: str) -> None:
-    given, one = output(), codec(name)
-    cached = one.encode(given)
-    whole = one.decode(cached)
-    wide = torch.zeros(N, one.bytes_per_image + 3, dtype=torch.uint8)
-    wide[:, 1 : 1 + one.bytes_per_image] = cached  # part of something larger, at an odd place
+    given, first = output(), codec(name)
+    cached = first.encode(given)
+    whole = first.decode(cached)
+    wide = torch.zeros(N, first.bytes_per_image + 3, dtype=torch.uint8)
+    wide[:, 1 : 1 + first.bytes_per_image] = cached  # part of something larger, at an odd place
     for cut in (0, 1, 4):
-        for source in (cached, wide[:, 1 : 1 + one.bytes_per_image]):
-            parts = [one.decode(source[:cut]), one.decode(source[cut:])]
+        for source in (cached, wide[:, 1 : 1 + first.bytes_per_image]):
+            parts = [first.decode(source[:cut]), first.decode(source[cut:])]
             logits = torch.cat([part.logits for part in parts])
             torch.testing.assert_close(logits, whole.logits, rtol=1e-5, atol=1e-5)
             if whole.features is not None:
                 assert torch.equal(torch.cat([p.features for p in parts]), whole.features)
     alone = torch.cat(
-        [one.encode(TeacherOutput(x[None], f[None])) for x, f in zip(*given, strict=True)]
+        [first.encode(TeacherOutput(x[None], f[None])) for x, f in zip(*given, strict=True)]
     )
     if not name.startswith("topk"):
         assert torch.equal(alone, cached)
-
-
-# --- Every logit ----------------------------------------------------------------------------------
 
 
 def test_logits_in_16_bits_are_float16() -> None:
@@ -229,9 +188,6 @@ def test_a_constant_changes_nothing_that_a_loss_sees(bits: int) -> None:
         assert (up_to_a_constant(moved, base) <= 1e-3).all()
 
 
-# --- The largest ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("k", [1, 2, 10, K - 1])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
 def test_topk_keeps_the_largest_and_the_mass_of_the_rest(k: int, scale: float) -> None:
@@ -275,15 +231,12 @@ def test_topk_spreads_evenly_over_classes_the_mean_output_never_names() -> None:
 def test_topk_numbers_65536_classes() -> None:
     logits = torch.zeros(3, 65536)
     logits[[0, 1, 2], [32767, 32768, 65535]] = 20.0
-    one = make_codec("topk:2", 65536, (), {"mean": torch.full((65536,), 1 / 65536)})
-    assert one.decode(one.encode(TeacherOutput(logits))).logits.argmax(1).tolist() == [
+    first = make_codec("topk:2", 65536, (), {"mean": torch.full((65536,), 1 / 65536)})
+    assert first.decode(first.encode(TeacherOutput(logits))).logits.argmax(1).tolist() == [
         32767,
         32768,
         65535,
     ]
-
-
-# --- Features -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", SMALL_BITS)
@@ -329,11 +282,11 @@ def test_features_in_16_bits_are_float16_and_make_the_logits() -> None:
 
 
 def test_autocast_does_not_reach_the_classifier() -> None:
-    one = codec("features:8")
-    cached = one.encode(output())
-    expected = one.decode(cached).logits
+    first = codec("features:8")
+    cached = first.encode(output())
+    expected = first.decode(cached).logits
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(one.decode(cached).logits, expected)
+        assert torch.equal(first.decode(cached).logits, expected)
 
 
 def test_equal_steps_of_the_root_beat_equal_steps() -> None:
@@ -350,9 +303,6 @@ def test_equal_steps_of_the_root_beat_equal_steps() -> None:
         assert back is not None
         error, plain_error = ((x - features).square().mean() for x in (back, plain))
         assert error < 0.75 * plain_error
-
-
-# --- What is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -373,188 +323,13 @@ def test_an_output_of_another_shape_is_not_stored(name: str) -> None:
         codec("features:4").encode(TeacherOutput(torch.zeros(N, K)))
 
 
-# --- Losses of cached outputs ---------------------------------------------------------------------
-
-
-def soft_ce(temperature: float):
-    def loss(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
-        target = (teacher / temperature).softmax(dim=1)
-        return -(target * (student / temperature).log_softmax(dim=1)).sum(dim=1).mean()
-
-    return loss
-
-
-PROMISED = {  # largest relative error of soft cross-entropy, T = 1 / 2 / 5 / 20
-    "logits:16": (1e-3, 1e-3, 1e-3, 1e-3),
-    "features:16": (1e-3, 1e-3, 1e-3, 1e-3),
-    "features:8": (5e-3, 3e-3, 2e-3, 1e-3),
-    "logits:8": (5e-3, 5e-3, 2e-3, 1e-3),
-    "features:4": (0.06, 0.04, 0.02, 0.01),
-    "logits:4": (0.08, 0.08, 0.04, 0.01),
-    f"topk:{K - 1}": (3e-3, 3e-3, 3e-3, 3e-3),
-}
-
-
-@pytest.mark.parametrize("name", PROMISED)
-def test_losses_keep_their_value_at_every_temperature(name: str) -> None:
-    given = output(64)
-    students = {"uniform": torch.zeros(64, K), "random": draw(64, K, seed=9)}
-    for temperature, promised in zip((1.0, 2.0, 5.0, 20.0), PROMISED[name], strict=True):
-        quality = measure(codec(name), given, students, [soft_ce(temperature)])
-        assert 0 < quality.loss_error <= promised
-
-
-def naive(
-    one: Codec, given: TeacherOutput, students: Mapping[str, Tensor], temperatures: list[float]
-) -> tuple[float, float]:
-    """Return the quality for soft cross-entropy, each sample alone and by hand, in float64."""
-    back = one.decode(one.encode(given)).logits.double()
-    errors, cosines = [], []
-    for student in students.values():
-        for temperature in temperatures:
-            differences, exact, along, norms = [], [], 0.0, 0.0
-            for s, t, b in zip(student.double(), given.logits.double(), back, strict=True):
-                log_q = (s / temperature).log_softmax(0)
-                p, p_stored = (t / temperature).softmax(0), (b / temperature).softmax(0)
-                exact.append(float(-(p * log_q).sum()))
-                differences.append(abs(float(-(p_stored * log_q).sum()) - exact[-1]))
-                g, h = log_q.exp() - p, log_q.exp() - p_stored
-                cosine = float(g @ h / (g.norm() * h.norm()))
-                along, norms = along + cosine * float(g.norm()), norms + float(g.norm())
-            errors.append(sum(differences) / sum(exact))
-            cosines.append(along / norms)
-    return max(errors), min(cosines)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 64, 97, 150])
-@pytest.mark.parametrize("name", ["topk:5", "features:3", "logits:4"])
-def test_measure_agrees_with_samples_one_by_one(name: str, rows: int) -> None:
-    given, one = output(rows), codec(name)
-    students = {"uniform": torch.zeros(rows, K), "random": draw(rows, K, seed=9) * 3}
-    quality = measure(one, given, students, [soft_ce(1.0), soft_ce(4.0)])
-    error, cosine = naive(one, given, students, [1.0, 4.0])
-    assert quality.loss_error == pytest.approx(error, rel=1e-3)
-    assert quality.cosine == pytest.approx(cosine, rel=2e-6)
-
-
-def test_losses_are_told_which_samples_they_get() -> None:
-    labels, seen = torch.arange(130) % K, []
-
-    def loss(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
-        seen.append(rows)
-        assert len(labels[rows]) == len(student) == len(teacher)
-        return F.cross_entropy(student + teacher, labels[rows])
-
-    quality = measure(codec("logits:8"), output(130), {"uniform": torch.zeros(130, K)}, [loss])
-    assert quality.cosine > 0.99
-    chunks = [rows for rows in seen if rows.stop - rows.start > 1]
-    assert {rows.stop - rows.start for rows in chunks} == {65}
-    assert {rows.start for rows in seen if rows not in chunks} == set(range(130))
-
-
-def test_a_loss_that_compares_samples_is_measured_by_the_batch() -> None:
-    given, student = output(128), draw(128, K, seed=9)
-    one = codec("logits:4")
-
-    def across(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
-        p, q = teacher.softmax(dim=1), student.softmax(dim=1)  # as in DIST's intra-class relation
-        return 1 - F.cosine_similarity(p - p.mean(0), q - q.mean(0), dim=0).mean()
-
-    quality = measure(one, given, {"random": student}, [across])
-    back = one.decode(one.encode(given)).logits
-    exact, kept = (
-        torch.stack([across(student[i : i + 64], t[i : i + 64], slice(0)) for i in (0, 64)])
-        for t in (given.logits, back)
-    )
-    assert quality.loss_error == pytest.approx(float((exact - kept).abs().mean() / exact.mean()))
-    assert 0.5 < quality.cosine < 1
-
-
-def test_the_worst_student_and_loss_count() -> None:
-    given, one = output(40), codec("topk:5")
-    students = {"uniform": torch.zeros(40, K), "random": draw(40, K, seed=9) * 3}
-    losses = [soft_ce(1.0), soft_ce(4.0)]
-    alone = [measure(one, given, {k: s}, [x]) for k, s in students.items() for x in losses]
-    together = measure(one, given, students, losses)
-    assert together.loss_error == max(q.loss_error for q in alone)
-    assert together.cosine == min(q.cosine for q in alone)
-
-
-def test_a_student_with_nothing_to_learn_does_not_count() -> None:
-    given, one = output(40), codec("logits:4")
-
-    def kl(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
-        return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
-
-    alone = measure(one, given, {"uniform": torch.zeros(40, K)}, [kl])
-    both = measure(one, given, {"uniform": torch.zeros(40, K), "same": given.logits.clone()}, [kl])
-    assert both == alone and alone.cosine > 0.9
-    only = measure(one, given, {"same": given.logits.clone()}, [kl])
-    assert only.cosine < 0.9  # there is nothing else to go by
-
-
-def test_a_loss_that_is_not_finite_is_not_called_good() -> None:
-    def broken(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
-        return (student * math.nan).sum()
-
-    students = {"uniform": torch.zeros(N, K)}
-    quality = measure(codec("logits:8"), output(), students, [soft_ce(1.0), broken])
-    assert math.isnan(quality.loss_error) and not quality.cosine >= 0.995
-
-
-def test_measuring_512_samples_of_1000_classes_is_a_matter_of_moments() -> None:
-    logits = draw(512, 1000) * 2
-    one = make_codec("logits:4", 1000, (), {})
-    started = time.process_time()
-    measure(one, TeacherOutput(logits), {"uniform": torch.zeros(512, 1000)}, [soft_ce(1.0)] * 2)
-    assert time.process_time() - started < 2
-
-
-# --- Photos ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def photos() -> tuple[TeacherOutput, Tensor, Tensor, Tensor]:
-    """What EfficientNet-Lite0 says of 32 crops of two photos; other crops' logits; classifier."""
-    model = timm.create_model("tf_efficientnet_lite0").eval()
-    weights = torch.load(lite_file("tf_efficientnet_lite0"), weights_only=True)
-    model.load_state_dict(to_timm(weights, "tf_efficientnet_lite0"))
-    rng, crops = np.random.default_rng(0), []
-    for number in range(64):
-        photo = load_sample_images().images[number % 2]
-        side = int(rng.integers(128, 400))
-        y, x = (int(rng.integers(0, size - side + 1)) for size in photo.shape[:2])
-        pixels = torch.from_numpy(photo[y : y + side, x : x + side].copy()).permute(2, 0, 1)
-        crop = F.interpolate(pixels[None].float() / 127.5 - 1, (160, 160), mode="bilinear")
-        crops.append(crop)
-    layer = model.get_classifier()
-    with torch.no_grad():
-        features = model.forward_head(model.forward_features(torch.cat(crops)), pre_logits=True)
-        logits = layer(features)
-    mine = TeacherOutput(logits[:32], features[:32])
-    return mine, logits[32:], layer.weight, layer.bias
-
-
-@pytest.mark.parametrize(
-    ("name", "least"),
-    [("features:3", 0.985), ("features:4", 0.996), ("features:6", 0.9995), ("logits:6", 0.998)],
-)
-def test_codecs_keep_the_gradient_for_photos(photos, name: str, least: float) -> None:
-    given, other, weight, bias = photos
-    one = make_codec(name, 1000, (1280,), {"weight": weight, "bias": bias})
-    students = {"uniform": torch.zeros_like(other), "another crop": other}
-    for temperature in (1.0, 2.0, 4.0):
-        quality = measure(one, given, students, [soft_ce(temperature)])
-        assert quality.cosine >= least
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", EVERY)
 def test_a_gpu_encodes_and_decodes_alike(name: str) -> None:
-    one, given = codec(name), output(64)
+    first, given = codec(name), output(64)
     on_gpu = TeacherOutput(given.logits.cuda(), given.features.cuda())  # type: ignore[union-attr]
-    expected = one.decode(one.encode(given))
-    cached = one.encode(on_gpu)
-    back = one.to("cuda").decode(cached.cuda())
+    expected = first.decode(first.encode(given))
+    cached = first.encode(on_gpu)
+    back = first.to("cuda").decode(cached.cuda())
     assert cached.device.type == "cpu" and back.logits.is_cuda
     torch.testing.assert_close(back.logits.cpu(), expected.logits, rtol=1e-3, atol=0.02)

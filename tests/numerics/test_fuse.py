@@ -128,16 +128,16 @@ def test_every_setting_of_every_family_folds(family, switches):
         form = form.model_copy(update=update)
         model = randomise(create_model(SMALLEST[family], 7, reparam=form))
         with torch.no_grad():
-            single, own = fuse(model)(x.float()), model(x.float())
+            single, unfused = fuse(model)(x.float()), model(x.float())
             model.double()
             exact = model(x)
             assert relative_error(fuse(model)(x), exact) <= 1e-12
-            assert relative_error(single.double(), exact) <= 10 * error_floor(own, exact)
+            assert relative_error(single.double(), exact) <= 10 * error_floor(unfused, exact)
 
 
-def error_floor(own: torch.Tensor, exact: torch.Tensor) -> float:
+def error_floor(unfused: torch.Tensor, exact: torch.Tensor) -> float:
     """What float32 loses without folding, and at least half of its resolution."""
-    return max(relative_error(own.double(), exact), 6e-8)
+    return max(relative_error(unfused.double(), exact), 6e-8)
 
 
 @pytest.mark.parametrize("name", [n for n in STUDENTS if not n.startswith("ghostnetv2")])
@@ -175,10 +175,10 @@ def test_float32_folds_as_exactly_as_float32_computes(family, form):
     model = randomise(create_model(SMALLEST[family], 7, reparam=form))
     x = images(2, 3, 64, 64, dtype=torch.float32)
     with torch.no_grad():
-        fused, own = fuse(model), model(x)
+        fused, unfused = fuse(model), model(x)
         exact = fuse(model.double())
         expected = model(x.double())
-        assert relative_error(fused(x).double(), expected) <= 10 * error_floor(own, expected)
+        assert relative_error(fused(x).double(), expected) <= 10 * error_floor(unfused, expected)
     for key, value in fused.state_dict().items():
         assert torch.equal(value, exact.state_dict()[key].float()), (
             "folded in float64, rounded once"
@@ -191,9 +191,9 @@ def test_a_fused_model_trains_and_fuses_to_an_equal_copy(family):
     assert not fused.training and all(p.requires_grad for p in fused.parameters())
     again = fuse(fused)
     assert again is not fused
-    own = fused.state_dict()
+    unfused = fused.state_dict()
     for key, value in again.state_dict().items():
-        assert torch.equal(value, own[key]) and value.data_ptr() != own[key].data_ptr()
+        assert torch.equal(value, unfused[key]) and value.data_ptr() != unfused[key].data_ptr()
     x = images(1, 3, SIDE[family], SIDE[family], dtype=torch.float32)
     fused.train()(x).sum().backward()
     assert all(p.grad is not None for p in fused.parameters())

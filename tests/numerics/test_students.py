@@ -83,10 +83,10 @@ def test_mobilenetv2_starts_with_the_spread_of_timms_convolutions():
         for net in (model, PUBLISHED["mobilenetv2_100"]())
     )
     compared = 0
-    for own, other in zip(ours, theirs, strict=True):
-        assert own.weight.shape == other.weight.shape
-        if own.weight.numel() >= 1000:
-            assert own.weight.std().item() == pytest.approx(other.weight.std().item(), rel=0.15)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.weight.shape == other.weight.shape
+        if mine.weight.numel() >= 1000:
+            assert mine.weight.std().item() == pytest.approx(other.weight.std().item(), rel=0.15)
             compared += 1
     assert compared > 40
 

@@ -201,7 +201,7 @@ def test_a_plain_network_starts_with_branches(tmp_path, name, library, theirs, r
 
 
 @pytest.mark.parametrize(
-    ("name", "fewer", "more"),
+    ("name", "fewer", "extra"),
     [
         ("ghostnetv3_050", {"branches": 2, "scale": False}, {"branches": 4}),
         ("shufflenetv2_050", {"depthwise": False}, "full"),
@@ -209,11 +209,11 @@ def test_a_plain_network_starts_with_branches(tmp_path, name, library, theirs, r
         ("shufflenetv2_050", {"pointwise": False}, {"stem": True}),
     ],
 )
-def test_fewer_branches_start_more(tmp_path, name, fewer, more):
+def test_fewer_branches_start_more(tmp_path, name, fewer, extra):
     torch.manual_seed(0)
     smaller = randomised(create_model(name, K, reparam=fewer, dropout=0.0))
     torch.save(smaller.state_dict(), tmp_path / "x.pth")
-    assert_same_start(name, more, tmp_path / "x.pth", smaller)
+    assert_same_start(name, extra, tmp_path / "x.pth", smaller)
 
 
 def assert_same_start(name: str, reparam, path, reference: nn.Module) -> None:

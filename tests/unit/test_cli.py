@@ -111,7 +111,7 @@ def test_a_folder_may_hold_an_equals_sign(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         (OSError(errno.EMFILE, "Too many open files", "a.jpg"), "a.jpg: Too many open files; "),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "a: File name too long\n"),
@@ -120,14 +120,14 @@ def test_a_folder_may_hold_an_equals_sign(tmp_path, monkeypatch):
         (FileNotFoundError(errno.ENOENT, "No such file", "last.pt"), "last.pt: No such file\n"),
     ],
 )
-def test_an_error_of_the_system_is_one_line(monkeypatch, capsys, error, said):
+def test_an_error_of_the_system_is_one_line(monkeypatch, capsys, error, expected):
     def fail(_):
         raise error
 
     monkeypatch.setattr(eval_command, "run", fail)
     assert cli.main(["eval", "a"]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.startswith("ghosttrain: error: ") and err.count("\n") == 1
+    assert expected in err and err.startswith("ghosttrain: error: ") and err.count("\n") == 1
 
 
 def test_an_error_that_nobody_can_mend_keeps_its_trace(monkeypatch):
@@ -210,8 +210,8 @@ def test_a_section_is_explained_setting_by_setting(ghosttrain):
         assert outcome.code == 0, outcome.err
         for name in field.annotation.model_fields:
             assert f"\n  {section}.{name}=" in outcome.out
-            one = ghosttrain("help", f"{section}.{name}")
-            assert one.code == 0 and one.out.startswith(f"  {section}.{name}=")
+            first = ghosttrain("help", f"{section}.{name}")
+            assert first.code == 0 and first.out.startswith(f"  {section}.{name}=")
     text = ghosttrain("help", "optim").out
     assert "optim.lr=0.005   number, above 0\n      Peak learning rate" in text
     assert "optim.name=lamb   one of lamb, sgd, adamw" in text

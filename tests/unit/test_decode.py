@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 import tifffile
-from conftest import refusal
+from helpers import refusal
 from PIL import Image
 
 from ghosttrain.data.decode import open_image, read_file, reduction, suffixes, to_pixels

@@ -87,8 +87,8 @@ def test_threads_change_no_bit() -> None:
         ema.update(nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 7)))
         return ema.model
 
-    for one, other in zip(floats(run(1)), floats(run(3)), strict=True):
-        assert torch.equal(one, other)
+    for first, other in zip(floats(run(1)), floats(run(3)), strict=True):
+        assert torch.equal(first, other)
 
 
 def test_the_warmup_for_100_steps() -> None:
@@ -205,8 +205,8 @@ def test_state_continues_bit_for_bit() -> None:
     for ema in (straight, resumed):
         set_all(model, 11.0)
         ema.update(model)
-    for one, other in zip(floats(straight.model), floats(resumed.model), strict=True):
-        assert torch.equal(one, other)
+    for first, other in zip(floats(straight.model), floats(resumed.model), strict=True):
+        assert torch.equal(first, other)
 
 
 def test_a_state_of_another_model_is_refused() -> None:

@@ -70,16 +70,16 @@ def test_outputs_are_averaged_with_their_weights(tmp_path: Path, average: str) -
     pixels = torch.rand(5, 3, 40, 40)
     members = {"a": member(tmp_path, 1, weight=3.0), "b": member(tmp_path, 2)}
     output = build(members, average=average)(student_view(pixels))
-    one, two = logits_of(1, pixels), logits_of(2, pixels)
+    first, two = logits_of(1, pixels), logits_of(2, pixels)
     if average == "logit":
-        expected = 0.75 * one + 0.25 * two
+        expected = 0.75 * first + 0.25 * two
         torch.testing.assert_close(output.logits.double(), expected, rtol=1e-4, atol=1e-4)
     expected = (
-        0.75 * one.softmax(1) + 0.25 * two.softmax(1)
+        0.75 * first.softmax(1) + 0.25 * two.softmax(1)
         if average == "probability"
-        else (0.75 * one + 0.25 * two).softmax(1)
+        else (0.75 * first + 0.25 * two).softmax(1)
     )
-    assert (one.softmax(1) - two.softmax(1)).abs().max() > 0.1, "the members differ"
+    assert (first.softmax(1) - two.softmax(1)).abs().max() > 0.1, "the members differ"
     torch.testing.assert_close(output.logits.double().softmax(1), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -103,10 +103,10 @@ def test_certain_members_that_disagree_have_a_finite_mean(tmp_path: Path) -> Non
 
 def test_the_order_in_which_members_are_typed_does_not_matter(tmp_path: Path) -> None:
     """Stored features of one order must not meet the classifier of another."""
-    one, two = member(tmp_path, 1, weight=3.0), member(tmp_path, 2)
+    single, two = member(tmp_path, 1, weight=3.0), member(tmp_path, 2)
     images = student_view(torch.rand(2, 3, 40, 40))
-    first = build({"a": one, "b": two}, average="logit")
-    second = build({"b": two, "a": one}, average="logit")
+    first = build({"a": single, "b": two}, average="logit")
+    second = build({"b": two, "a": single}, average="logit")
     assert torch.equal(first(images).features, second(images).features)
     assert torch.equal(first(images).logits, second(images).logits)
     assert torch.equal(first.classifier()[0], second.classifier()[0])

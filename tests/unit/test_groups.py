@@ -74,8 +74,8 @@ def test_a_shared_parameter_counts_once() -> None:
 def test_the_order_is_the_same_every_time() -> None:
     first, second = (timm.create_model("ghostnetv3_050") for _ in range(2))
     groups = [param_groups(model, 0.1) for model in (first, second)]
-    for one, other in zip(*groups, strict=True):
-        assert names_in(first, one) == names_in(second, other)
+    for single, other in zip(*groups, strict=True):
+        assert names_in(first, single) == names_in(second, other)
 
 
 def test_empty_groups_are_left_out() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_images
+from helpers import make_images
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets import FolderDataset, build_datasets
@@ -17,7 +17,7 @@ def listing(root: Path) -> dict:
 def test_a_listing_tells_names_labels_and_classes_apart_and_not_where_they_lie(tmp_path):
     for name in "ab":
         make_images(tmp_path / name, classes=2, train=3, val=1)
-    one, two = (tmp_path / name / "train" for name in "ab")
+    first, two = (tmp_path / name / "train" for name in "ab")
     before = listing(tmp_path / "a")
     assert before == listing(tmp_path / "b")
     assert before["classes"] == ["class0", "class1"] and before["images"] == 6
@@ -25,7 +25,7 @@ def test_a_listing_tells_names_labels_and_classes_apart_and_not_where_they_lie(t
     (two / "class0" / "0.JPEG").rename(two / "class0" / "9.JPEG")
     renamed = listing(tmp_path / "b")
     assert renamed["digest"] != before["digest"] and renamed["images"] == 6
-    (one / "class0" / "2.JPEG").rename(one / "class1" / "3.JPEG")
+    (first / "class0" / "2.JPEG").rename(first / "class1" / "3.JPEG")
     moved = listing(tmp_path / "a")
     assert moved["digest"] != before["digest"] and moved["images"] == 6
 

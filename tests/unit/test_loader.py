@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import count_calls
+from helpers import count_calls
 from PIL import Image
 
 from ghosttrain.config.schema import AugmentConfig, DataConfig
@@ -208,8 +208,8 @@ def test_views_show_what_their_own_transform_makes_and_leave_the_rest(data, work
         assert tuple(batch.views) == VIEWS
         for (side, interpolation), pixels in batch.views.items():
             assert pixels.dtype == torch.uint8
-            own = data.model_copy(update={"train_size": side, "interpolation": interpolation})
-            transform = train_transform(own, AugmentConfig())
+            settings = data.model_copy(update={"train_size": side, "interpolation": interpolation})
+            transform = train_transform(settings, AugmentConfig())
             expected = [alone(transform, train, 1, i) for i in batch.indices.tolist()]
             assert torch.equal(pixels, torch.cat(expected))
 
@@ -225,8 +225,8 @@ def test_views_of_evaluation_are_centre_crops_of_their_size(data, workers):
         viewed = list(loader.batches(order))
     assert_equal([batch._replace(views={}) for batch in viewed], plain)
     for (side, interpolation), pixels in viewed[1].views.items():
-        own = data.model_copy(update={"eval_size": side, "interpolation": interpolation})
-        expected = [alone(eval_transform(own), val, 0, i) for i in order[1]]
+        settings = data.model_copy(update={"eval_size": side, "interpolation": interpolation})
+        expected = [alone(eval_transform(settings), val, 0, i) for i in order[1]]
         assert torch.equal(pixels, torch.cat(expected))
 
 

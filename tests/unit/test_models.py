@@ -263,13 +263,13 @@ def test_the_sides_count_when_the_run_is_composed(tmp_path):
     compose(["model=mobilenetv2_050", "data.train_size=8", "data.eval_size=8"])
     compose(["model=timm", "model.name=resnet18", "data.train_size=8"])
 
-    one = "train.micro_batch=1"
-    message = refusal(ghost, one, "data.train_size=96")
+    first = "train.micro_batch=1"
+    message = refusal(ghost, first, "data.train_size=96")
     assert "batches of 1" in message and "train.micro_batch=2" in message
     assert "data.train_size=97" in message
-    compose([ghost, one, "data.train_size=97"])
-    compose([ghost, one, small, "data.train_size=49"])
-    assert "data.train_size=33" in refusal("model=shufflenetv2_100", one, "data.train_size=32")
+    compose([ghost, first, "data.train_size=97"])
+    compose([ghost, first, small, "data.train_size=49"])
+    assert "data.train_size=33" in refusal("model=shufflenetv2_100", first, "data.train_size=32")
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("name: mine\nsource: ghosttrain\n")

@@ -83,10 +83,10 @@ def test_a_run_trains_it_and_another_library_has_none(family, ghosttrain, tmp_pa
     (tmp_path / "own" / "model").mkdir(parents=True)
     (tmp_path / "own" / "model" / f"{NAME}.yaml").write_text(f"name: {NAME}\n")
     small = ["data.train_size=16", "data.eval_size=16", "data.workers=0", f"run.root={tmp_path}"]
-    own = ["+recipe=baseline", f"model={NAME}", "--config-dir", str(tmp_path / "own"), *small]
-    refused = ghosttrain(*own, "data.train_size=8")
+    arguments = ["+recipe=baseline", f"model={NAME}", "--config-dir", str(tmp_path / "own"), *small]
+    refused = ghosttrain(*arguments, "data.train_size=8")
     assert refused.code == 2 and "takes images of at least 9x9" in refused.err
-    outcome = ghosttrain(*own, "train.max_steps=2", "train.eval_batch=360", "run.name=tiny")
+    outcome = ghosttrain(*arguments, "train.max_steps=2", "train.eval_batch=360", "run.name=tiny")
     assert outcome.code == 0, outcome.err
     result = json.loads((tmp_path / "tiny" / "result.json").read_text())
     assert result["model"]["name"] == NAME and result["fuse_max_diff"] < 1e-4

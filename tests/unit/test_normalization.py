@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import refusal
+from helpers import refusal
 
 from ghosttrain.config.compose import compose
 

@@ -113,7 +113,7 @@ def test_a_batch_larger_than_the_data_says_what_fits():
 
 
 @pytest.mark.parametrize(
-    ("n", "world", "micro_batch", "said"),
+    ("n", "world", "micro_batch", "expected"),
     [
         (1970, 1, None, "type train.global_batch=128"),
         (1970, 3, None, "type train.global_batch=192"),
@@ -132,11 +132,11 @@ def test_a_batch_larger_than_the_data_says_what_fits():
         (1, 2, None, "there are too few for 2 processes; add images"),
     ],
 )
-def test_the_batch_that_is_named_trains(n, world, micro_batch, said):
+def test_the_batch_that_is_named_trains(n, world, micro_batch, expected):
     with pytest.raises(UserError) as refusal:
         steps_per_epoch(n, 2048, world, micro_batch)
-    assert str(refusal.value).endswith(f"{n:,} training images: {said}")
-    typed = {k: int(v) for k, v in (w.split("=") for w in said.split() if "=" in w)}
+    assert str(refusal.value).endswith(f"{n:,} training images: {expected}")
+    typed = {k: int(v) for k, v in (w.split("=") for w in expected.split() if "=" in w)}
     if typed:
         batch = typed["train.global_batch"]
         micro = typed.get("train.micro_batch", micro_batch or batch // world)

@@ -36,7 +36,7 @@ def test_a_glob_matches_the_users_own_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         ("seed=interval(0,1)", "a range without steps, for a search; -m runs listed values: type "),
         ("seed=glob(*)", "glob() matches the files of a group; seed has none"),
@@ -48,14 +48,14 @@ def test_a_glob_matches_the_users_own_files(tmp_path):
         ("seed=tag(a)", "cannot read"),
     ],
 )
-def test_sweeps_without_one(override, said):
+def test_sweeps_without_one(override, expected):
     with pytest.raises(UserError) as caught:
         cells([override])
-    assert said in str(caught.value) and override.strip("+") in str(caught.value)
+    assert expected in str(caught.value) and override.strip("+") in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ("defaults: 3", "write a recipe's defaults as a list"),
         ("defaults: {override /optim: lamb}", "write a recipe's defaults as a list"),
@@ -69,13 +69,13 @@ def test_sweeps_without_one(override, said):
         ("seed: ${x}", "seed: Interpolation key 'x' not found"),
     ],
 )
-def test_a_recipe_that_is_none_is_named(tmp_path, content, said):
+def test_a_recipe_that_is_none_is_named(tmp_path, content, expected):
     (tmp_path / "recipe" / "folder.yaml").mkdir(parents=True)
     path = tmp_path / "recipe" / "mine.yaml"
     path.write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError) as caught:
         compose(["+recipe=mine"], str(tmp_path))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no recipe is called 'folder'"):
         compose(["+recipe=folder"], str(tmp_path))
 

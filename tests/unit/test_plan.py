@@ -62,7 +62,7 @@ def test_epochs_are_evaluated_at_their_end_and_at_the_end_of_the_run(every, eval
 
 
 @pytest.mark.parametrize(
-    ("warmup", "epochs", "said"),
+    ("warmup", "epochs", "expected"),
     [
         (2, 10, None),
         (2.1, 10, "takes 21 % of the run; type schedule.warmup_epochs=2 for"),
@@ -70,13 +70,13 @@ def test_epochs_are_evaluated_at_their_end_and_at_the_end_of_the_run(every, eval
         (1, 1, "takes 50 % of the run; type schedule.warmup_epochs=0.2 for"),
     ],
 )
-def test_a_long_warmup_is_said_with_a_length_that_is_not(warmup, epochs, said):
+def test_a_long_warmup_is_said_with_a_length_that_is_not(warmup, epochs, expected):
     plan = make_plan(config(warmup, epochs=epochs, global_batch=10), 100, ranks=1)
     line = plan.long_warmup()
-    if said is None:
+    if expected is None:
         assert line is None
     else:
-        assert said in line
+        assert expected in line
         typed = float(line.split("warmup_epochs=")[1].split()[0])
         shorter = make_plan(config(typed, epochs=epochs, global_batch=10), 100, ranks=1)
         assert shorter.long_warmup() is None and shorter.warmup_steps > 0

@@ -8,7 +8,7 @@ from ghosttrain.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [
         ("", "is empty"),
         (".", "names no folder of its own"),
@@ -26,10 +26,10 @@ from ghosttrain.errors import UserError
         ("a" * 221, "is longer than 220 bytes"),
     ],
 )
-def test_a_name_that_cannot_be_a_folder_below_the_root_is_refused(name, said):
+def test_a_name_that_cannot_be_a_folder_below_the_root_is_refused(name, expected):
     with pytest.raises(UserError, match="^run.name=") as refusal:
         compose([f"run.name={name}"])
-    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    assert expected in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["a", "a/b", "été 3", "v1..2", "a" * 220, "2024"])

@@ -1,7 +1,7 @@
 """What a resumed or finished run says about other data."""
 
 import pytest
-from conftest import make_images
+from helpers import make_images
 
 from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.datasets import FolderDataset, build_datasets
@@ -24,7 +24,7 @@ def data(classes=("cat", "dog"), train=(1437, "t"), held_out=(360, "h")) -> dict
 
 
 @pytest.mark.parametrize(
-    ("now", "said"),
+    ("now", "expected"),
     [
         (data(), []),
         (data(classes=("dog", "cat")), ["classes differ: their order"]),
@@ -50,21 +50,21 @@ def data(classes=("cat", "dog"), train=(1437, "t"), held_out=(360, "h")) -> dict
         ),
     ],
 )
-def test_every_difference_is_said_once(now, said):
-    assert changes(data(), now) == said
+def test_every_difference_is_said_once(now, expected):
+    assert changes(data(), now) == expected
 
 
 def test_a_resumed_run_refuses_other_data_or_keeps_a_record():
     saved = {"data": data(), "step": 30, "optimizer": {"state": {}}}
     assert validate_same_data(saved, data(), "refuse") == data()
     assert validate_same_data(None, data(), "refuse") == data()
-    more = data(train=(1440, "t"))
+    grown = data(train=(1440, "t"))
     with pytest.raises(UserError, match=r"1,437 -> 1,440\): .*data.changed=accept .*run.fresh"):
-        validate_same_data(saved, more, "refuse")
-    first = validate_same_data(saved, more, "accept")
+        validate_same_data(saved, grown, "refuse")
+    first = validate_same_data(saved, grown, "accept")
     assert first["accepted"] == ["data changed after step 30: training images: 1,437 -> 1,440"]
     later = {"data": first, "step": 50, "optimizer": {"state": {}}}
-    assert validate_same_data(later, more, "refuse")["accepted"] == first["accepted"]
+    assert validate_same_data(later, grown, "refuse")["accepted"] == first["accepted"]
     second = validate_same_data(later, data(), "accept")["accepted"]
     assert second == [
         *first["accepted"],

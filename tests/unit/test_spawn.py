@@ -59,7 +59,7 @@ AFTER_RANK_0 = "while [ ! -e pid0 ]; do sleep .02; done"
 
 
 @pytest.mark.parametrize(
-    ("rank0", "rank1", "code", "said"),
+    ("rank0", "rank1", "code", "expected"),
     [
         ("exit 0", "echo unseen >&2", 0, ""),
         ("exit 1", "echo the mistake >&2; exit 2", 2, "the mistake\n"),
@@ -70,13 +70,13 @@ AFTER_RANK_0 = "while [ ! -e pid0 ]; do sleep .02; done"
     ],
 )
 def test_the_rank_that_is_the_cause_gives_exit_code_and_words(
-    ranks, capfd, monkeypatch, tmp_path, rank0, rank1, code, said
+    ranks, capfd, monkeypatch, tmp_path, rank0, rank1, code, expected
 ):
     # Only a rank that never ends is waited for so long.
     monkeypatch.setattr(spawn_module, "GRACE", 0.2 if "sleep" in rank0 else 600)
     ranks(rank0, rank1)
     assert spawn((), 2) == code
-    assert capfd.readouterr().err == said
+    assert capfd.readouterr().err == expected
     assert gone(tmp_path)
 
 

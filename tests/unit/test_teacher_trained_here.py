@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from helpers import refusal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +18,6 @@ from ghosttrain.config import schema
 from ghosttrain.distill.teacher import Teacher, build_teacher
 from ghosttrain.engine.cache_key import completed
 from ghosttrain.engine.weights_file import describe_weights, write_weights
-from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
 
@@ -38,10 +37,10 @@ def shaken(model: nn.Module) -> nn.Module:
 
 
 def written(
-    path: Path, model: nn.Module, name: str, source: str = "ghosttrain", form: Any = "ema", **more
+    path: Path, model: nn.Module, name: str, source: str = "ghosttrain", form: Any = "ema", **stride
 ) -> str:
     """Write a network as a run does, trained on SIZE pixels; return the path."""
-    model_settings = {"name": name, "source": source, **more}
+    model_settings = {"name": name, "source": source, **stride}
     data = {**OWN, "eval_size": SIZE, "interpolation": "bilinear"}
     config = schema.Config(
         model=schema.ModelConfig(**model_settings), data=schema.DataConfig(**data)
@@ -64,13 +63,6 @@ def seen(pixels: Tensor) -> Tensor:
     return (pixels - column(MEAN)) / column(STD)
 
 
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 CASES = [
     ("ghostnetv3_050", {}, False),
     ("ghostnetv3_050", {}, True),
@@ -86,9 +78,9 @@ def test_a_student_teaches_as_its_file_says(
     torch.manual_seed(0)
     model = shaken(create_model(name, 4, dropout=0.5, **settings))
     saved = fuse(model) if deploy else model
-    more = {key: settings[key] for key in ("input_stride",) if key in settings}
+    stride = {key: settings[key] for key in ("input_stride",) if key in settings}
     path = written(
-        tmp_path / "w.safetensors", saved, name, form="fused" if deploy else "ema", **more
+        tmp_path / "w.safetensors", saved, name, form="fused" if deploy else "ema", **stride
     )
     teacher = build(weights=path)
     (member,) = teacher.members.values()
@@ -149,12 +141,12 @@ def test_files_that_do_not_say_what_they_are(tmp_path: Path) -> None:
 
 def test_members_describe_themselves(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    one = written(tmp_path / "1.safetensors", shaken(create_model("mobilenetv2_050", 4)),
+    first = written(tmp_path / "1.safetensors", shaken(create_model("mobilenetv2_050", 4)),
                   "mobilenetv2_050")  # fmt: skip
     two = written(tmp_path / "2.safetensors", shaken(create_timm_model("test_resnet", 4)),
                   "test_resnet", "timm")  # fmt: skip
     members = {
-        "a": schema.MemberConfig(weights=one),
+        "a": schema.MemberConfig(weights=first),
         "b": schema.MemberConfig(weights=two, input_size=48),
     }
     teacher = build(members=members)
@@ -169,10 +161,10 @@ def test_what_is_asked_for_a_cache(tmp_path: Path) -> None:
     """The settings of a described file are those that say the same; others stay as typed."""
     model = create_timm_model("test_resnet", 4)
     path = written(tmp_path / "w.safetensors", model, "test_resnet", "timm")
-    said = {"name": "test_resnet", "input_size": SIZE, **OWN}
+    message = {"name": "test_resnet", "input_size": SIZE, **OWN}
     left = schema.TeacherConfig(weights=path)
-    assert completed(left).model_dump(include={*said}) == said
-    assert completed(schema.TeacherConfig(weights=path, **said)) == completed(left)
+    assert completed(left).model_dump(include={*message}) == message
+    assert completed(schema.TeacherConfig(weights=path, **message)) == completed(left)
     typed = schema.TeacherConfig(weights=path, input_size=48)
     assert completed(typed).input_size == 48 and completed(typed).name == "test_resnet"
     save_file(model.state_dict(), tmp_path / "plain.safetensors")

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import only_run
+from helpers import only_run
 
 from ghosttrain.cli import main
 from ghosttrain.commands import cache as cache_command
@@ -114,9 +114,9 @@ def test_what_only_prints_ends_quietly_when_its_reader_has_seen_enough(tmp_path,
 
     monkeypatch.setattr(cache_writer, "fill_cache", look)
     monkeypatch.setattr(cache_command, "_settings", lambda *_: Config())
-    for flag, said in (("--inspect", ""), ("--dry-run", ""), ("--repair", "Broken pipe")):
+    for flag, message in (("--inspect", ""), ("--dry-run", ""), ("--repair", "Broken pipe")):
         assert main(["cache", "D", flag]) == 0
-        assert said in err.getvalue() and bool(err.getvalue()) is bool(said)
+        assert message in err.getvalue() and bool(err.getvalue()) is bool(message)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -125,8 +125,8 @@ def test_an_output_that_cannot_be_printed_is_a_failure(monkeypatch, capsys):
         with open("/dev/full", "w") as full, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", full)
             assert main(args) == 2
-        said = capsys.readouterr().err
-        assert said == "ghosttrain: error: the standard output: No space left on device\n"
+        message = capsys.readouterr().err
+        assert message == "ghosttrain: error: the standard output: No space left on device\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

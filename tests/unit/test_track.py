@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import only_run
+from helpers import only_run
 from torch import tensor
 
 from ghosttrain.config.compose import compose

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import make_images, only_run, refusal
+from helpers import make_images, only_run, refusal
 from PIL import Image
 from torchvision.datasets import ImageFolder
 

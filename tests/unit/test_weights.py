@@ -181,7 +181,7 @@ def test_names_that_nobody_knows_stay(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "fused", "library", "said"),
+    ("name", "settings", "fused", "library", "expected"),
     [
         (NAME, {"reparam": {"branches": 2}}, False, "timm", "(reparam.branches=2 reparam.scale=tr"),
         (NAME, {"reparam": {"stem": True}}, False, "timm", "reparam.stem=true), only for ghostne"),
@@ -199,11 +199,11 @@ def test_names_that_nobody_knows_stay(model):
         ("mobilenetv2_100", {}, False, "onnx", "choose timm or torchvision."),
     ],
 )
-def test_what_has_no_counterpart_is_said(name, settings, fused, library, said):
+def test_what_has_no_counterpart_is_said(name, settings, fused, library, expected):
     model = create_model(name, 2, **settings)
     with pytest.raises(UserError) as error:
         export_state(fuse(model.eval()) if fused else model, library)
-    assert said in refusal(error)
+    assert expected in refusal(error)
 
 
 # --- branches that the file lacks ---------------------------------------------------------------
@@ -321,11 +321,11 @@ def test_weights_of_a_timm_model(tmp_path):
 
 
 def test_what_differs_is_listed_by_kind():
-    own = {"a": torch.zeros(1), "b": torch.zeros(2), "c": torch.zeros(3)}
+    network = {"a": torch.zeros(1), "b": torch.zeros(2), "c": torch.zeros(3)}
     state = {"b": torch.zeros(2), "c": torch.zeros(1), "d": torch.zeros(1)}
     kinds = ("missing", "unexpected", "of another shape")
-    assert mismatch(own, state) == dict(zip(kinds, (["a"], ["d"], ["c"]), strict=True))
-    assert not any(mismatch(own, own).values())
+    assert mismatch(network, state) == dict(zip(kinds, (["a"], ["d"], ["c"]), strict=True))
+    assert not any(mismatch(network, network).values())
 
 
 def test_spare_entries_fill_what_is_missing_only():

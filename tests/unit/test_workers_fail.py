@@ -132,8 +132,8 @@ def test_a_worker_keeps_files_for_handing_batches_over(dataset, capfd):
     assert capfd.readouterr().err == ""
 
 
-def dies(how, opened, draw_number, index):
-    how()
+def dies(forward, opened, draw_number, index):
+    forward()
     raise AssertionError("still alive")
 
 
@@ -153,7 +153,7 @@ def kill(number):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("forward", "expected"),
     [
         (functools.partial(kill, signal.SIGKILL), "memory runs out: type a smaller data.workers"),
         (functools.partial(kill, signal.SIGBUS), "do not fit into shared memory"),
@@ -161,12 +161,12 @@ def kill(number):
         (functools.partial(os._exit, 3), "type data.workers=0 to see why"),
     ],
 )
-def test_a_worker_that_dies_is_one_line(dataset, how, said):
+def test_a_worker_that_dies_is_one_line(dataset, forward, expected):
     data = DATA.model_copy(update={"workers": 1})
-    loader = Loader(dataset, functools.partial(dies, how), data, CPU)
+    loader = Loader(dataset, functools.partial(dies, forward), data, CPU)
     with pytest.raises(UserError) as raised, loader:
         list(loader.batches([[0], [1]]))
-    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert expected in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_worker_that_dies_while_the_main_process_computes_is_one_line(dataset):

@@ -59,7 +59,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (b"", "is damaged"),
         (b"PK\x03\x04 cut short", "is damaged"),
@@ -68,10 +68,10 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
         ([1], "is no checkpoint"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path, content, said):
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, expected):
     path = tmp_path / "last.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(UserError, match=said) as refusal:
+    with pytest.raises(UserError, match=expected) as refusal:
         read_checkpoint(path)
     assert "move it away to start this run anew" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -88,7 +88,7 @@ def test_a_checkpoint_cut_anywhere_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error; the disk"),
@@ -96,7 +96,7 @@ def test_a_checkpoint_cut_anywhere_is_refused(tmp_path):
         (None, "Cannot allocate memory; another job"),  # torch's own
     ],
 )
-def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, error, said):
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, error, expected):
     def fail(*args, **options):
         if error is None:
             torch.empty(2**58)
@@ -115,7 +115,7 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, er
         with pytest.raises(OSError) as failure:
             read(tmp_path / name)
         line = str(mistake(failure.value))
-        assert line.startswith(f"{tmp_path / name}: {said}") and "damaged" not in line
+        assert line.startswith(f"{tmp_path / name}: {expected}") and "damaged" not in line
 
 
 def test_a_file_that_cannot_be_opened_is_not_called_missing(tmp_path):

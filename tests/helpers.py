@@ -1,0 +1,139 @@
+"""What tests of several subjects share: runs, refusals, small data, the cost of a call."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:  # conftest.py sets the number of threads before torch is imported
+    from torch import Tensor
+
+
+@dataclass
+class Outcome:
+    """Of a command: exit code and output."""
+
+    code: int
+    out: str
+    err: str
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def refusal(call: Callable[[], object], *parts: str) -> str:
+    """Return the one line with which a call refuses, after checking what it must hold."""
+    from ghosttrain.errors import UserError
+
+    with pytest.raises(UserError) as raised:
+        call()
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+def refused_settings(*overrides: str, config_dir: str | None = None) -> str:
+    """Return the one line with which composing these overrides is refused."""
+    from ghosttrain.config.compose import compose
+
+    return refusal(lambda: compose(overrides, config_dir))
+
+
+def refused_data(settings: object, *parts: str) -> None:
+    """Check the one line with which the data of these settings are refused."""
+    from ghosttrain.data.datasets import build_datasets
+
+    refusal(lambda: build_datasets(settings), *parts)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def only_run(root: Path) -> Path:
+    """Return the one run folder below `root`."""
+    (folder,) = {path.parent for path in root.rglob("config.yaml")}
+    return folder
+
+
+def raw_weights(root: Path) -> Tensor:
+    """Return all raw weights of the one run below `root`, flattened."""
+    import torch
+
+    from ghosttrain.engine.load import load_run
+
+    state = load_run(only_run(root), "raw").state_dict().values()
+    return torch.cat([tensor.double().flatten() for tensor in state])
+
+
+def train_rows(root: Path) -> list[dict]:
+    """Return the rows of training of the one run below `root`."""
+    from ghosttrain.engine.track import read_metrics
+
+    return [row for row in read_metrics(only_run(root)) if row["kind"] == "train"]
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def make_images(root: Path, classes: int, train: int = 16, val: int = 7) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 120, (48, 56, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 120
+                Image.fromarray(pixels).save(folder / f"{number}.JPEG", quality=95)
+
+
+def paint(path, color=(10, 20, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        Image.new("RGB", (8, 6), color).save(file, format="PNG")
+
+
+def write_idx(folder, prefix, images, labels, zipped=False):
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        raw = (
+            bytes([0, 0, 8, array.ndim])
+            + np.array(array.shape, ">u4").tobytes()
+            + array.astype(np.uint8).tobytes()
+        )
+        path = folder / f"{prefix}-{kind}-ubyte{'.gz' if zipped else ''}"
+        path.write_bytes(gzip.compress(raw) if zipped else raw)
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+def count_calls(function: Callable[[], object]) -> int:
+    """Return how many functions, of Python or C, are called meanwhile in this thread: what
+    something costs, the same on a busy machine."""
+    calls = 0
+
+    def seen(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(seen)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return calls

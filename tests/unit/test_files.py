@@ -1,0 +1,37 @@
+"""Files are written whole or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from ghosttrain.errors import UserError
+from ghosttrain.files import replacing, write_json, write_text
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_text(path, "old")
+    with pytest.raises(KeyError), replacing(path) as file:
+        file.write(b"half")
+        raise KeyError
+    with replacing(path) as file:
+        file.write(b"ne")
+        file.flush()
+        assert path.read_text() == "old"
+        file.write(b"w")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as broken:
+            broken.setattr(os if name == "fsync" else Path, name, full)
+            with pytest.raises(UserError, match="cannot write .*x.json .No space left.*room"):
+                write_json(path, [1])
+        assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    absent = r"cannot write .*absent/x.json .No such file.*absent must be a folder that you may"
+    with pytest.raises(UserError, match=absent):
+        write_text(tmp_path / "absent" / "x.json", "")
