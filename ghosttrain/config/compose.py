@@ -40,6 +40,8 @@ from ghosttrain.config.names import (
     NAME_A_MEMBER,
     Layer,
     Names,
+    merged,
+    merged_layer,
     parse_override,
     settings_near,
 )
@@ -88,42 +90,35 @@ def compose(
         user_groups = {
             o.key_or_group: str(o.value()) for o in user if o.key_or_group in names.groups
         }
-        bases, ablations = names.recipes(_pick(user, "recipe"))
-
-        chosen = names.default_groups()
-        for layer in bases:
-            chosen |= layer.groups
-        unused = {group for group, choice in chosen.items() if choice == "none"}
-        stronger = {g: c for layer in ablations for g, c in layer.groups.items()} | user_groups
-        named_budgets = [layer.values["budget"] for layer in bases if "budget" in layer.values]
-        budget = names.budget(
-            _pick(user, "budget") or (named_budgets or [None])[-1], chosen | stronger
-        )
+        recipes = names.recipes(_pick(user, "recipe"))
+        bases = [layer for layer in recipes if not layer.name.startswith("ablation/")]
+        ablations = [layer for layer in recipes if layer not in bases]
+        defaults = Layer("defaults", names.default_groups())
+        without = merged_layer("without a budget", [defaults, *bases])
+        typed = Layer("typed", user_groups)
+        strongest = merged_layer("strongest", [without, *ablations, typed]).groups
+        choice = _pick(user, "budget") or without.values.get("budget")
+        budget = names.budget(choice, strongest)
         # A budget picks a smaller teacher; it does not give one to a recipe that has none.
-        smaller = {g: c for g, c in budget.groups.items() if g not in unused}
+        unused = {group for group, choice in without.groups.items() if choice == "none"}
+        smaller = {g: choice for g, choice in budget.groups.items() if g not in unused}
         budget = replace(budget, groups=smaller)
-        chosen |= smaller | stronger
-        # The names of an ensemble's members are the user's: to Hydra, no such setting exists.
-        members = {o.key_or_group: o.value() for o in user if o.key_or_group.startswith(MEMBERS)}
-        values = _merged(_stack((*bases, budget, *ablations), chosen), unflatten(members))
         recipe = "+".join(layer.name for layer in (*bases, *ablations)) or "none"
-        config_store = ConfigStore.instance()
-        config_store.store(name="schema", node=Config().model_dump(mode="json"))
-        with _as_mistakes():
-            node = OmegaConf.create(values | {"recipe": recipe, "budget": budget.name})
-        name = re.sub(r"[^A-Za-z0-9_+]", ".", recipe)
-        config_store.store(group="layers", name=name, node=node, package="_global_")
-        passed = [f"{group}={choice}" for group, choice in chosen.items()]
-        passed += [f"+layers={name}"]
-        elsewhere = {*names.groups, "recipe", "budget", *members}
-        passed += [o.input_line or "" for o in user if o.key_or_group not in elsewhere]
-        passed += names.search_path()
-        config = _typed(_hydra(passed))
+        names_of_it = {"recipe": recipe, "budget": budget.name}
+        layers = [defaults, *bases, budget, *ablations, typed]
+        tree, chosen, passed = _composed(names, layers, user, names_of_it)
+        config = _typed(tree)
+        before: dict[str, Any] = {}
+        if budget.groups or budget.values:
+            layers.remove(budget)
+            before, groups_before, _ = _composed(names, layers, user, names_of_it)
+            before = flatten(before) | groups_before
     named = {o.key_or_group for o in user}
     if "optim.lr" in named and "optim.lr_batch" not in named:
         config = _replace(config, "optim", lr_batch=None)  # typed by hand: used as typed
     teacher = user_groups.get("teacher", "none")
-    asked = [f"teacher={teacher}"] if teacher != "none" else [*members]
+    members = [o.key_or_group for o in user if o.key_or_group.startswith(MEMBERS)]
+    asked = [f"teacher={teacher}"] if teacher != "none" else members
     if asked and config.distill.name == "none":
         raise UserError(
             f"{asked[0]} would never be asked, because distill=none; type distill=soft_ce (or kl) "
@@ -134,9 +129,9 @@ def compose(
     _check(config, names, chosen, trains)
     if config.model.source == "timm":  # it has no branches: no setting of them tells runs apart
         config = config.model_copy(update={"reparam": PLAIN})
-    replaced = _replaced(bases, budget, ablations, user, config, names.default_groups())
+    replaced = _replaced(budget, before, flatten(tree) | chosen)
     arguments = (*overrides, *(("--config-dir", config_dir) if config_dir else ()))
-    return Composed(config, tuple(replaced), chosen, arguments, tuple(passed))
+    return Composed(config, replaced, chosen, arguments, passed)
 
 
 def cells(overrides: Sequence[str], config_dir: str | None = None) -> list[list[str]]:
@@ -176,7 +171,7 @@ def override_saved(config: Config, overrides: Sequence[str], use: Use) -> Config
         if override.is_sweep_override():
             raise UserError(f"{text!r} names several values; give one")
         value = override.value()
-        tree = _merged(tree, unflatten({key: value}))
+        tree = merged(tree, unflatten({key: value}))
     return _typed(tree)
 
 
@@ -217,32 +212,29 @@ def _pick(user: Sequence[Override], key: str) -> Any:
 # --- merging --------------------------------------------------------------------------------------
 
 
-def _stack(layers: Sequence[Layer], chosen: dict[str, str]) -> dict[str, Any]:
-    """Merge the layers' values, without those that belong to a group file no longer chosen."""
-    values: dict[str, Any] = {}
-    for layer in layers:
-        kept = {
-            section: value
-            for section, value in layer.values.items()
-            if layer.groups.get(section, chosen.get(section)) == chosen.get(section)
-        }
-        values = _merged(values, kept)
-    return values
-
-
-def _merged(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
-    out = dict(weak)
-    for key, value in strong.items():
-        inner = out.get(key)
-        both = isinstance(value, dict) and isinstance(inner, dict)
-        out[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
-    return out
-
-
-def _hydra(overrides: list[str]) -> dict[str, Any]:
+def _composed(
+    names: Names, layers: Sequence[Layer], user: Sequence[Override], values: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+    """Return the settings of layers (the strongest last) and what the user typed over them, the
+    group files chosen, and the overrides that Hydra was given.
+    """
+    layer = merged_layer("layers", layers)
+    # The names of an ensemble's members are the user's: to Hydra, no such setting exists.
+    members = {o.key_or_group: o.value() for o in user if o.key_or_group.startswith(MEMBERS)}
+    config_store = ConfigStore.instance()
+    config_store.store(name="schema", node=Config().model_dump(mode="json"))
+    name = re.sub(r"[^A-Za-z0-9_+]", ".", values["recipe"])
     with _as_mistakes():
-        tree = hydra_compose("config", overrides=overrides)
-        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+        node = OmegaConf.create(merged(layer.values, unflatten(members)) | values)
+        config_store.store(group="layers", name=name, node=node, package="_global_")
+        passed = [f"{group}={choice}" for group, choice in layer.groups.items()]
+        passed += [f"+layers={name}"]
+        elsewhere = {*names.groups, "recipe", "budget", *members}
+        passed += [o.input_line or "" for o in user if o.key_or_group not in elsewhere]
+        passed += names.search_path()
+        tree = hydra_compose("config", overrides=passed)
+        settings = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    return settings, layer.groups, tuple(passed)  # type: ignore[return-value]
 
 
 @contextmanager
@@ -397,32 +389,15 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
         validate_sides(model, data, micro_batch * (processes if config.train.sync_bn else 1))
 
 
-def _replaced(
-    bases: Sequence[Layer],
-    budget: Layer,
-    ablations: Sequence[Layer],
-    user: Sequence[Override],
-    config: Config,
-    defaults: dict[str, str],
-) -> list[str]:
-    """One line per recipe value that the budget replaced and nothing stronger named."""
-    named = {o.key_or_group for o in user}
-    for layer in ablations:
-        named |= set(layer.groups) | set(flatten(layer.values))
-    before_groups = defaults | {}
-    before: dict[str, Any] = {}
-    for layer in bases:
-        before_groups |= layer.groups
-        before |= flatten(layer.values)
-    final = flatten(config.model_dump(mode="json"))
-    schema = flatten(Config().model_dump(mode="json"))
-    notes = [
-        f"{group}: {before_groups[group]} -> {choice}"
-        for group, choice in budget.groups.items()
-        if group not in named and before_groups[group] != choice
-    ]
-    for key, value in flatten(budget.values).items():
-        old = before.get(key, schema.get(key))
-        if key not in named and final.get(key) == value and old != value:
-            notes.append(f"{key}: {old} -> {value}")
-    return notes
+def _replaced(budget: Layer, before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+    """One line per group or value of the budget that is another one than without it."""
+    keys = [*budget.groups, *flatten(budget.values)]
+    return tuple(
+        f"{key}: {_shown(before.get(key))} -> {_shown(now[key])}"
+        for key in keys
+        if key in now and before.get(key) != now[key]  # not where a stronger choice dropped it
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

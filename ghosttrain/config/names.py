@@ -6,7 +6,8 @@ and parses overrides: every key and every choice must exist. It does not merge (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +44,35 @@ class Layer:
     name: str
     groups: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+
+
+def merged(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
+    """Return `weak` with the values of `strong` over it, section by section."""
+    out = dict(weak)
+    for key, value in strong.items():
+        inner = out.get(key)
+        both = isinstance(value, dict) and isinstance(inner, dict)
+        out[key] = merged(inner, value) if both else value  # type: ignore[arg-type]
+    return out
+
+
+def stacked(layers: Sequence[Layer], chosen: Mapping[str, str]) -> dict[str, Any]:
+    """Merge the layers' values, without those that belong to a group file no longer chosen."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        kept = {
+            section: value
+            for section, value in layer.values.items()
+            if layer.groups.get(section, chosen.get(section)) == chosen.get(section)
+        }
+        values = merged(values, kept)
+    return values
+
+
+def merged_layer(name: str, layers: Sequence[Layer]) -> Layer:
+    """Return several layers, the strongest last, as one."""
+    groups = {group: choice for layer in layers for group, choice in layer.groups.items()}
+    return Layer(name, groups, stacked(layers, groups))
 
 
 class Names:
@@ -183,46 +213,70 @@ class Names:
         )
         raise UserError(f"there is no setting {key!r}.{hint}")
 
-    def recipes(self, choice: Any) -> tuple[list[Layer], list[Layer]]:
-        """Return the layers of `recipe=NAME` or `recipe=[A,B]`: base recipes and ablations."""
+    def recipes(self, choice: Any) -> list[Layer]:
+        """Return the layers of `recipe=NAME` or `recipe=[A,B]`."""
         names = choice if isinstance(choice, list) else [choice] if choice else []
-        layers = [self._recipe(str(name)) for name in names]
-        ablation = [layer.name.startswith("ablation/") for layer in layers]
-        return (
-            [layer for layer, is_ablation in zip(layers, ablation, strict=True) if not is_ablation],
-            [layer for layer, is_ablation in zip(layers, ablation, strict=True) if is_ablation],
-        )
+        return [self._recipe(str(name)) for name in names]
 
-    def _recipe(self, name: str) -> Layer:
+    def _recipe(self, name: str, above: tuple[str, ...] = ()) -> Layer:
+        """Return a recipe with what it is built on: `/recipe/NAME` lines of its defaults.
+
+        As in Hydra, files count in the order of the list, the recipe's own values where `_self_`
+        stands, at the end without it; its package header says below which section they lie.
+        `above`: the recipes that lead to this one.
+        """
+        if name in above:
+            raise UserError(
+                f"recipes build on each other in a circle: {' -> '.join((*above, name))}"
+            )
         path = _find(self.recipe_dirs, name)
         body = _load_yaml(path)
-        groups = {}
         lines = body.pop("defaults", [])
         if not isinstance(lines, list):
             raise UserError(
                 f"{path.name}: write a recipe's defaults as a list, a line '- override /GROUP: "
-                f"CHOICE' each, not {lines!r}"
+                f"CHOICE' or '- /recipe/NAME' each, not {lines!r}"
             )
-        for line in lines:
+        own = Layer(name, {}, self._recipe_values(path, body))
+        layers = []
+        for line in lines if "_self_" in lines else [*lines, "_self_"]:
             if line == "_self_":
-                continue
-            key, value = next(iter(line.items())) if isinstance(line, dict) else (str(line), "")
-            group = key.removeprefix("override ").lstrip("/")
-            if not key.startswith("override ") or group not in self.groups:
-                raise UserError(
-                    f"{path.name}: a recipe's defaults hold lines 'override /GROUP: CHOICE', not "
-                    f"{key!r}"
-                )
-            if str(value) not in self.groups[group]:
-                hint = did_you_mean(str(value), self.groups[group])
-                raise UserError(f"{path.name}: no {group} is called {value!r}.{hint}")
-            groups[group] = str(value)
-        for key in flatten(body):
+                layers.append(own)
+            elif isinstance(line, str) and line.startswith("/recipe/"):
+                base = line.removeprefix("/recipe/")
+                if base not in self.choices("recipe"):
+                    hint = did_you_mean(base, self.choices("recipe"))
+                    raise UserError(f"{path.name}: no recipe is called {base!r}.{hint}")
+                layers.append(self._recipe(base, (*above, name)))
+            else:
+                own.groups.update([self._recipe_group(path, line)])
+        return merged_layer(name, layers)
+
+    def _recipe_values(self, path: Path, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the values of a recipe's file, below the package of its header."""
+        head = re.match(r"(?:\s*#.*\n)*?\s*#\s*@package\s+(\S+)", path.read_text(encoding="utf-8"))
+        package = head[1] if head and head[1] != "_global_" else ""
+        values = unflatten({package: body}) if package and body else body
+        for key in flatten(values):
             try:
                 self._validate_key(key)
             except UserError as error:
                 raise UserError(f"{path.name}: {error}") from None
-        return Layer(name, groups, body)
+        return values
+
+    def _recipe_group(self, path: Path, line: Any) -> tuple[str, str]:
+        """Return group and choice of a line `override /GROUP: CHOICE`."""
+        key, value = next(iter(line.items())) if isinstance(line, dict) else (str(line), "")
+        group = key.removeprefix("override ").lstrip("/")
+        if not key.startswith("override ") or group not in self.groups:
+            raise UserError(
+                f"{path.name}: a recipe's defaults hold lines 'override /GROUP: CHOICE', "
+                f"'/recipe/NAME' and '_self_', not {key!r}"
+            )
+        if str(value) not in self.groups[group]:
+            hint = did_you_mean(str(value), self.groups[group])
+            raise UserError(f"{path.name}: no {group} is called {value!r}.{hint}")
+        return group, str(value)
 
     def budget(self, choice: Any, chosen: dict[str, str]) -> Layer:
         """Return the named budget, or the one called like the data set, or none.

@@ -202,11 +202,57 @@ def test_a_broken_recipe_names_its_file(tmp_path):
         ("train:\n  epoch: 3\n", "Did you mean 'train.epochs'?"),
         ("defaults:\n  - optim: sgd\n", "override /GROUP: CHOICE"),
         ("defaults:\n  - override /optim: sdg\n", "Did you mean 'sgd'?"),
+        ("defaults:\n  - /recipe/compact_k\n", "Did you mean 'compact_kd'?"),
         ("train: [", "not readable YAML"),
     ]:
         (tmp_path / "recipe" / "bad.yaml").write_text("# @package _global_\n" + body)
         message = refused_settings("+recipe=bad", config_dir=str(tmp_path))
         assert "bad.yaml" in message and expected in message
+
+
+def test_a_recipe_builds_on_another_as_in_hydra(tmp_path):
+    """The listed files in their order, the own values where `_self_` stands."""
+    (tmp_path / "recipe" / "deep").mkdir(parents=True)
+    texts = {
+        "a": "defaults:\n- /recipe/compact_kd\n- override /optim: sgd\n- _self_\ntrain:\n  epochs: 90\n",
+        "deep/b": "defaults:\n- _self_\n- /recipe/a\ntrain:\n  epochs: 5\n  label_smoothing: 0.2\n",
+        "c": "# a comment\n# @package optim\nlr: 0.3\n",
+        "d": "defaults:\n- /recipe/a\n- /recipe/c\n",
+        "round": "defaults:\n- /recipe/trip\n",
+        "trip": "defaults:\n- /recipe/round\n",
+    }
+    for name, text in texts.items():
+        header = "" if name == "c" else "# @package _global_\n"
+        (tmp_path / "recipe" / f"{name}.yaml").write_text(header + text)
+
+    def composed(recipe: str):
+        return compose([f"+recipe={recipe}", "budget=full"], str(tmp_path)).config
+
+    kd, sgd = compose(FULL).config, compose([*FULL, "optim=sgd"]).config
+    a, b, c, d = (composed(name) for name in ("a", "deep/b", "c", "d"))
+    assert (a.recipe, a.optim, a.teacher) == ("a", sgd.optim, kd.teacher)
+    assert (a.train.epochs, a.train.global_batch) == (90, 2048)
+    assert (b.train.epochs, b.train.label_smoothing, b.optim) == (90, 0.2, sgd.optim)
+    assert (c.optim.name, c.optim.lr) == ("lamb", 0.3)
+    assert (d.optim.name, d.optim.lr, d.train.epochs) == ("sgd", 0.3, 90)
+    circle = refused_settings("+recipe=round", config_dir=str(tmp_path))
+    assert circle == "recipes build on each other in a circle: round -> trip -> round"
+
+
+def test_a_recipe_of_what_differs_is_the_recipe(tmp_path):
+    """The values of a group stand in its file: repeating them in a recipe changes nothing."""
+    (tmp_path / "recipe").mkdir()
+    lines = (ROOT / "recipes" / "compact_kd.yaml").read_text()
+    repeated = lines + "optim: {lr: 0.005, lr_batch: 2048}\nema: {decay: 0.9999, warmup: true}\n"
+    (tmp_path / "recipe" / "again.yaml").write_text(repeated)
+    for budget in ("digits", "full"):
+        words = f"budget={budget}"
+        again = compose(["+recipe=again", words], str(tmp_path))
+        once = compose([KD, words])
+        assert result_settings(again.config) | {"recipe": 0} == (
+            result_settings(once.config) | {"recipe": 0}
+        )
+        assert again.replaced == once.replaced
 
 
 def test_batch_split():

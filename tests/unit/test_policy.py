@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+from ghosttrain.config.compose import compose
 from ghosttrain.config.policy import validate_policy
 from ghosttrain.config.schema import AugmentConfig
 from ghosttrain.errors import UserError
@@ -44,7 +44,7 @@ def test_the_policy_is_checked_without_torch():
 
 @pytest.mark.parametrize("name", ["compact", "with_mixup", "none"])
 def test_every_configuration_is_valid(name):
-    augment = AugmentConfig.model_validate(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    augment = compose([f"augment={name}", "budget=full"]).config.augment
     validate_policy(augment)
     assert augment.policy == name
     mixing = {"policy", "mixup_alpha", "cutmix_alpha"}
