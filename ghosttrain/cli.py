@@ -12,7 +12,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from ghosttrain import ranks
-from ghosttrain.commands.arguments import OPTIONS_WITH_VALUE, Arguments, validate_known
+from ghosttrain.commands.arguments import (
+    OPTIONS_WITH_VALUE,
+    Arguments,
+    validate_known,
+    validate_not_hydras,
+)
 from ghosttrain.errors import UserError, did_you_mean, mistake
 from ghosttrain.terminal import Output, lasting_output, reason
 
@@ -107,6 +112,7 @@ def parse(arguments: Arguments, args: list[str]) -> Namespace:
     Raises:
         UserError: an unknown option, one of another verb, one without its value.
     """
+    validate_not_hydras(args)
     options, unknown = arguments.parse_known_intermixed_args(args)
     if unknown:
         validate_known(arguments, unknown[0], VERBS)

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 from ghosttrain.errors import UserError, did_you_mean
 
 OPTIONS_WITH_VALUE = (
-    *("-c", "--cfg", "--info", "-cd", "--config-dir", "--out", "--to"),
+    *("-c", "--cfg", "-p", "--package", "--info", "-cd", "--config-dir", "--out", "--to"),
+    *("-sc", "--shell-completion"),
     *("--rounds", "--threads", "--forwards", "--images"),
 )
 """Options that take the next word: it is no verb, even where it is called like one."""
@@ -68,6 +69,24 @@ def with_config_dir(arguments: Arguments) -> Arguments:
         help="your own groups (FOLDER/optim/x.yaml) and recipes (FOLDER/recipe/x.yaml)",
     )
     return arguments
+
+
+HYDRAS = {
+    ("-cn", "--config-name"): "a recipe is +recipe=NAME",
+    ("-cp", "--config-path"): "your own groups and recipes are --config-dir FOLDER",
+    ("--hydra-help",): "help is python -m ghosttrain --help",
+    ("--experimental-rerun",): "the same command again goes on, or shows the result",
+    ("-r", "--run"): "leave it out: without -m one run is trained",
+}
+"""Options of Hydra that a program with one way does not have -> that way."""
+
+
+def validate_not_hydras(words: Iterable[str]) -> None:
+    """Raise UserError about an option of Hydra's, before `-cn` is read as `-c n`."""
+    for word in words:
+        for names, way in HYDRAS.items():
+            if word.partition("=")[0] in names:
+                raise UserError(f"{word} is an option of Hydra's that does nothing here: {way}")
 
 
 def validate_known(arguments: Arguments, word: str, verbs: Iterable[str]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from typing import Any
 
 from ghosttrain import ranks
 from ghosttrain.commands.arguments import Arguments, with_config_dir
-from ghosttrain.errors import UserError
+from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.terminal import go_on_without
 
 ARGUMENTS = with_config_dir(
@@ -26,30 +27,41 @@ ARGUMENTS.add_argument(
     "-c", "--cfg", choices=("job", "hydra", "all"),
     help="print the composed settings and stop (hydra, all: Hydra's own)",
 )  # fmt: skip
+ARGUMENTS.add_argument("-p", "--package", metavar="SECTION", help="with --cfg: of this section")
+ARGUMENTS.add_argument("--resolve", action="store_true", help="with --cfg job: they always are")
 ARGUMENTS.add_argument(
     "--info", metavar="defaults",
-    help="where they come from (also: defaults-tree, config, searchpath, plugins)",
+    help="where they come from (also: defaults-tree, config, searchpath, plugins, all)",
+)  # fmt: skip
+ARGUMENTS.add_argument(
+    "-sc", "--shell-completion", metavar="install=SHELL",
+    help='complete names: eval "$(ghosttrain -sc install=bash)", or zsh',
 )  # fmt: skip
 
 
 def run(options: Namespace) -> int:
     """Train, sweep, or print settings; return the exit code."""
     from ghosttrain.config.compose import cells, compose
+    from ghosttrain.config.hydra_words import split_words
 
-    overrides = options.words
+    if options.shell_completion:
+        from ghosttrain.commands.completion import complete
+
+        return complete(options.shell_completion, ARGUMENTS._option_string_actions)
+    overrides, hydra_words = split_words(options.words, options.multirun)
     if options.info or options.cfg in ("hydra", "all"):
         return _ask_hydra(options)
     if options.multirun and options.cfg:
-        for cell in cells(overrides, options.config_dir):
+        for cell in cells(overrides, options.config_dir, hydra_words):
             print(f"# {' '.join(cell)}")
-            _print_settings(cell, options.config_dir)
+            _print_settings(cell, options)
         return 0
     if options.multirun:
         if ranks.is_launched():
             raise UserError("a sweep starts its own processes: launch.nproc=N in place of torchrun")
         from ghosttrain.study.sweep import sweep
 
-        return sweep(overrides, options.config_dir)
+        return sweep(overrides, hydra_words, options.config_dir)
     if ranks.rank() > 0:
         from ghosttrain.engine.classification import CLASSIFICATION
         from ghosttrain.engine.train import train
@@ -58,20 +70,31 @@ def run(options: Namespace) -> int:
         train(CLASSIFICATION, None, [])  # the settings come from rank 0
         return 0
     if options.cfg:
-        return _print_settings(overrides, options.config_dir)
+        return _print_settings(overrides, options)
     from ghosttrain.engine.launch import launch
 
     return launch(compose(overrides, options.config_dir))
 
 
-def _print_settings(overrides: list[str], config_dir: str | None) -> int:
+def _print_settings(overrides: list[str], options: Namespace) -> int:
+    """Print the settings as a run has them, or a section of them (`--package`)."""
     import yaml
 
     from ghosttrain.config.compose import compose
 
-    settings = compose(overrides, config_dir).config.model_dump(mode="json")
+    settings = compose(overrides, options.config_dir).config.model_dump(mode="json")
+    for part in (options.package or "").split("."):
+        if part and (not isinstance(settings, dict) or part not in settings):
+            raise UserError(
+                f"--package {options.package}: there is no such section.{_near(part, settings)}"
+            )
+        settings = settings[part] if part else settings
     print(yaml.safe_dump(settings, sort_keys=False), end="")
     return 0
+
+
+def _near(name: str, settings: Any) -> str:
+    return did_you_mean(name, settings) if isinstance(settings, dict) else ""
 
 
 def _ask_hydra(options: Namespace) -> int:

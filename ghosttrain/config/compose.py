@@ -134,16 +134,16 @@ def compose(
     return Composed(config, replaced, chosen, arguments, passed)
 
 
-def cells(overrides: Sequence[str], config_dir: str | None = None) -> list[list[str]]:
+def cells(
+    overrides: Sequence[str], config_dir: str | None = None, hydra_words: Sequence[str] = ()
+) -> list[list[str]]:
     """Expand a sweep (`seed=1,2 model=a,b`) into one list of overrides per run, last key
     fastest.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    names = Names(config_dir)
-    with names.hydra():
-        parsed = names.parse(overrides, sweep=True)
-        return [[*cell] for cell in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
+    listed = Names(config_dir).cells(overrides, hydra_words).listed
+    if listed is None:
+        raise UserError("a search chooses its runs while it goes on: none can be listed before")
+    return listed
 
 
 def override_saved(config: Config, overrides: Sequence[str], use: Use) -> Config:
@@ -224,7 +224,7 @@ def _composed(
     config_store = ConfigStore.instance()
     config_store.store(name="schema", node=Config().model_dump(mode="json"))
     name = re.sub(r"[^A-Za-z0-9_+]", ".", values["recipe"])
-    with _as_mistakes():
+    with as_mistakes():
         node = OmegaConf.create(merged(layer.values, unflatten(members)) | values)
         config_store.store(group="layers", name=name, node=node, package="_global_")
         passed = [f"{group}={choice}" for group, choice in layer.groups.items()]
@@ -238,7 +238,7 @@ def _composed(
 
 
 @contextmanager
-def _as_mistakes() -> Iterator[None]:
+def as_mistakes() -> Iterator[None]:
     """Turn what Hydra and OmegaConf refuse into a line for the user."""
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -109,6 +109,20 @@ def field_of(key: str) -> FieldInfo | None:
             return None
         kind = field.annotation
     return field
+
+
+def listed_values(key: str) -> list[str]:
+    """Return the values that a setting takes, where there are few: words, or true and false."""
+    field = field_of(key)
+    values: list[str] = []
+    for kind in (field.annotation, *get_args(field.annotation)) if field else ():
+        if get_origin(kind) is Literal:
+            values += map(str, get_args(kind))
+        elif kind is bool:
+            values += ["true", "false"]
+        elif kind is type(None):
+            values.append("null")
+    return list(dict.fromkeys(values))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ and parses overrides: every key and every choice must exist. It does not merge (
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -44,6 +45,22 @@ class Layer:
     name: str
     groups: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A sweep: what is the same in every run, and what Hydra's sweeper chooses values of."""
+
+    words: tuple[str, ...]
+    """The command line; empty where a sweeper chooses."""
+    swept: tuple[str, ...]
+    """What Hydra gets: `++seed=1,2`. Its configuration knows no settings: `++` adds one."""
+    names: dict[str, tuple[int, str]]
+    """Hydra's name of a setting -> its place in `words`, and its own name."""
+    listed: list[list[str]] | None
+    """The words of every run, the last setting fastest; None where a search chooses."""
+    corners: list[list[str]]
+    """The words of two runs: the first values of all settings, and the last."""
 
 
 def merged(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +142,13 @@ class Names:
             return sorted({n for d in self.conf for n in _yaml_names(d / "budget")})
         return self.groups[group]
 
-    def parse(self, overrides: Sequence[str], sweep: bool = False) -> list[Override]:
+    def parse(
+        self, overrides: Sequence[str], sweep: bool = False, search: bool = False
+    ) -> list[Override]:
         """Parse and check names: every key must exist, every group choice too.
 
         A dictionary of an ensemble's members becomes one override for each of their settings.
+        `sweep`: a value may be several; `search`: or a range without steps.
         """
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = []
@@ -137,20 +157,61 @@ class Names:
                 hint = did_you_mean(text, [*self.groups, *KEYS, "recipe", "budget"])
                 raise UserError(f"{text!r} is not key=value.{hint}")
             for single in _spread(parser, text):
-                override = self._listed(parser, parse_override(parser, single))
+                override = self._listed(parser, parse_override(parser, single), search)
                 self._validate_name(override, sweep)
                 parsed.append(override)
         return parsed
 
-    def _listed(self, parser: OverridesParser, o: Override) -> Override:
+    def cells(self, overrides: Sequence[str], hydra_words: Sequence[str] = ()) -> Cells:
+        """Return the runs of a sweep.
+
+        Raises:
+            UserError: as `parse`; a range without steps where no sweeper searches; a sweeper or
+                launcher that is not installed.
+        """
+        with self.hydra():
+            for word in hydra_words:
+                _validate_plugin(word)
+            sweepers = [w.partition("=")[2] for w in hydra_words if w.startswith("hydra/sweeper=")]
+            search = bool(sweepers) and sweepers[-1] != "basic"
+            parser = OverridesParser.create()
+            words, swept, names, values = [], [], {}, []
+            for place, o in enumerate(self.parse(overrides, sweep=True, search=search)):
+                typed, _, text = (o.input_line or "").partition("=")
+                if not o.is_sweep_override():
+                    words.append(o.input_line or "")
+                    values.append([words[-1]])
+                    continue
+                words.append("")
+                if isinstance(o.value(), IntervalSweep):
+                    texts = [str(o.value().start), str(o.value().end)]  # type: ignore[union-attr]
+                else:
+                    texts = list(o.sweep_string_iterator())
+                if text.startswith("glob("):
+                    text = f"choice({','.join(texts)})"
+                values.append([f"{typed}={value}" for value in texts])
+                name = o.key_or_group
+                try:
+                    parser.parse_override(f"++{name}={text}")
+                except HydraException:  # a member called `2b`, say
+                    name = f"setting_{place}"
+                names[name] = place, typed
+                swept.append(f"++{name}={text}")
+            listed = None if search else [list(cell) for cell in itertools.product(*values)]
+            corners = [[texts[end] for texts in values] for end in (0, -1)]
+            return Cells(tuple(words), tuple(swept), names, listed, corners)
+
+    def _listed(self, parser: OverridesParser, o: Override, search: bool) -> Override:
         """Turn `model=glob(ghost*)` into `model=choice(...)` of the names that match; refuse a
-        sweep without a list of values.
+        sweep without a list of values, unless a sweeper searches.
         """
         key, value, text = o.key_or_group, o.value(), o.input_line
+        if isinstance(value, IntervalSweep) and search:
+            return o
         if isinstance(value, IntervalSweep):
             raise UserError(
-                f"{text!r} is a range without steps, for a search; -m runs listed values: type "
-                f"{key}=A,B or {key}=range(A,B,STEP)"
+                f"{text!r} is a range without steps, for a search (hydra/sweeper=optuna); -m runs "
+                f"listed values: type {key}=A,B or {key}=range(A,B,STEP)"
             )
         if isinstance(value, RangeSweep) and not value.step:
             raise UserError(f"{text!r}: a step of 0 never ends")
@@ -175,6 +236,11 @@ class Names:
         key = o.key_or_group
         if not key:
             raise UserError(f"{o.input_line!r}: there is no name before the '='")
+        if o.package is not None:
+            raise UserError(
+                f"{o.input_line!r}: a group has its one place in the settings; type "
+                f"{key}={(o.input_line or '').partition('=')[2]}"
+            )
         if o.is_delete():
             raise UserError(
                 f"{o.input_line!r}: settings cannot be deleted; set a value (key=null, group=none)"
@@ -302,6 +368,20 @@ class Names:
             else:
                 values[key] = override.value()
         return Layer(name, groups, unflatten(values))
+
+
+def _validate_plugin(word: str) -> None:
+    """Refuse a launcher or sweeper of Hydra that is not installed."""
+    key, _, name = word.partition("=")
+    if key not in ("hydra/launcher", "hydra/sweeper"):
+        return
+    there = GlobalHydra.instance().config_loader().get_group_options(key)
+    if name not in there:
+        kind = key.removeprefix("hydra/")
+        raise UserError(
+            f"{word!r}: no {kind} of this name is installed; there is {', '.join(there)} "
+            f"(pip install hydra-{name}-{kind})"
+        )
 
 
 def settings_near(key: str) -> list[str]:

@@ -1,63 +1,138 @@
-"""`-m`: every combination of the listed values, one run after another, each in its own folder.
+"""`-m`: every combination of the listed values, each a run in its own folder.
 
-All cells are composed (and checked) before the first one starts. A finished cell is shown, not
-repeated; a cell that fails is named at the end and the others still run.
+Hydra's sweeper says which cells there are and Hydra's launcher where they run; what a cell is, and
+what it does, is this project's: a cell is composed and launched as if it had been typed. Cells that
+can be listed are all composed, and so checked, before the first one starts. A finished cell is
+shown, not repeated; a cell that fails is named at the end and the others still run.
+
+Every sweep has a folder below `run.root/.sweeps`, with what became of each cell.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import re
 import sys
+import time
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from ghosttrain.config.compose import cells, compose
-from ghosttrain.engine.folder import run_folder
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from ghosttrain.config.compose import Composed, as_mistakes, compose
+from ghosttrain.config.names import Cells, Names
+from ghosttrain.engine.folder import read_result, run_folder
 from ghosttrain.engine.launch import launch
 from ghosttrain.errors import UserError, mistake
+from ghosttrain.files import expanded, write_json
 from ghosttrain.study.report import report
 
 
-def sweep(overrides: list[str], config_dir: str | None) -> int:
+def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) -> int:
     """Run all cells; return 0, or 1 when a cell failed.
 
+    Args:
+        overrides: of the runs, `seed=1,2` among them.
+        hydra_words: overrides of Hydra's launcher, sweeper and sweep folder.
+        config_dir: the user's own groups and recipes.
+
     Raises:
-        UserError: a cell has a mistake; nothing was started.
+        UserError: a cell has a mistake; nothing was started. Hydra has no such launcher.
         KeyboardInterrupt: Ctrl-C ends the sweep, not only the cell that runs.
     """
-    every = cells(overrides, config_dir)
-    runs = []
-    for cell in every:
-        try:
-            runs.append(compose(cell, config_dir))
-        except UserError as error:
-            distinct = [word for word in cell if any(word not in other for other in every)]
-            where = f"{' '.join(distinct)}: " if distinct else ""
-            raise UserError(f"{where}{error}{_leave_out(cell, overrides, str(error))}") from None
-    done, failed = [], []
-    for number, run in enumerate(runs, start=1):
-        print(f"\n=== {number}/{len(runs)}: {' '.join(run.arguments)}", flush=True)
-        try:
-            code = launch(run)
-        except Exception as error:  # the other cells still run
-            message = mistake(error)
-            if message is None:
-                traceback.print_exc()
-            else:
-                print(f"ghosttrain: error: {message}", file=sys.stderr)
-            code = 1 if message is None else 2
-        if code:
-            failed.append(f"{' '.join(run.arguments)} (exit code {code})")
+    cells = Names(config_dir).cells(overrides, hydra_words)
+    composed = _all_composed(cells, overrides, config_dir)
+    root = expanded(composed[0].config.run.root)
+    folder = root / ".sweeps" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; type another run.root") from None
+    context = {
+        "words": cells.words,
+        "names": cells.names,
+        "config_dir": config_dir,
+        "folder": str(folder.resolve()),
+        "total": len(composed) if cells.listed is not None else None,
+    }
+    _hydra_main(context, [*cells.swept, *hydra_words])
+    done, failed, numbers = [], [], range(len(composed))
+    outcomes = {
+        int(path.stem): json.loads(path.read_text(encoding="utf-8"))
+        for path in folder.glob("*.json")
+    }
+    for number in numbers if cells.listed is not None else sorted(outcomes):
+        outcome = outcomes.get(number)
+        if outcome is None:
+            failed.append(f"{' '.join(composed[number].arguments)} (was not started, or killed)")
+        elif outcome["exit_code"]:
+            failed.append(f"{' '.join(outcome['words'])} (exit code {outcome['exit_code']})")
         else:
-            done.append(run_folder(run.config))
+            done.append(Path(outcome["run"]))
     if done:
-        print(f"\n=== {len(done)} of {len(runs)} runs finished\n" + report(done))
+        print(f"\n=== {len(done)} of {len(done) + len(failed)} runs finished\n" + report(done))
     for line in failed:
         print(f"ghosttrain: failed: {line}", file=sys.stderr)
     return int(bool(failed))
 
 
-def _leave_out(cell: list[str], overrides: list[str], message: str) -> str:
-    """Return how to leave out what a `glob(*)` brought into this cell, if it is what was said."""
+def run_cell(given: DictConfig) -> float:
+    """Run one cell, in the process that Hydra's launcher chose; return its EMA top-1 in percent,
+    NaN where it failed: what a sweeper that searches goes by.
+    """
+    context = json.loads(given.context)
+    job = HydraConfig.get()
+    words = list(context["words"])
+    for word in job.overrides.task:
+        key, _, value = word.removeprefix("++").partition("=")
+        place, name = context["names"][key]
+        words[place] = f"{name}={value}"
+    of = f"/{context['total']}" if context["total"] else ""
+    print(f"\n=== {job.job.num + 1}{of}: {' '.join(words)}", flush=True)
+    folder, top1 = None, float("nan")
+    try:
+        composed = compose(words, context["config_dir"])
+        folder = run_folder(composed.config)
+        code = launch(composed)
+    except Exception as error:  # the other cells still run
+        message = mistake(error)
+        if message is None:
+            traceback.print_exc()
+        else:
+            print(f"ghosttrain: error: {message}", file=sys.stderr)
+        code = 1 if message is None else 2
+    outcome = {"words": words, "exit_code": code, "run": str(folder and folder.resolve())}
+    write_json(Path(context["folder"]) / f"{job.job.num}.json", outcome)
+    if not code and folder is not None and (result := read_result(folder)):
+        top1 = float(result["weights"]["ema"]["top1"])
+    return top1
+
+
+def _all_composed(cells: Cells, overrides: list[str], config_dir: str | None) -> list[Composed]:
+    """Compose every cell that can be listed, else the first and the last values of each."""
+    every = cells.listed if cells.listed is not None else cells.corners
+    composed = []
+    for cell in every:
+        try:
+            composed.append(compose(cell, config_dir))
+        except UserError as error:
+            distinct = [word for word in cell if any(word not in other for other in every)]
+            where = f"{' '.join(distinct)}: " if distinct else ""
+            raise UserError(f"{where}{error}{_leave_out(cell, overrides, str(error))}") from None
+    return composed
+
+
+def _leave_out(cell: Sequence[str], overrides: list[str], message: str) -> str:
+    """Return how to leave out what a `glob(*)` brought into this cell, if that is the mistake."""
     values = {key: value for key, _, value in (word.partition("=") for word in cell)}
     for word in overrides:
         key, _, value = word.partition("=")
@@ -65,3 +140,46 @@ def _leave_out(cell: list[str], overrides: list[str], message: str) -> str:
         if match and message.startswith(f"{key}."):
             return f"; to leave it out: '{key}=glob({match[1]},exclude={values[key]})'"
     return ""
+
+
+def _hydra_main(context: dict[str, Any], words: list[str]) -> None:
+    """Let Hydra run `run_cell` for each cell of `words`.
+
+    Its configuration holds nothing but `context`, as JSON: what a cell is, only `run_cell` knows.
+    """
+    config = {
+        "defaults": [
+            "_self_",
+            {"override hydra/hydra_logging": "none"},
+            {"override hydra/job_logging": "none"},
+        ],
+        "context": json.dumps(context).replace("$", "\\u0024"),  # OmegaConf would replace ${...}
+        "hydra": {
+            "output_subdir": None,
+            "job": {"name": "ghosttrain", "chdir": False},
+            "sweep": {"dir": context["folder"], "subdir": "${hydra.job.num}"},
+        },
+    }
+    ConfigStore.instance().store(name="ghosttrain_sweep", node=config)
+    GlobalHydra.instance().clear()
+    main = hydra.main(version_base="1.3", config_path=None, config_name="ghosttrain_sweep")
+    with _as_hydras_program(["--multirun", *words]), as_mistakes():
+        main(run_cell)()
+
+
+@contextmanager
+def _as_hydras_program(words: list[str]) -> Iterator[None]:
+    """Give Hydra its command line; its errors are raised, and the log stays this program's."""
+    program, sys.argv = sys.argv, ["ghosttrain", *words]
+    errors = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        sys.argv = program
+        if errors is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        root.handlers[:] = handlers  # Hydra's would go on writing to this call's stderr
+        root.setLevel(level)

@@ -214,7 +214,8 @@ def test_a_recipe_builds_on_another_as_in_hydra(tmp_path):
     """The listed files in their order, the own values where `_self_` stands."""
     (tmp_path / "recipe" / "deep").mkdir(parents=True)
     texts = {
-        "a": "defaults:\n- /recipe/compact_kd\n- override /optim: sgd\n- _self_\ntrain:\n  epochs: 90\n",
+        "a": "defaults:\n- /recipe/compact_kd\n- override /optim: sgd\n- _self_\n"
+        "train:\n  epochs: 90\n",
         "deep/b": "defaults:\n- _self_\n- /recipe/a\ntrain:\n  epochs: 5\n  label_smoothing: 0.2\n",
         "c": "# a comment\n# @package optim\nlr: 0.3\n",
         "d": "defaults:\n- /recipe/a\n- /recipe/c\n",

@@ -38,7 +38,10 @@ def test_a_glob_matches_the_users_own_files(tmp_path):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("seed=interval(0,1)", "a range without steps, for a search; -m runs listed values: type "),
+        (
+            "seed=interval(0,1)",
+            "a range without steps, for a search (hydra/sweeper=optuna); ",
+        ),
         ("seed=glob(*)", "glob() matches the files of a group; seed has none"),
         ("model=glob(absent*)", "no model matches. Choose from: "),
         ("seed=range(3,1)", "names no value"),
