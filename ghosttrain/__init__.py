@@ -7,17 +7,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "fuse", "load_run"]
+__all__ = ["UserError", "compose", "create_model", "fuse", "load_run", "train"]
 
 if TYPE_CHECKING:
+    from ghosttrain.api import compose, train
     from ghosttrain.engine.load import load_run
+    from ghosttrain.errors import UserError
     from ghosttrain.models.create import create_model
     from ghosttrain.models.reparam import fuse
 
 _HOMES = {
+    "UserError": "ghosttrain.errors",
+    "compose": "ghosttrain.api",
     "create_model": "ghosttrain.models.create",
     "fuse": "ghosttrain.models.reparam",
     "load_run": "ghosttrain.engine.load",
+    "train": "ghosttrain.api",
 }
 
 

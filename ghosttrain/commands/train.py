@@ -49,6 +49,11 @@ def run(options: Namespace) -> int:
 
         return complete(options.shell_completion, ARGUMENTS._option_string_actions)
     overrides, hydra_words = split_words(options.words, options.multirun)
+    if not options.words and not (options.info or options.cfg or options.multirun):
+        raise UserError(
+            "name what to train: python -m ghosttrain +recipe=compact_kd model=ghostnetv3_130 (the "
+            "main job, on embedded digits); python -m ghosttrain --help lists the rest"
+        )
     if options.info or options.cfg in ("hydra", "all"):
         return _ask_hydra(options)
     if options.multirun and options.cfg:

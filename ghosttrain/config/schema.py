@@ -367,6 +367,10 @@ class TrackerConfig(Section):
     """Weights & Biases mode; WANDB_MODE and WANDB_DISABLED of the environment can only lower it."""
     project: str = Field("ghosttrain", json_schema_extra=may_change("run"))
     """Weights & Biases project; WANDB_PROJECT of the environment counts where this is not set."""
+    group: str | None = Field(None, json_schema_extra=may_change("run"))
+    """Weights & Biases group; null: the runs of a sweep are one group, a run alone has none."""
+    artifacts: bool = Field(False, json_schema_extra=may_change("run"))
+    """Upload model.safetensors to Weights & Biases at the end."""
     tensorboard: bool = Field(False, json_schema_extra=may_change("run"))
     """Write TensorBoard events into the run folder."""
     log_every: int = Field(10, ge=1, json_schema_extra=may_change("run"))

@@ -4,6 +4,8 @@ Imports no torch: a finished run answers at once.
 
 from __future__ import annotations
 
+import textwrap
+
 from ghosttrain import ranks
 from ghosttrain.config.compose import Composed
 from ghosttrain.engine.folder import (
@@ -39,7 +41,8 @@ def launch(composed: Composed) -> int:
     go_on_without()
     if ranks.must_spawn(config.launch.nproc):
         return spawn(composed.arguments, config.launch.nproc)
-    notes = [f"  {line}" for line in composed.replaced]
+    indent = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
+    notes = textwrap.wrap("; ".join(composed.replaced), 98, **indent)  # type: ignore[arg-type]
     if notes:
         why = f"the budget {config.budget!r} of data={config.data.name} replaces values"
         notes.insert(0, f"{why} of the recipe (budget=full leaves them):")

@@ -139,6 +139,7 @@ class Tracker:
         asked, mode = config.tracker.wandb, wandb_mode(config)
         if mode != "off":
             self._start_wandb(config, folder, mode)
+        self.artifacts = config.tracker.artifacts
         self.about_wandb = "" if asked == "off" else f"Weights & Biases {mode}"
         if mode != asked:
             self.about_wandb += f" (tracker.wandb={asked}; the environment's WANDB_ variables win)"
@@ -215,6 +216,18 @@ class Tracker:
             self.bar.update(step - self.bar.n)
             if kind == "train":
                 self.bar.set_postfix_str(describe(row))
+
+    def summarize(self, result: dict[str, Any]) -> None:
+        """Give Weights & Biases the final table and, with `tracker.artifacts`, the EMA weights."""
+        if self.wandb is None or self.folder is None:
+            return
+        table, weights = result["weights"], self.folder / "model.safetensors"
+        rows = {f"{name}/{key}": value for name, row in table.items() for key, value in row.items()}
+        self._attempt("Weights & Biases", lambda: self.wandb.summary.update(rows))
+        if self.artifacts:
+            self._attempt(
+                "Weights & Biases", lambda: self.wandb.log_artifact(weights, type="model")
+            )
 
     def draw_curves(self, title: str) -> None:
         """Draw curves.png from the rows in metrics.jsonl; a run is none the worse without it."""
@@ -404,6 +417,9 @@ def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> 
     return wandb.init(
         project=wandb_project(config),
         name=printable(run_name(config)),
+        group=config.tracker.group,  # None: WANDB_RUN_GROUP, which a sweep sets
+        job_type="train",
+        tags=[*config.recipe.split("+"), config.model.name, config.data.name],
         dir=folder,
         mode=mode,
         config=json.loads(settings.encode("utf-8", "replace")),

@@ -196,6 +196,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             result = summary.result(about, state, measured)
             write_weights(run / "model.safetensors", ema.model, kind)
             tracker.draw_curves(folder.run_name(config))
+            tracker.summarize(result)
             write_text(run / "card.md", summary.card(about, result, notes))
             write_json(run / "result.json", result)
             tracker.say("", *folder.result_lines(result), f"run folder: {run}")

@@ -10,6 +10,7 @@ Every sweep has a folder below `run.root/.sweeps`, with what became of each cell
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -62,6 +63,7 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
         "names": cells.names,
         "config_dir": config_dir,
         "folder": str(folder.resolve()),
+        "group": f"sweep-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:8]}",
         "total": len(composed) if cells.listed is not None else None,
     }
     _hydra_main(context, [*cells.swept, *hydra_words])
@@ -91,6 +93,7 @@ def run_cell(given: DictConfig) -> float:
     """
     context = json.loads(given.context)
     job = HydraConfig.get()
+    os.environ.setdefault("WANDB_RUN_GROUP", context["group"])
     words = list(context["words"])
     for word in job.overrides.task:
         key, _, value = word.removeprefix("++").partition("=")

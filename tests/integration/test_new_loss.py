@@ -1,24 +1,23 @@
-"""A new loss, also one that compares features, is one function with its settings and one file."""
+"""A new loss, also one that compares features, is one function with its settings and one file: the
+steps of CONTRIBUTING.md, with its text.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FUNCTION = '''
-
-@loss
-def feature_mse(
-    student_BF: Tensor, teacher_BF: Tensor, temperature: float, *, scale: float = 1.0
-) -> Tensor:
-    """Mean squared distance of features, times `scale`."""
-    return scale * F.mse_loss(student_BF, teacher_BF) / temperature
-'''
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FUNCTION, SETTINGS = (
+    re.search(rf"```{language}\n(.*?)```", GUIDE, re.S)[1]  # type: ignore[index]
+    for language in ("python", "yaml")
+)
 
 
 def test_a_loss_of_features_is_one_function_and_one_file(tmp_path: Path) -> None:
@@ -26,8 +25,8 @@ def test_a_loss_of_features_is_one_function_and_one_file(tmp_path: Path) -> None
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
     with open(tmp_path / "ghosttrain" / "distill" / "losses.py", "a") as file:
-        file.write(FUNCTION)
-    (tmp_path / "conf" / "distill" / "feature_mse.yaml").write_text("name: feature_mse\n")
+        file.write(f"\n\n{FUNCTION}")
+    (tmp_path / "conf" / "distill" / "feature_mse.yaml").write_text(SETTINGS)
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -1,0 +1,83 @@
+"""README and docs: commands compose, files and links exist, what is generated is true."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ghosttrain.cli import VERBS, find_verb, parse
+from ghosttrain.config.compose import cells, compose
+from ghosttrain.study.bench import DEFAULTS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+COMMANDS = list(
+    dict.fromkeys(
+        line.split(" -m ghosttrain ", 1)[1]
+        for text in TEXTS.values()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+        for line in block.replace("\\\n", " ").splitlines()
+        if " -m ghosttrain " in line
+    )
+)
+
+
+def test_there_are_commands_and_no_placeholders() -> None:
+    assert len(COMMANDS) >= 20
+    assert not any("@@" in text or "TODO" in text for text in TEXTS.values())
+    assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_composes(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "bench":
+        verb, rest = find_verb(words)
+        options = parse(importlib.import_module("ghosttrain.commands.bench").ARGUMENTS, rest)
+        compose([word for word in options.words if "=" in word], trains=False)
+        assert options.words[0] in DEFAULTS
+        return
+    if words[0] == "cache" and not words[1].startswith("+"):
+        assert len(words) == 3 and words[2] in ("--repair", "--inspect")
+        return
+    if words[0] == "cache":
+        compose(words[1:])
+        return
+    if words[0] in VERBS:
+        assert len([word for word in words if word not in ("--to", "timm")]) == 2
+        return
+    sweep = "-m" in words
+    words = [w.replace("/path", str(tmp_path)) for w in words if w != "-m"]
+    words = [re.sub(r"data.root=/usr/.*", f"data.root={tmp_path}", w) for w in words]
+    for cell in cells(words) if sweep else [words]:
+        compose(cell)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_files_and_links_exist(page: Path) -> None:
+    text = TEXTS[page]
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        name, _, anchor = target.partition("#")
+        assert (page.parent / name).is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (page.parent / name).read_text(), re.M)
+            assert anchor in [h.lower().replace(" ", "-") for h in headings], target
+    for name in re.findall(r"`((?:ghosttrain|tests|conf|recipes|scripts)/[\w/]+\.\w+)`", text):
+        assert (ROOT / name).is_file() or "feature_mse" in name, name
+
+
+def test_what_is_generated_is_what_it_would_be() -> None:
+    spec = importlib.util.spec_from_file_location("docs", ROOT / "scripts" / "docs.py")
+    assert spec is not None and spec.loader is not None
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    generated = docs.configuration()
+    assert TEXTS[ROOT / "docs" / "configuration.md"] == generated, "type: python scripts/docs.py"
+    rows = docs.measured()
+    assert len(rows) == 10 and all(low <= ms <= high for _, ms, low, high in rows)
