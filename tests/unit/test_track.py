@@ -10,6 +10,7 @@ import torch
 from helpers import only_run
 from torch import tensor
 
+import ghosttrain
 from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import Config, TrainConfig
 from ghosttrain.engine import distributed, track
@@ -355,3 +356,40 @@ def test_a_service_that_does_not_start_is_refused_at_first_and_left_out_of_a_run
         tracker.log("train", 20, ROW)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 20
     assert "Weights & Biases cannot be written (no route)" in capsys.readouterr().out
+
+
+def test_weights_and_biases_gets_group_tags_table_and_weights(tiny, tmp_path, monkeypatch):
+    """A group, a job type, tags, the final table, and the weights where they are asked for."""
+    import wandb
+
+    given: dict = {"artifacts": []}
+
+    class Run:
+        summary: dict = {}
+
+        def log(self, values, step):
+            pass
+
+        def log_artifact(self, path, type):
+            given["artifacts"].append((path.name, type))
+
+        def finish(self):
+            pass
+
+    def init(**settings):
+        given["init"] = settings
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    words = [*tiny, "train.max_steps=1", "tracker=wandb", "tracker.group=mine"]
+    for artifacts in ("false", "true"):
+        root = tmp_path / artifacts
+        config = compose([*words, f"tracker.artifacts={artifacts}", f"run.root={root}"]).config
+        folder = ghosttrain.train(config)
+        assert given["init"]["group"] == "mine" and given["init"]["job_type"] == "train"
+        assert given["init"]["tags"] == ["compact_kd", "ghostnetv3_050", "folder"]
+        assert given["init"]["config"]["optim"]["lr"] == config.optim.lr
+        result = json.loads((folder / "result.json").read_text())
+        assert Run.summary["ema/top1"] == result["weights"]["ema"]["top1"]
+        expected = [("model.safetensors", "model")] if artifacts == "true" else []
+        assert given["artifacts"] == expected

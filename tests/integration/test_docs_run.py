@@ -1,0 +1,83 @@
+"""The Python of README runs as it stands; its and the docs' commands run for two steps, on small
+data and a teacher that is here (slow)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "unit"))
+COMMANDS = importlib.import_module("test_docs").COMMANDS
+SMALL = [
+    "train.max_steps=2", "train.micro_batch=null", "train.global_batch=16", "data.workers=0",
+    "teacher.check_samples=0", "launch.device=cpu",
+]  # fmt: skip
+PHOTOS = ["data=folder", "data.train_size=64", "data.eval_size=64", "launch.nproc=1"]
+BENCH = ["--rounds", "1", "train.micro_batch=2", "data.train_size=64"]
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ghosttrain", *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_the_python_of_readme_runs(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{block}\nprint(run, len(list(deployed.parameters())))"],
+        cwd=tmp_path, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (result,) = tmp_path.rglob("result.json")
+    assert str(result.parent) in done.stdout and "epoch 1/1" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of two steps and a cache of two draws."""
+    folder = tmp_path_factory.mktemp("docs")
+    words = ["+recipe=compact_kd", "model=ghostnetv3_050", *SMALL]
+    assert run([*words, "run.name=RUN"], folder).returncode == 0
+    cache = ["cache", *words, "cache.dir=teacher_cache", "cache.draws=5"]
+    assert run(cache, folder).returncode == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] in ("eval", "fuse"):
+        words[1] = "runs/RUN"
+    elif words[0] == "bench":
+        extra = ["--images", "16"] if words[1] == "distill" else []
+        words = [
+            *words[:2],
+            *[w for w in words[2:] if "=" in w and "cuda" not in w],
+            *BENCH,
+            *extra,
+        ]
+    elif words[0] not in ("report", "cache") or words[1].startswith("+"):
+        verb = [word for word in words if word == "cache"]
+        words = [re.sub(r"^data.root=.*", f"data.root={photo_folder}", w) for w in words]
+        words = [re.sub(r"(=[\w.]+),.*", r"\1", w) if w.startswith("seed") else w for w in words]
+        words = [w for w in words if w.partition("=")[0] not in ("data", "launch.nproc")]
+        own = {word.partition("=")[0] for word in words}
+        if "data.root" in own:
+            words += PHOTOS
+            taught = not any("baseline" in word for word in words)
+            words += ["teacher=efficientnet_lite0"] * (taught and "teacher" not in own)
+        words += [word for word in SMALL if word.partition("=")[0] not in own or "train." in word]
+        words = verb + [word for word in words if word != "cache"]
+    done = run(words, finished)
+    assert done.returncode == 0, f"{words}\n{done.stderr[-2000:]}"
