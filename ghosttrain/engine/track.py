@@ -127,7 +127,7 @@ class Tracker:
         if folder is None:
             return
         self.started, self.start_step = time.perf_counter(), start_step
-        self.total = plan.total_steps
+        self.total, self.epoch = plan.total_steps, plan.steps_per_epoch
         self.log_file = Journal(folder / LOG)
         self.metrics = Journal(
             folder / METRICS,
@@ -218,7 +218,12 @@ class Tracker:
                 self.bar.set_postfix_str(describe(row))
 
     def summarize(self, result: dict[str, Any]) -> None:
-        """Give Weights & Biases the final table and, with `tracker.artifacts`, the EMA weights."""
+        """End the progress bar: the final table is the last thing on the screen. Give Weights &
+        Biases that table and, with `tracker.artifacts`, the EMA weights.
+        """
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
         if self.wandb is None or self.folder is None:
             return
         table, weights = result["weights"], self.folder / "model.safetensors"
@@ -232,7 +237,7 @@ class Tracker:
     def draw_curves(self, title: str) -> None:
         """Draw curves.png from the rows in metrics.jsonl; a run is none the worse without it."""
         if (folder := self.folder) is not None:
-            self._attempt("curves.png", lambda: draw_curves(folder, title))
+            self._attempt("curves.png", lambda: draw_curves(folder, title, self.epoch))
 
     def eta(self, step: int) -> str:
         """Return the time left, from the speed since this process started."""
@@ -329,8 +334,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curves(folder: Path, title: str) -> None:
-    """Draw losses, learning rate and held-out accuracy of metrics.jsonl into curves.png."""
+def draw_curves(folder: Path, title: str, steps_per_epoch: int) -> None:
+    """Draw losses, learning rate and held-out accuracy of metrics.jsonl by epochs into
+    curves.png.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -340,16 +347,20 @@ def draw_curves(folder: Path, title: str) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     losses, rate, accuracy = figure.subplots(1, 3)
+
+    def epochs(rows: list[dict[str, Any]]) -> list[float]:
+        return [row["step"] / steps_per_epoch for row in rows]
+
     names = [k for k in (train[0] if train else {}) if k == "loss" or k not in NO_TERMS]
     for name in names:
-        losses.plot([r["step"] for r in train], [r[name] for r in train], label=name, linewidth=1.2)
-    rate.plot([r["step"] for r in train], [r["lr"] for r in train], color="tab:gray")
+        losses.plot(epochs(train), [r[name] for r in train], label=name, linewidth=1.2)
+    rate.plot(epochs(train), [r["lr"] for r in train], color="tab:gray")
     for name in ("raw", "ema"):
         rows_with = [r for r in held if f"{name}_top1" in r]
-        accuracy.plot(
-            [r["step"] for r in rows_with], [r[f"{name}_top1"] for r in rows_with], ".-", label=name
-        )
-    agreed = [(r["step"], 100 * r["agreement"]) for r in train if "agreement" in r]
+        accuracy.plot(epochs(rows_with), [r[f"{name}_top1"] for r in rows_with], ".-", label=name)
+    agreed = [
+        (r["step"] / steps_per_epoch, 100 * r["agreement"]) for r in train if "agreement" in r
+    ]
     if agreed:
         accuracy.plot(*zip(*agreed, strict=True), color="0.7", linewidth=1, label=AGREED, zorder=0)
     if held:
@@ -361,10 +372,10 @@ def draw_curves(folder: Path, title: str) -> None:
         losses.legend(frameon=False)
     for axis, label in (
         (losses, "training loss"),
-        (rate, "learning rate"),
+        (rate, "learning rate at each step"),
         (accuracy, "held-out top-1 %"),
     ):
-        axis.set_xlabel("optimizer step")
+        axis.set_xlabel("epoch")
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
