@@ -83,10 +83,14 @@ def depthwise_grads(
 # --- which implementation -------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
 def compiled(device_type: str) -> bool:
     """Whether float32 channels-last maps on this kind of device have compiled functions."""
     return _functions(device_type) is not None
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler for it: 2.8 s of
+# every start (`python -X importtime -c "import ghosttrain.models.depthwise"`).
+compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernels_for(x: Tensor, k: int) -> Any:
