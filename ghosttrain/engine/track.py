@@ -434,7 +434,7 @@ def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> 
         dir=folder,
         mode=mode,
         config=json.loads(settings.encode("utf-8", "replace")),
-        id=_wandb_id(folder),
+        id=os.environ.get("WANDB_RUN_ID") or _wandb_id(folder),  # `wandb agent` gives one
         resume="allow",
     )
 

@@ -5,8 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+
+from packaging.metadata import Metadata
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,16 +25,26 @@ def run(*command: str, cwd: Path, **env: str) -> str:
 def test_build_install_and_two_steps(tmp_path):
     dist, site, home = (tmp_path / name for name in ("dist", "site", "home"))
     home.mkdir()
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist)]
-    run(*build, cwd=ROOT)
-    (wheel,) = dist.glob("*.whl")
+    # The source distribution, and the wheel from it.
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), cwd=ROOT)
+    (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("/METADATA")))
+    with tarfile.open(source) as archive:
+        folder = source.name.removesuffix(".tar.gz")
+        (same,) = (archive.extractfile(f"{folder}/{name}") for name in ["PKG-INFO"])
+        assert same is not None and same.read() == metadata
+        assert f"{folder}/LICENSE" in archive.getnames()
+    about = Metadata.from_email(metadata, validate=True)  # as a package index does
+    assert about.name == "ghosttrain" and about.license_expression == "Apache-2.0"
+    assert about.description and about.description.startswith("# ghosttrain")
     for name in (
         "ghosttrain/conf/config.yaml",
         "ghosttrain/recipes/compact_kd.yaml",
         "ghosttrain/recipes/ablation/no_ema.yaml",
         "ghosttrain/models/digits_teacher.safetensors",
         "ghosttrain/native/optim.cpp",
+        "ghosttrain/py.typed",
     ):
         assert name in names
     assert not any(name.startswith(("tests", "conf", "recipes")) for name in names)

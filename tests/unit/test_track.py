@@ -393,3 +393,8 @@ def test_weights_and_biases_gets_group_tags_table_and_weights(tiny, tmp_path, mo
         assert Run.summary["ema/top1"] == result["weights"]["ema"]["top1"]
         expected = [("model.safetensors", "model")] if artifacts == "true" else []
         assert given["artifacts"] == expected
+        assert re.fullmatch("[0-9a-f]{8}", given["init"]["id"])
+    monkeypatch.setenv("WANDB_RUN_ID", "of_the_agent")  # as `wandb agent` starts the command
+    config = compose([*words, "seed=7", f"run.root={tmp_path / 'agent'}"]).config
+    ghosttrain.train(config)
+    assert given["init"]["id"] == "of_the_agent"
