@@ -37,10 +37,14 @@ def one_node(
     return decorate
 
 
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+"""Devices that have it. (PyTorch 2.7 cannot compile the question which do.)"""
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast gives a convolution of x; None where autocast is off."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in AUTOCAST and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 

@@ -55,6 +55,6 @@ class Normalize(Form):
         x: Tensor, dy: Tensor, layer: Layer, abc: Coefficients, sums: Sums, kept: OwnMean
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Elementwise."""
-        a, b, c = (t[0].to(x.dtype) for t in abc[:3])
+        a, b, c = (t[0].to(x.dtype) for t in (abc.a, abc.b, abc.c))
         dx = torch.addcmul(c, as_rows(x) - kept.mean, b).addcmul_(as_rows(dy), a)
         return rows_as_map(dx, x), layer.weight, layer.taps

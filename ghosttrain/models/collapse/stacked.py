@@ -67,8 +67,9 @@ class Stacked(Form):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """By PyTorch's convolution backward, from all dz at once."""
         z, g, filters = kept.z, as_rows(dy), _filters(layer)
+        coefficients = [t.to(z.dtype) for t in (abc.a, abc.b, abc.c)]
         dz = torch.empty_like(z)
-        for n, (a, b, c) in enumerate(zip(*(t.to(z.dtype) for t in abc[:3]), strict=True)):
+        for n, (a, b, c) in enumerate(zip(*coefficients, strict=True)):
             dz[:, n] = torch.addcmul(c, z[:, n], b).addcmul_(g, a)
         flat = (dz if layer.groups == 1 else dz.transpose(1, 2)).flatten(1)
         if layer.weight.shape[3:] == (1, 1) and (layer.stride, layer.groups) == (1, 1):
