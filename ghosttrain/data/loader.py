@@ -335,6 +335,11 @@ def _what_failed(error: BaseException, batch_bytes: int = 0) -> str | None:
         or "Too many open files" in message
     ):
         return f"too many files are open for {_WORKERS} to send their batches: {TOO_MANY_FILES}"
+    if isinstance(error, EOFError):  # it hung up: seen where it had no file left to send with
+        return (
+            "a data worker could not send its batch (EOFError), perhaps because too many files are "
+            f"open: {TOO_MANY_FILES}, or data.workers=0 to see why"
+        )
     if code == errno.ENOSPC or "Bus error" in message:
         return (
             f"the batches of {_WORKERS} do not fit into shared memory ({_free(batch_bytes)}): type "

@@ -132,6 +132,17 @@ def test_a_worker_keeps_files_for_handing_batches_over(dataset, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_worker_that_hangs_up_had_no_file_left(monkeypatch):
+    """Seen once, with the limit of open files reached while another batch was handed over."""
+
+    def hung_up(pickled):
+        raise EOFError
+
+    monkeypatch.setattr(loader_module.pickle, "loads", hung_up)
+    failure = loader_module._unpacked(b"")
+    assert "too many files are open" in failure.message and "\n" not in failure.message
+
+
 def dies(forward, opened, draw_number, index):
     forward()
     raise AssertionError("still alive")
