@@ -41,6 +41,8 @@ def split_words(words: Sequence[str], multirun: bool) -> tuple[list[str], list[s
         key = word.lstrip("+").partition("=")[0]
         if key == "hydra.mode" and word.endswith("=MULTIRUN") and multirun:
             continue
+        if key.startswith("hydra.sweeper.params"):
+            raise UserError(f"{word!r}: type the values with the setting itself, such as seed=1,2")
         if not word.lstrip("+").startswith(PASSED):
             near = [
                 name for name in INSTEAD if key == name or key.startswith((f"{name}.", f"{name}/"))

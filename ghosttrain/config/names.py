@@ -378,9 +378,9 @@ def _validate_plugin(word: str) -> None:
     there = GlobalHydra.instance().config_loader().get_group_options(key)
     if name not in there:
         kind = key.removeprefix("hydra/")
+        package = f" (pip install hydra-{name}-{kind})" if name.isidentifier() else ""
         raise UserError(
-            f"{word!r}: no {kind} of this name is installed; there is {', '.join(there)} "
-            f"(pip install hydra-{name}-{kind})"
+            f"{word!r}: no {kind} of this name is installed; there is {', '.join(there)}{package}"
         )
 
 
