@@ -41,14 +41,30 @@ def launch(composed: Composed) -> int:
     go_on_without()
     if ranks.must_spawn(config.launch.nproc):
         return spawn(composed.arguments, config.launch.nproc)
-    indent = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
-    notes = textwrap.wrap("; ".join(composed.replaced), 98, **indent)  # type: ignore[arg-type]
-    if notes:
-        why = f"the budget {config.budget!r} of data={config.data.name} replaces values"
-        notes.insert(0, f"{why} of the recipe (budget=full leaves them):")
+    notes = replaced_lines(composed)
     with opened(config, notes):
         from ghosttrain.engine.classification import CLASSIFICATION
         from ghosttrain.engine.train import train
 
         train(CLASSIFICATION, config, notes)
     return 0
+
+
+def replaced_lines(composed: Composed) -> list[str]:
+    """Return which values of the recipe the budget replaced, in a few lines; none where it has
+    none.
+    """
+    config = composed.config
+    if not composed.replaced:
+        return []
+    why = f"the budget {config.budget!r} of data={config.data.name} replaces values"
+    return [
+        f"{why} of the recipe (budget=full leaves them):",
+        *textwrap.wrap(
+            "; ".join(composed.replaced),
+            width=98,
+            initial_indent="  ",
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+        ),
+    ]

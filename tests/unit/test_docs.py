@@ -12,6 +12,7 @@ import pytest
 
 from ghosttrain.cli import VERBS, find_verb, parse
 from ghosttrain.config.compose import cells, compose
+from ghosttrain.engine.launch import replaced_lines
 from ghosttrain.study.bench import DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,3 +82,16 @@ def test_what_is_generated_is_what_it_would_be() -> None:
     assert TEXTS[ROOT / "docs" / "configuration.md"] == generated, "type: python scripts/docs.py"
     rows = docs.measured()
     assert len(rows) == 10 and all(low <= ms <= high for _, ms, low, high in rows)
+
+
+def test_the_output_shown_of_the_main_job_is_its_output() -> None:
+    """Its lines that depend on no processor."""
+    composed = compose(["+recipe=compact_kd", "model=ghostnetv3_130"])
+    shown = TEXTS[ROOT / "docs" / "results.md"].splitlines()
+    lines = replaced_lines(composed)
+    assert len(lines) == 5 and all(line in shown for line in lines)
+    for part in (
+        "student: ghostnetv3_130, 10.950 M",
+        "length: 220 steps, 10 epochs of 22; warm-up 22",
+    ):
+        assert any(line.startswith(part) for line in shown)
