@@ -66,8 +66,8 @@ def _main(args: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "\nghosttrain: interrupted; the same command goes on from the last finished "
-            + ("file" if verb == "cache" else "epoch"),
+            "\nghosttrain: interrupted; the same command goes on from its last "
+            + ("file" if verb == "cache" else "checkpoint"),
             file=sys.stderr,
         )
         return 130

@@ -271,6 +271,8 @@ def _mistake(first: ErrorDetails) -> str:
         return f"{key}={given}: {NAME_A_MEMBER}"
     if kind == "extra_forbidden":
         return f"there is no setting {key!r}.{did_you_mean(key, settings_near(key))}"
+    if kind == "string_pattern_mismatch":
+        return f"{key}={given} is written in another way.{about}"
     if given is None:
         return f"{key} is missing: type {key}=...{about}"
     hint = ""

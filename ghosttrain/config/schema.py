@@ -413,6 +413,11 @@ class TrainConfig(Section):
     cuda_graph: bool = False
     """Record forward and backward of the network once and start them as one CUDA graph; on a GPU,
     in runs of one process, without torch.compile."""
+    save_every: str = Field(
+        "10min", pattern=r"^[1-9][0-9]*(min|steps)$", json_schema_extra=may_change("run")
+    )
+    """When a checkpoint is written within an epoch: `10min`, `500steps`; it waits for the next row
+    of the metrics. At the end of an epoch one always is."""
     eval_every: int = Field(1, ge=1, json_schema_extra=may_change("run"))
     """Epochs between two evaluations of the EMA weights; the last epoch always is."""
     eval_batch: int | None = Field(None, ge=1, json_schema_extra=may_change("run", "eval", "cache"))

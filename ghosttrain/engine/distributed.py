@@ -101,6 +101,15 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def gathered(value: Any) -> list[Any]:
+    """Return every rank's value on rank 0, in their order; an empty list on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size() if rank() == 0 else []
+    dist.gather_object(value, values if rank() == 0 else None, dst=0)
+    return values
+
+
 def all_sum(x: Tensor) -> Tensor:
     """Return the sum of `x` over ranks, in place."""
     if world_size() > 1:

@@ -56,6 +56,12 @@ class Plan:
         """Return how many epochs have begun when `step` optimizer steps are done."""
         return -(-step // self.steps_per_epoch)
 
+    def place_of(self, step: int) -> str:
+        """Return `after epoch 2, step 30` or `in epoch 2, step 25` when `step` steps are done."""
+        epoch = self.epochs_after(step)
+        ended = epoch == 0 or step == self.end_of(epoch - 1)
+        return f"{'after' if ended else 'in'} epoch {epoch}, step {step}"
+
     def epoch_label(self, step: int) -> str:
         """Return `epoch 3/10` when `step` optimizer steps are done."""
         return f"epoch {self.epochs_after(step)}/{self.epochs}"

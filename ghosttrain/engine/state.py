@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ghosttrain.distill.features import Network
+from ghosttrain.engine import distributed
 from ghosttrain.errors import UserError, raise_if_of_the_system
 from ghosttrain.files import replacing
 from ghosttrain.models.weights.fit import fit_state
@@ -46,13 +47,17 @@ class TrainState:
     """Best held-out top-1 of the average in per cent, and the epoch after which it was measured."""
 
     def save(self, path: Path, teacher: Mapping[str, Any], is_last: bool) -> None:
-        """Write a checkpoint atomically.
+        """Write a checkpoint atomically, on rank 0; the others take part.
 
         Args:
             path: the file.
             teacher: `TeacherSource.state()`.
             is_last: no step follows: the optimizer's state is left out.
         """
+        several = distributed.world_size() > 1
+        buffers = distributed.gathered([b.cpu() for b in self._buffers()]) if several else []
+        if distributed.rank():
+            return
         write_checkpoint(
             path,
             {
@@ -60,6 +65,7 @@ class TrainState:
                 "projection": self.network.projection.state_dict(),
                 "ema": self.ema.state_dict(),
                 "optimizer": {} if is_last else self.optimizer.state_dict(),
+                "buffers": buffers,
                 "step": self.step,
                 "seconds": self.seconds,
                 "best": self.best,
@@ -81,9 +87,24 @@ class TrainState:
         self.ema.updates = saved["ema"]["updates"]
         if saved["optimizer"]:
             self.optimizer.load_state_dict(saved["optimizer"])
+        if len(saved["buffers"]) > 1:
+            self._restore_buffers(saved["buffers"])
         self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
         if saved["data"]["held_out"] != self.data_record["held_out"]:
             self.best = dict(NO_BEST)  # it was measured on other images
+
+    def _buffers(self) -> list[Tensor]:
+        """Running statistics of the student and of its average: within an epoch each rank's own."""
+        return [*self.network.student.buffers(), *self.ema.model.buffers()]
+
+    def _restore_buffers(self, saved: Sequence[Sequence[Tensor]]) -> None:
+        """Take this rank's running statistics; with another number of ranks their mean."""
+        if len(saved) == distributed.world_size():
+            values = saved[distributed.rank()]
+        else:
+            values = [torch.stack(each).double().mean(0) for each in zip(*saved, strict=True)]
+        for buffer, value in zip(self._buffers(), values, strict=True):
+            buffer.copy_(value)
 
 
 def fit_saved(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -26,6 +26,7 @@ from ghosttrain.engine import distributed, folder, same_data, summary, track
 from ghosttrain.engine.cuda_graph import record
 from ghosttrain.engine.evaluate import HeldOutImages, Table, try_first_batch
 from ghosttrain.engine.plan import make_plan
+from ghosttrain.engine.saving import SaveClock
 from ghosttrain.engine.state import TrainState, read_checkpoint
 from ghosttrain.engine.student import build_network, has_fused_form
 from ghosttrain.engine.teacher_source import build_teacher_source
@@ -108,7 +109,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     if saved is not None:
         state.restore(saved, checkpoint)
         teacher = teacher.resumed(saved["teacher"])
-        notes.append(f"resumed after epoch {plan.epochs_after(state.step)}, step {state.step}")
+        notes.append(f"resumed {plan.place_of(state.step)}")
         notes += data_record["accepted"]
         saved = None  # its memory
 
@@ -122,6 +123,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     replica = distributed.parallel(network, device)
     if config.train.cuda_graph:
         replica = record(network, config, plan.micro_batch, autocast)
+    save_clock = SaveClock(config.train.save_every, state.step, device)
     started, meter = time.perf_counter() - state.seconds, track.Meter()
     network.train()
     with train_images, held_images, tracker:
@@ -177,14 +179,19 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                     row = meter.read() | {"lr": lr}
                     validate_finite_row(row, state.step, checkpoint)
                     tracker.log("train", state.step, row)
+                    if state.step < plan.end_of(epoch) and save_clock.is_due(state.step):
+                        validate_finite_weights(student, ema.model, state.step, checkpoint)
+                        state.seconds = time.perf_counter() - started
+                        state.save(checkpoint, teacher.state(), is_last=False)
+                        save_clock.saved(state.step)
 
             # -------------------------------------------------------- Save
             # Before the evaluation, which a resumed run repeats: it may fail.
             distributed.average_buffers(student, ema.model)
             validate_finite_weights(student, ema.model, state.step, checkpoint)
             state.seconds = time.perf_counter() - started
-            if rank == 0:
-                state.save(checkpoint, teacher.state(), is_last=state.step >= plan.total_steps)
+            state.save(checkpoint, teacher.state(), is_last=state.step >= plan.total_steps)
+            save_clock.saved(state.step)
 
         # ------------------------------------------------------------ Finish
         models: dict[str, nn.Module] = {"raw": student, "ema": ema.model}

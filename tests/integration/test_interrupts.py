@@ -29,7 +29,7 @@ def test_ctrl_c_ends_a_sweep_of_two_processes_and_starts_no_other_cell(tiny):
         out, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert err.strip() == (
-        "ghosttrain: interrupted; the same command goes on from the last finished epoch"
+        "ghosttrain: interrupted; the same command goes on from its last checkpoint"
     )
     assert "=== 2/2" not in out
     assert not still_there(process.pid)
