@@ -34,13 +34,14 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from ghosttrain.distill.codecs import Codec, make_codec
 from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.errors import UserError, raise_if_of_the_system
 from ghosttrain.files import expanded, locked, write_bytes, write_json, write_text
+from ghosttrain.models.weights.packing import packed
 from ghosttrain.text import one_line
 
 FORMAT = 1
@@ -110,16 +111,16 @@ def create(
     folder = expanded(folder)
     info = replace(info, key=_as_json(info.key), notes=_as_json(info.notes))
     codec = make_codec(info.codec, info.num_classes, info.widths, tables)
-    packed = save({name: x.cpu() for name, x in codec.tables.items()})
+    tables_file = packed({name: x.cpu() for name, x in codec.tables.items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             validate_folder(folder)
             if is_cache(folder):
                 raise _taken(folder)
-            write_bytes(folder / "tables.safetensors", packed)
+            write_bytes(folder / "tables.safetensors", tables_file)
             write_text(folder / "config.yaml", settings)
-            _write_info(folder, info, hashlib.sha256(packed).hexdigest())
+            _write_info(folder, info, hashlib.sha256(tables_file).hexdigest())
     except OSError as error:
         raise UserError(f"cannot write cached outputs to {folder}: {_why(error)}") from None
     return TeacherCache(folder, info, codec)

@@ -16,7 +16,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from ghosttrain.models.weights import sources
 from ghosttrain.models.weights.dialects import detect, telltales
 from ghosttrain.models.weights.files import State, WeightsInfo, part_of
 from ghosttrain.models.weights.fit import branches_of
+from ghosttrain.models.weights.packing import packed
 from ghosttrain.models.weights.sources import LISTED, Weights, published, timm_info
 from ghosttrain.text import listed
 
@@ -313,9 +313,9 @@ def save_packed(path: Path, state: Mapping[str, Tensor], about: Packed) -> None:
 
     ValueError where a weight is beyond the range of float16.
     """
-    packed = {k: (t.half() if t.is_floating_point() else t).contiguous() for k, t in state.items()}
-    too_large = [k for k, t in packed.items() if not t.isfinite().all()]
+    tensors = {k: (t.half() if t.is_floating_point() else t).contiguous() for k, t in state.items()}
+    too_large = [k for k, t in tensors.items() if not t.isfinite().all()]
     if too_large:
         raise ValueError(f"not finite in float16: {', '.join(too_large)}")
     about_it = {k: json.dumps(v) for k, v in asdict(about).items()}
-    write_bytes(path, save(packed, metadata=about_it))
+    write_bytes(path, packed(tensors, about_it))

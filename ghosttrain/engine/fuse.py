@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from ghosttrain.engine.folder import read_config
@@ -18,6 +17,7 @@ from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.layers import Student
 from ghosttrain.models.reparam import using_forward
 from ghosttrain.models.weights.export import export_state
+from ghosttrain.models.weights.packing import packed
 
 
 def fuse_run(folder: str | Path, out: str | None = None, library: str | None = None) -> Path:
@@ -65,7 +65,7 @@ def _write_for(library: str, model: nn.Module, fused: nn.Module, path: Path) -> 
         except UserError:
             raise refusal from None
     with replacing(path) as file:
-        file.write(save(state, metadata={"format": "pt"}))
+        file.write(packed(state, {"format": "pt"}))
     classes, chans = (getattr(model, key) for key in ("num_classes", "in_chans"))
     commands = {
         "timm": f"timm.create_model({name!r}, num_classes={classes}, in_chans={chans}, "

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config
 from ghosttrain.errors import UserError, raise_if_of_the_system
 from ghosttrain.files import replacing, utf8_name
+from ghosttrain.models.weights.packing import packed
 
 WeightsKind = Literal["ema", "raw", "fused"]
 """The average of a run, what its optimizer left, or the average in inference form."""
@@ -44,7 +45,7 @@ def write_weights(path: Path, model: nn.Module, about: dict[str, str]) -> None:
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
     with replacing(path) as file:
-        file.write(save(state, metadata=about))  # save_file would make it private to the user
+        file.write(packed(state, about))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

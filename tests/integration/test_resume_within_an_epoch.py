@@ -27,6 +27,7 @@ def assert_equal(run: Path, whole: Path) -> None:
     for name in ("model.safetensors", "checkpoints/best.safetensors"):
         a, b = load_file(run / name), load_file(whole / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     states = [read_checkpoint(each / "checkpoints" / "last.pt") for each in (run, whole)]
     for part in ("student", "projection"):
         for key, value in states[0][part].items():
