@@ -49,7 +49,7 @@ def run(options: Namespace) -> int:
 
         return complete(options.shell_completion, ARGUMENTS._option_string_actions)
     overrides, hydra_words = split_words(options.words, options.multirun)
-    if not options.words and not (options.info or options.cfg or options.multirun):
+    if not options.words and not (options.info or options.cfg):
         raise UserError(
             "name what to train: python -m ghosttrain +recipe=compact_kd model=ghostnetv3_130 (the "
             "main job, on embedded digits); python -m ghosttrain --help lists the rest"

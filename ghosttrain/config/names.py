@@ -332,7 +332,9 @@ class Names:
 
     def _recipe_group(self, path: Path, line: Any) -> tuple[str, str]:
         """Return group and choice of a line `override /GROUP: CHOICE`."""
-        key, value = next(iter(line.items())) if isinstance(line, dict) else (str(line), "")
+        key, value = (
+            next(iter(line.items())) if isinstance(line, dict) and line else (str(line), "")
+        )
         group = key.removeprefix("override ").lstrip("/")
         if not key.startswith("override ") or group not in self.groups:
             raise UserError(

@@ -288,12 +288,12 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation. Draws are a pure function of (augment.seed, epoch, sample index)."""
+    """Training augmentation. Draws are a pure function of (augment.seed, draw, sample index)."""
 
     policy: Literal["compact", "with_mixup", "none"] = "compact"
     """`compact` leaves Mixup and CutMix out and refuses them; `with_mixup` allows them; `none`:
     resize only."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the draws, separate from `seed` so that runs with different seeds see the same
     images."""
     scale_min: float = Field(0.08, gt=0, le=1)
@@ -443,7 +443,7 @@ class Config(Section):
     """Names of the recipes it was composed from, joined by '+'; set by the composer."""
     budget: str = Field("full", json_schema_extra=may_change("run"))
     """Name of the budget that was applied; set by the composer."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, the sample order and dropout."""
     model: ModelConfig = ModelConfig()
     reparam: ReparamConfig = ReparamConfig()

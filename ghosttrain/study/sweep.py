@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,12 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
     cells = Names(config_dir).cells(overrides, hydra_words)
     composed = _all_composed(cells, overrides, config_dir)
     root = expanded(composed[0].config.run.root)
-    folder = root / ".sweeps" / time.strftime("%Y-%m-%d_%H-%M-%S")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = _new_folder(root / ".sweeps" / time.strftime("%Y-%m-%d_%H-%M-%S"))
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; type another run.root") from None
+        raise UserError(
+            f"cannot write {root / '.sweeps'}: {error.strerror}; type another run.root"
+        ) from None
     context = {
         "words": cells.words,
         "names": cells.names,
@@ -85,6 +87,17 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
     for line in failed:
         print(f"ghosttrain: failed: {line}", file=sys.stderr)
     return int(bool(failed))
+
+
+def _new_folder(path: Path) -> Path:
+    """Make a folder of this name, or with a number after it: no other sweep has it."""
+    for number in count(2):
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            path = path.with_name(f"{path.name.partition('.')[0]}.{number}")
+    raise AssertionError
 
 
 def run_cell(given: DictConfig) -> float:

@@ -5,6 +5,7 @@ import errno
 import pytest
 
 from ghosttrain.study import sweep
+from ghosttrain.study.sweep import _new_folder
 
 
 @pytest.fixture
@@ -61,3 +62,12 @@ def test_a_cell_that_a_glob_brought_can_be_left_out(cells, ghosttrain, tmp_path)
     assert outcome.err.endswith("to leave it out: 'model=glob(*m*,exclude=timm)'\n") and not seeds
     alone = ghosttrain("-m", "seed=1", "train.epochs=0")  # one cell: nothing tells it apart
     assert alone.err.startswith("ghosttrain: error: train.epochs=0 is")
+
+
+def test_two_sweeps_of_the_same_second_have_two_folders(tmp_path):
+    first, second, third = (_new_folder(tmp_path / ".sweeps" / "2026-01-01") for _ in range(3))
+    assert [p.name for p in (first, second, third)] == [
+        "2026-01-01",
+        "2026-01-01.2",
+        "2026-01-01.3",
+    ]
