@@ -332,9 +332,9 @@ class Names:
 
     def _recipe_group(self, path: Path, line: Any) -> tuple[str, str]:
         """Return group and choice of a line `override /GROUP: CHOICE`."""
-        key, value = (
-            next(iter(line.items())) if isinstance(line, dict) and line else (str(line), "")
-        )
+        key, value = str(line), ""
+        if isinstance(line, dict) and len(line) == 1:
+            key, value = next((str(k), v) for k, v in line.items())
         group = key.removeprefix("override ").lstrip("/")
         if not key.startswith("override ") or group not in self.groups:
             raise UserError(

@@ -91,13 +91,13 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
 
 def _new_folder(path: Path) -> Path:
     """Make a folder of this name, or with a number after it: no other sweep has it."""
-    for number in count(2):
+    folder, numbers = path, count(2)
+    while True:
         try:
-            path.mkdir(parents=True)
-            return path
+            folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
-            path = path.with_name(f"{path.name.partition('.')[0]}.{number}")
-    raise AssertionError
+            folder = path.with_name(f"{path.name}.{next(numbers)}")
 
 
 def run_cell(given: DictConfig) -> float:

@@ -64,6 +64,7 @@ def test_before_torch_is_imported():
         (["--multirn"], "Did you mean '--multirun'?"),
         (["-m"], "name what to train"),
         (["seed=18446744073709551616"], "is not less than 9223372036854775808"),
+        (["augment.seed=18446744073709551616"], "is not less than 9223372036854775808"),
         (["trian"], "Did you mean 'train'?"),
         (["--cfg"], "--cfg needs a value"),
         (["--cfg", "x"], "choose job, hydra or all"),
