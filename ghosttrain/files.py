@@ -6,18 +6,26 @@ complete, also after a power cut. Imports no torch; `--help` has to be instant.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import secrets
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ghosttrain.errors import UserError, remedy
+from ghosttrain.text import byte_size
 
 PACKAGE = Path(__file__).resolve().parent
+PART = ".part"
+"""How the name of a file ends that is being written; it begins with a dot."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says where there is no room."""
 
 
 # --- where ----------------------------------------------------------------------------------------
@@ -61,21 +69,32 @@ def utf8_name(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(
+    path: Path, size: int | None = None, before: Callable[[], object] | None = None
+) -> Iterator[BinaryIO]:
     """Write a file that is either the old one or complete: it is on disk before it takes the old
     one's name, the name is on disk before this returns, and a failed attempt leaves nothing behind.
+
+    Args:
+        path: the file.
+        size: about how many bytes it will have, for messages.
+        before: done when the new file is on disk, before it takes its name.
 
     Raises:
         UserError: it cannot be written, a full disk for instance.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
-        with open(part, "wb") as file:
+        # No file that was there before is written into, no link is followed.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with os.fdopen(os.open(part, flags, 0o666), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if before is not None:
+            before()
         part.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -83,15 +102,32 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
+        reason = f"{cause.strerror or cause}{_room(path, size) if cause.errno in FULL else ''}"
         raise UserError(
-            f"cannot write {path} ({cause.strerror or cause}); "
+            f"cannot write {path} ({reason}); "
             + (remedy(cause) or f"{path.parent} must be a folder that you may write")
         ) from cause
 
 
+def _room(path: Path, size: int | None) -> str:
+    """Return how many bytes a file needs and how many are free, as far as both are known."""
+    needed = "" if size is None else f", {byte_size(size)} needed"
+    try:
+        return f"{needed}, {byte_size(shutil.disk_usage(path.parent).free)} free"
+    except OSError:
+        return needed
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`, which this process owns."""
+    for part in folder.glob(f".*{PART}"):
+        with suppress(OSError):
+            part.unlink()
+
+
 def write_bytes(path: Path, *parts: Any) -> None:
     """Write a file of several parts (bytes or buffers), durably."""
-    with replacing(path) as file:
+    with replacing(path, size=sum(memoryview(part).nbytes for part in parts)) as file:
         for part in parts:
             file.write(part)
 
@@ -106,7 +142,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put the names in a folder on disk; some file systems have nothing like it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

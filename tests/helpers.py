@@ -65,6 +65,21 @@ def only_run(root: Path) -> Path:
     return folder
 
 
+def stop_after_saves(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Interrupt a run when its `count`-th checkpoint is copied; it is still written."""
+    from ghosttrain.engine.saving import Saver
+
+    real, saved = Saver.save, []
+
+    def save(self: Saver, step: int, *args: object) -> None:
+        real(self, step, *args)
+        saved.append(step)
+        if len(saved) == count:
+            raise KeyboardInterrupt
+
+    patch.setattr(Saver, "save", save)
+
+
 def raw_weights(root: Path) -> Tensor:
     """Return all raw weights of the one run below `root`, flattened."""
     import torch

@@ -85,6 +85,13 @@ def result_settings(config: Config, exclude_defaults: bool = False) -> dict[str,
     }
 
 
+def run_settings(config: Config) -> dict[str, Any]:
+    """Dotted name -> value of every setting that can change the result, and the seed: what a run
+    is.
+    """
+    return {**result_settings(config), "seed": config.seed}
+
+
 def changeable(key: str, use: Use) -> bool:
     """Whether a setting, by its dotted name, may differ for this use of what exists
     (`schema.may_change`).

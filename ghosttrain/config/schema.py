@@ -414,10 +414,15 @@ class TrainConfig(Section):
     """Record forward and backward of the network once and start them as one CUDA graph; on a GPU,
     in runs of one process, without torch.compile."""
     save_every: str = Field(
-        "10min", pattern=r"^[1-9][0-9]*(min|steps)$", json_schema_extra=may_change("run")
+        "10min", pattern=r"^[1-9][0-9]*(min|steps?|epochs?)$", json_schema_extra=may_change("run")
     )
-    """When a checkpoint is written within an epoch: `10min`, `500steps`; it waits for the next row
-    of the metrics. At the end of an epoch one always is."""
+    """When a checkpoint is written: `10min`, `500steps` (at the next row of the metrics) or
+    `1epoch`; the first two also at the end of an epoch, if the last one is older than a minute."""
+    keep: int = Field(2, ge=1, le=100, json_schema_extra=may_change("run"))
+    """Checkpoints kept: last.pt, last-1.pt; if the newest is damaged, the one before is used."""
+    patience: float = Field(30, ge=0, json_schema_extra=may_change("run"))
+    """Minutes for which checkpoints that cannot be written (a full disk) are tried again before the
+    run ends."""
     eval_every: int = Field(1, ge=1, json_schema_extra=may_change("run"))
     """Epochs between two evaluations of the EMA weights; the last epoch always is."""
     eval_batch: int | None = Field(None, ge=1, json_schema_extra=may_change("run", "eval", "cache"))

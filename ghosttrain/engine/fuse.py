@@ -12,12 +12,15 @@ from ghosttrain.engine.folder import read_config
 from ghosttrain.engine.load import classes_of, load_run
 from ghosttrain.engine.weights_file import describe_weights, write_weights
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded, replacing
+from ghosttrain.files import expanded, write_bytes
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.layers import Student
 from ghosttrain.models.reparam import using_forward
 from ghosttrain.models.weights.export import export_state
 from ghosttrain.models.weights.packing import packed
+
+FUSE_BOUND = 1e-3
+"""Largest difference of a logit that rounding explains, as a share of the largest logit."""
 
 
 def fuse_run(folder: str | Path, out: str | None = None, library: str | None = None) -> Path:
@@ -41,7 +44,15 @@ def fuse_run(folder: str | Path, out: str | None = None, library: str | None = N
     size, chans = config.data.eval_size, config.data.in_chans
     x = torch.randn(4, chans, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), using_forward(model, "branches"):
-        difference = (model(x) - fused(x)).abs().max().item()
+        logits = model(x)
+        difference = (logits - fused(x)).abs().max().item()
+    bound = FUSE_BOUND * max(1.0, logits.abs().max().item())
+    if not difference <= bound:  # NaN too
+        raise UserError(
+            f"the fused form of {folder} differs from the trained one by {difference:.1e} in a "
+            f"logit, rounding explains {bound:.1e}: nothing was written; the weights of this run "
+            "are broken"
+        )
     write_weights(path, fused, describe_weights(config, classes_of(folder), "fused"))
     print(
         f"{path}\nparameters {count_params(model):,} -> {count_params(fused):,}; "
@@ -64,8 +75,7 @@ def _write_for(library: str, model: nn.Module, fused: nn.Module, path: Path) -> 
             shown, (name, state) = "in training form", export_state(cast("Student", model), library)
         except UserError:
             raise refusal from None
-    with replacing(path) as file:
-        file.write(packed(state, {"format": "pt"}))
+    write_bytes(path, packed(state, {"format": "pt"}))
     classes, chans = (getattr(model, key) for key in ("num_classes", "in_chans"))
     commands = {
         "timm": f"timm.create_model({name!r}, num_classes={classes}, in_chans={chans}, "

@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from ghosttrain.config.schema import Config
+from ghosttrain.engine.checkpoint import Checkpoint, newest_checkpoint
 from ghosttrain.engine.folder import read_config
-from ghosttrain.engine.state import Checkpoint, fit_saved, read_checkpoint, student_weights
+from ghosttrain.engine.state import fit_saved, student_weights
 from ghosttrain.engine.student import build_student, has_fused_form
 from ghosttrain.engine.weights_file import WeightsKind, read_weights
 from ghosttrain.errors import UserError
@@ -48,10 +49,10 @@ def load_run(folder: str | Path, weights: WeightsKind = "ema") -> nn.Module:
 
 
 def _last(folder: Path) -> Checkpoint:
-    path = folder / "checkpoints" / "last.pt"
-    if not path.is_file():
-        raise UserError(f"{folder} has no weights yet: no epoch has ended")
-    return read_checkpoint(path)
+    found = newest_checkpoint(folder / "checkpoints")
+    if found is None:
+        raise UserError(f"{folder} has no weights yet: no checkpoint was written")
+    return found[0]
 
 
 def without_start(config: Config) -> Config:

@@ -63,7 +63,10 @@ def validate_same_data(
     cannot = None
     if len(before["train"]["classes"]) != len(now["train"]["classes"]):
         cannot = f"its classifier has {len(before['train']['classes']):,} outputs"
-    elif not saved["optimizer"] and before["train"]["images"] != now["train"]["images"]:
+    elif (
+        saved["step"] >= saved["total_steps"]
+        and before["train"]["images"] != now["train"]["images"]
+    ):
         cannot = "it has taken all its steps"
     if cannot:
         raise UserError(f"{other}, or type run.fresh=true (it cannot go on with these: {cannot})")

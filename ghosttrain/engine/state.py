@@ -1,9 +1,8 @@
-"""What a run needs to go on: the one place that knows the keys of a checkpoint.
+"""What a run needs to go on: the one place that knows what a checkpoint holds.
 
-`checkpoints/last.pt` holds the trained network (student and projection), its average, the
-optimizer, how far the run is, and what it was begun with (classes, data, cached teacher outputs).
-It is written atomically and read with `weights_only`: it can hold data, never code. The teacher's
-own weights are not in it.
+It holds the trained network (student and projection), its average, the optimizer, how far the run
+is, what it was begun with (classes, data, settings, cached teacher outputs) and under which
+conditions it is computed. The teacher's own weights are not in it.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from torch.optim import Optimizer
 
 from ghosttrain.distill.features import Network
 from ghosttrain.engine import distributed
-from ghosttrain.errors import UserError, raise_if_of_the_system
-from ghosttrain.files import replacing
+from ghosttrain.engine.checkpoint import Checkpoint
+from ghosttrain.engine.conditions import Conditions
 from ghosttrain.models.weights.fit import fit_state
 from ghosttrain.optim.ema import Ema
 
-Checkpoint = dict[str, Any]
 NO_BEST = {"top1": -1.0, "epoch": 0}
 
 
@@ -39,6 +37,12 @@ class TrainState:
     """Names of the classes in the order of the logits."""
     data_record: Mapping[str, Any]
     """What the data are (`same_data.describe_data`)."""
+    settings: Mapping[str, Any]
+    """Dotted name -> value of every setting that can change the result (`identity`)."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    conditions: Conditions
+    """Under which this process computes."""
     step: int = 0
     """Optimizer steps done."""
     seconds: float = 0.0
@@ -46,25 +50,22 @@ class TrainState:
     best: dict[str, float] = field(default_factory=lambda: dict(NO_BEST))
     """Best held-out top-1 of the average in per cent, and the epoch after which it was measured."""
 
-    def save(self, path: Path, teacher: Mapping[str, Any], is_last: bool) -> None:
-        """Write a checkpoint atomically, on rank 0; the others take part.
+    def snapshot(self, teacher: Mapping[str, Any]) -> Checkpoint | None:
+        """Return a copy of everything on the CPU, on rank 0; the others take part, and return None.
 
         Args:
-            path: the file.
             teacher: `TeacherSource.state()`.
-            is_last: no step follows: the optimizer's state is left out.
         """
         several = distributed.world_size() > 1
         buffers = distributed.gathered([b.cpu() for b in self._buffers()]) if several else []
         if distributed.rank():
-            return
-        write_checkpoint(
-            path,
+            return None
+        return _copied(
             {
                 "student": self.network.student.state_dict(),
                 "projection": self.network.projection.state_dict(),
                 "ema": self.ema.state_dict(),
-                "optimizer": {} if is_last else self.optimizer.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
                 "buffers": buffers,
                 "step": self.step,
                 "seconds": self.seconds,
@@ -72,8 +73,26 @@ class TrainState:
                 "classes": self.classes,
                 "data": self.data_record,
                 "teacher": teacher,
-            },
+                "conditions": self.conditions,
+                "settings": self.settings,
+                "total_steps": self.total_steps,
+            }
         )
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor that a checkpoint holds."""
+        modules = (self.network.student, self.network.projection, self.ema.model)
+        states = (tensors for tensors in self.optimizer.state.values())
+        return [
+            *(t.detach() for module in modules for t in module.state_dict().values()),
+            *(t for state in states for t in state.values() if isinstance(t, Tensor)),
+        ]
+
+    def bytes(self) -> int:
+        """Return about how large a checkpoint becomes: an optimizer keeps two tensors a weight."""
+        weights = sum(p.nbytes for p in self.network.parameters() if p.requires_grad)
+        held = sum(t.nbytes for t in self.tensors())
+        return held if self.optimizer.state else held + 2 * weights
 
     def restore(self, saved: Checkpoint, path: Path) -> None:
         """Go on from a checkpoint, which was read from `path`.
@@ -122,29 +141,12 @@ def student_weights(saved: Checkpoint, kind: str) -> dict[str, Tensor]:
     return saved["student"] if kind == "raw" else saved["ema"]["model"]
 
 
-def write_checkpoint(path: Path, saved: Checkpoint) -> None:
-    """Write a checkpoint atomically."""
-    with replacing(path) as file:
-        torch.save(saved, file)
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises:
-        UserError: the file is damaged, or is no checkpoint of this project.
-        OSError: it cannot be read now: no permission, no memory, a failing disk.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler lets anything out: KeyError, struct.error
-        raise_if_of_the_system(error, path)
-        raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())[:80]}); move it away to start this "
-            "run anew"
-        ) from None
-    if not isinstance(saved, dict) or "student" not in saved:
-        raise UserError(
-            f"{path} is no checkpoint of ghosttrain; move it away to start this run anew"
-        )
-    return saved
+def _copied(value: Any) -> Any:
+    """Return nested content with a copy of every tensor on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(each) for each in value]
+    return value

@@ -217,6 +217,13 @@ class Tracker:
             if kind == "train":
                 self.bar.set_postfix_str(describe(row))
 
+    def sync(self) -> None:
+        """Bring rows and log to disk: a checkpoint counts them. Called by another thread."""
+        if self.folder is not None:
+            for name in (METRICS, LOG):
+                with suppress(OSError), open(self.folder / name, "rb") as file:
+                    os.fsync(file.fileno())
+
     def summarize(self, result: dict[str, Any]) -> None:
         """End the progress bar: the final table is the last thing on the screen. Give Weights &
         Biases that table and, with `tracker.artifacts`, the EMA weights.

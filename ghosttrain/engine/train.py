@@ -18,16 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ghosttrain.config.identity import run_settings
 from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import train_loader
 from ghosttrain.data.order import mix
 from ghosttrain.engine import distributed, folder, same_data, summary, track
+from ghosttrain.engine.checkpoint import has_checkpoint, newest_checkpoint, set_damaged_aside
+from ghosttrain.engine.conditions import changed_conditions, conditions
 from ghosttrain.engine.cuda_graph import record
 from ghosttrain.engine.evaluate import HeldOutImages, Table, try_first_batch
 from ghosttrain.engine.plan import make_plan
-from ghosttrain.engine.saving import SaveClock
-from ghosttrain.engine.state import TrainState, read_checkpoint
+from ghosttrain.engine.saving import Saver, validate_room
+from ghosttrain.engine.state import TrainState
 from ghosttrain.engine.student import build_network, has_fused_form
 from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.weights_file import describe_weights, write_weights
@@ -75,12 +78,12 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     device = distributed.pick_device(config.launch.device)
     rank, ranks = distributed.rank(), distributed.world_size()
     run = folder.run_folder(config)
-    checkpoint = run / "checkpoints" / "last.pt"
+    checkpoints = run / "checkpoints"
 
     # ---------------------------------------------------------------- Data, teacher
     train_set, held_out = task.build_data(config.data)
     classes = train_set.classes
-    saved = read_checkpoint(checkpoint) if checkpoint.is_file() else None
+    saved, found, damaged = newest_checkpoint(checkpoints) or (None, None, [])
     data_record = same_data.validate_same_data(
         saved, same_data.describe_data(train_set, held_out), config.data.changed
     )
@@ -105,11 +108,15 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     student = network.student
     optimizer = build_optimizer(config.optim, network)
     ema = Ema(student, config.ema.decay, config.ema.warmup)
-    state = TrainState(network, optimizer, ema, classes, data_record)
-    if saved is not None:
-        state.restore(saved, checkpoint)
+    state = TrainState(
+        network, optimizer, ema, classes, data_record, settings=run_settings(config),
+        total_steps=plan.total_steps, conditions=conditions(plan, device),
+    )  # fmt: skip
+    if saved is not None and found is not None:
+        state.restore(saved, found)
         teacher = teacher.resumed(saved["teacher"])
-        notes.append(f"resumed {plan.place_of(state.step)}")
+        notes += [*damaged, f"resumed {plan.place_of(state.step)}"]
+        notes += filter(None, [changed_conditions(saved["conditions"], state.conditions)])
         notes += data_record["accepted"]
         saved = None  # its memory
 
@@ -123,10 +130,21 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     replica = distributed.parallel(network, device)
     if config.train.cuda_graph:
         replica = record(network, config, plan.micro_batch, autocast)
-    save_clock = SaveClock(config.train.save_every, state.step, device)
+    if rank == 0:
+        validate_room(checkpoints, state.bytes())
+        set_damaged_aside(checkpoints, found)
+    saver = Saver(config.train, checkpoints, state.step, device, tracker.sync, tracker.say)
     started, meter = time.perf_counter() - state.seconds, track.Meter()
+
+    def keep_best() -> None:
+        write_weights(checkpoints / "best.safetensors", ema.model, kind)
+
+    def save() -> None:
+        state.seconds = time.perf_counter() - started
+        saver.save(state.step, lambda: state.snapshot(teacher.state()))
+
     network.train()
-    with train_images, held_images, tracker:
+    with train_images, held_images, tracker, saver:
         if rank == 0:
             tracker.say(*summary.head(about, student, notes), *tracker.about())
         try_first_batch(student, held_images)
@@ -140,9 +158,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                 tracker.log("eval", state.step, {f"{k}_top1": value for k, value in top1.items()})
                 words.append(f"held-out top-1: EMA {top1['ema']:.2f} %, raw {top1['raw']:.2f} %")
                 if top1["ema"] > state.best["top1"]:
-                    state.best = {"top1": top1["ema"], "epoch": plan.epochs_after(state.step)}
-                    if rank == 0:
-                        write_weights(run / "checkpoints" / "best.safetensors", ema.model, kind)
+                    if rank or saver.attempt(keep_best):
+                        state.best = {"top1": top1["ema"], "epoch": plan.epochs_after(state.step)}
             if words:
                 tracker.say("  ".join([plan.epoch_label(state.step), *words]))
             if state.step >= plan.total_steps:
@@ -177,21 +194,18 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                 state.step += 1
                 if state.step % config.tracker.log_every == 0 or state.step == plan.end_of(epoch):
                     row = meter.read() | {"lr": lr}
-                    validate_finite_row(row, state.step, checkpoint)
+                    validate_finite_row(row, state.step, checkpoints)
                     tracker.log("train", state.step, row)
-                    if state.step < plan.end_of(epoch) and save_clock.is_due(state.step):
-                        validate_finite_weights(student, ema.model, state.step, checkpoint)
-                        state.seconds = time.perf_counter() - started
-                        state.save(checkpoint, teacher.state(), is_last=False)
-                        save_clock.saved(state.step)
+                    if state.step < plan.end_of(epoch) and saver.is_due(state.step):
+                        validate_finite(state.tensors(), state.step, checkpoints)
+                        save()
 
             # -------------------------------------------------------- Save
             # Before the evaluation, which a resumed run repeats: it may fail.
             distributed.average_buffers(student, ema.model)
-            validate_finite_weights(student, ema.model, state.step, checkpoint)
-            state.seconds = time.perf_counter() - started
-            state.save(checkpoint, teacher.state(), is_last=state.step >= plan.total_steps)
-            save_clock.saved(state.step)
+            validate_finite(state.tensors(), state.step, checkpoints)
+            if state.step >= plan.total_steps or saver.is_due(state.step, epoch + 1):
+                save()
 
         # ------------------------------------------------------------ Finish
         models: dict[str, nn.Module] = {"raw": student, "ema": ema.model}
@@ -201,6 +215,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
         if rank == 0:
             measured = summary.Measured(table, difference, models, time.perf_counter() - started)
             result = summary.result(about, state, measured)
+            saver.finish()
             write_weights(run / "model.safetensors", ema.model, kind)
             tracker.draw_curves(folder.run_name(config))
             tracker.summarize(result)
@@ -219,25 +234,24 @@ def mixed_precision(setting: str, device: torch.device) -> Callable[[], torch.au
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
 
 
-def validate_finite_row(row: track.Row, step: int, checkpoint: Path) -> None:
+def validate_finite_row(row: track.Row, step: int, checkpoints: Path) -> None:
     """Stop a run whose loss is NaN or infinite, while its last checkpoint, if any, is good."""
     broken = [k for k, v in row.items() if v != v or abs(v) == float("inf")]
     if broken:
-        raise UserError(f"{broken[0]} is {row[broken[0]]} at step {step}: {_diverged(checkpoint)}")
+        raise UserError(f"{broken[0]} is {row[broken[0]]} at step {step}: {_diverged(checkpoints)}")
 
 
-def validate_finite_weights(
-    student: nn.Module, average: nn.Module, step: int, checkpoint: Path
-) -> None:
-    """Refuse to save weights that are NaN or infinite: a run could not go on from them."""
-    tensors = [t.detach() for m in (student, average) for t in m.state_dict().values()]
+def validate_finite(tensors: list[Tensor], step: int, checkpoints: Path) -> None:
+    """Refuse to save weights or an optimizer's state that are NaN or infinite: a run could not go
+    on from them.
+    """
     norm = nn.utils.get_total_norm([t.float() for t in tensors])
     if not norm.isfinite():
-        raise UserError(f"the weights are not finite at step {step}: {_diverged(checkpoint)}")
+        raise UserError(f"the weights are not finite at step {step}: {_diverged(checkpoints)}")
 
 
-def _diverged(checkpoint: Path) -> str:
-    kept = " the checkpoint of the last epoch is kept;" if checkpoint.is_file() else ""
+def _diverged(checkpoints: Path) -> str:
+    kept = " the last good checkpoint is kept;" if has_checkpoint(checkpoints) else ""
     return (
         f"training diverged;{kept} try a lower optim.lr, optim.clip_grad=1 or train.precision=fp32"
     )

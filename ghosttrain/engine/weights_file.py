@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config
 from ghosttrain.errors import UserError, raise_if_of_the_system
-from ghosttrain.files import replacing, utf8_name
-from ghosttrain.models.weights.packing import packed
+from ghosttrain.files import write_bytes
+from ghosttrain.models.weights.packing import packed, read_packed
 
 WeightsKind = Literal["ema", "raw", "fused"]
 """The average of a run, what its optimizer left, or the average in inference form."""
@@ -44,8 +43,7 @@ def write_weights(path: Path, model: nn.Module, about: dict[str, str]) -> None:
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    with replacing(path) as file:
-        file.write(packed(state, about))
+    write_bytes(path, packed(state, about))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -56,9 +54,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         OSError: it cannot be read now: no permission, no memory, a failing disk.
     """
     try:
-        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["ghosttrain"])
-            return load_file(name), about
+        tensors, metadata = read_packed(path)
+        return tensors, json.loads(metadata["ghosttrain"])
     except (OSError, SafetensorError, KeyError, ValueError, MemoryError) as error:
         raise_if_of_the_system(error, path)
         raise UserError(

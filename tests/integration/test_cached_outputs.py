@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import only_run, raw_weights, train_rows
+from helpers import only_run, raw_weights, stop_after_saves, train_rows
 from safetensors.torch import save_file
 
 from ghosttrain.config.compose import compose
@@ -320,22 +320,14 @@ def test_a_part_of_the_draws_suffices_for_a_part(ghosttrain, cache, stored):
 
 def test_a_resumed_run_keeps_the_draws_it_began_with(ghosttrain, stored, tmp_path, monkeypatch):
     """Also where the cache was given more draws since; another cache is refused."""
-    import ghosttrain.engine.state as state_module
-
     write = ["cache.shard_size=16", "cache.codec=logits:8"]
     assert ghosttrain("cache", *stored, *write, "cache.draws=1").code == 0
     whole = f"run.root={tmp_path / 'whole'}"
     assert ghosttrain(*stored, whole, "train.epochs=3").code == 0
 
-    real = state_module.write_checkpoint
-
-    def save(path: Path, state: dict) -> None:
-        real(path, state)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(state_module, "write_checkpoint", save)
-        assert ghosttrain(*stored, "train.epochs=3").code == 130
+        stop_after_saves(patch, 1)
+        assert ghosttrain(*stored, "train.epochs=3", "train.save_every=1epoch").code == 130
     assert ghosttrain("cache", *stored, *write, "cache.draws=3").code == 0
     outcome = ghosttrain(*stored, "train.epochs=3")
     assert outcome.code == 0, outcome.err

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import only_run, raw_weights, train_rows
+from helpers import only_run, raw_weights, stop_after_saves, train_rows
 
+from ghosttrain.engine.checkpoint import read_checkpoint
 from ghosttrain.engine.load import load_run
-from ghosttrain.engine.state import read_checkpoint
 
 
 def test_an_imagenet_teacher_teaches_a_student_on_a_folder_of_photos(
@@ -56,7 +54,7 @@ def test_an_ensemble_of_two_sizes_teaches(ghosttrain, photos, tmp_path) -> None:
 
 
 def test_the_features_term_trains_a_projection_and_resumes_exactly(
-    ghosttrain, photos, tmp_path
+    ghosttrain, photos, tmp_path, monkeypatch
 ) -> None:
     features = ["distill.features_weight=[[0,0.5],[1,1]]", "distill.temperature=[[0,1],[1,4]]"]
     whole = ghosttrain(*photos, *features, f"run.root={tmp_path / 'whole'}")
@@ -75,19 +73,10 @@ def test_the_features_term_trains_a_projection_and_resumes_exactly(
                    .state_dict()), "the projection is not deployed"  # fmt: skip
 
     run = tmp_path / "resumed"
-    arguments = [*photos, *features, f"run.root={run}"]
-    killed = f"""
-import ghosttrain.engine.state as t
-real = t.write_checkpoint
-def save(path, state):
-    real(path, state)
-    raise SystemExit(9)
-t.write_checkpoint = save
-from ghosttrain.cli import main
-main({arguments!r})
-"""
-    done = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True)
-    assert done.returncode == 9, done.stderr
+    arguments = [*photos, *features, f"run.root={run}", "train.save_every=1epoch"]
+    with monkeypatch.context() as patch:
+        stop_after_saves(patch, 1)
+        assert ghosttrain(*arguments).code == 130
     assert ghosttrain(*arguments).code == 0
     assert torch.equal(raw_weights(run), raw_weights(tmp_path / "whole"))
 

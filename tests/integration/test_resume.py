@@ -12,8 +12,8 @@ from helpers import make_images, only_run
 from safetensors.torch import load_file
 from test_mistakes import refused
 
+from ghosttrain.engine.checkpoint import read_checkpoint, write_checkpoint
 from ghosttrain.engine.folder import read_config
-from ghosttrain.engine.state import read_checkpoint, write_checkpoint
 from ghosttrain.engine.track import read_metrics
 
 
@@ -23,7 +23,7 @@ def settings(tiny: list[str], tmp_path: Path) -> list[str]:
     make_images(tmp_path / "d", classes=3)
     kept = [a for a in tiny if not a.startswith(("data.root", "model=", "data.train", "data.eval"))]
     small = ["model=mobilenetv2_050", "reparam=none", "data.train_size=32", "data.eval_size=32"]
-    return [*kept, *small, f"data.root={tmp_path / 'd'}"]
+    return [*kept, *small, f"data.root={tmp_path / 'd'}", "train.save_every=1epoch"]
 
 
 def stopped_after_an_epoch(ghosttrain, settings: list[str], tmp_path: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from helpers import only_run
 from safetensors.torch import load_file
 
-from ghosttrain.engine.state import read_checkpoint
+from ghosttrain.engine.checkpoint import read_checkpoint
 from ghosttrain.engine.track import read_metrics
 from ghosttrain.optim.ema import Ema
 
@@ -43,7 +43,7 @@ def assert_equal(run: Path, whole: Path) -> None:
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4, 5])
+@pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_run_stopped_at_any_step_ends_the_same(ghosttrain, tiny, tmp_path, monkeypatch, stop):
     """6 steps, 3 an epoch; dropout, accumulation, workers and a features term are on."""
     words = [
@@ -65,11 +65,11 @@ def test_a_run_stopped_at_any_step_ends_the_same(ghosttrain, tiny, tmp_path, mon
         assert ghosttrain(*words).code == 130
     checkpoint = only_run(tmp_path / "runs") / "checkpoints" / "last.pt"
     saved = read_checkpoint(checkpoint)["step"] if checkpoint.is_file() else 0
-    assert saved == {1: 0, 2: 2, 4: 3, 5: 5}[stop]
+    assert saved == {1: 0, 3: 2, 5: 4}[stop]
     resumed = ghosttrain(*words)
     assert resumed.code == 0, resumed.err
-    place = {0: "", 2: "resumed in epoch 1, step 2", 3: "resumed after epoch 1, step 3"}
-    assert place.get(saved, "resumed in epoch 2, step 5") in resumed.out
+    place = {0: "", 2: "resumed in epoch 1, step 2", 4: "resumed in epoch 2, step 4"}
+    assert place[saved] in resumed.out and "conditions changed" not in resumed.out
     assert_equal(only_run(tmp_path / "runs"), only_run(whole))
 
 
@@ -100,7 +100,7 @@ def test_two_ranks_killed_within_an_epoch_end_the_same(tiny, tmp_path):
     assert_equal(only_run(path), only_run(whole))
 
 
-@pytest.mark.parametrize("setting", ["0steps", "10", "10 min", "1epoch", "-3min"])
+@pytest.mark.parametrize("setting", ["0steps", "10", "10 min", "1.5epochs", "-3min"])
 def test_other_settings_are_refused(ghosttrain, tiny, setting):
     outcome = ghosttrain(*tiny, f"train.save_every={setting}")
     assert outcome.code == 2 and outcome.err.startswith("ghosttrain: error: train.save_every=")

@@ -11,13 +11,12 @@ import by_hand
 import pytest
 import torch
 from by_hand import Plain
-from helpers import only_run
+from helpers import only_run, stop_after_saves
 from safetensors.torch import load_file
 
 from ghosttrain.engine import classification
-from ghosttrain.engine import state as state_module
 from ghosttrain.engine import student as student_module
-from ghosttrain.engine.state import read_checkpoint
+from ghosttrain.engine.checkpoint import read_checkpoint
 from ghosttrain.engine.weights_file import read_weights
 
 
@@ -133,19 +132,11 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     monkeypatch.setattr(
         student_module, "build_student", lambda _, classes: Plain(len(classes), 0.5)
     )
-    settings = [f"optim={optimizer}", "augment=compact"]
+    settings = [f"optim={optimizer}", "augment=compact", "train.save_every=1epoch"]
     assert by_hand.run(images, tmp_path / "whole", *settings) == 0
-    real, saved = state_module.write_checkpoint, []
-
-    def write_checkpoint(path, state):
-        real(path, state)
-        saved.append(state["step"])
-        if len(saved) == epochs:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(state_module, "write_checkpoint", write_checkpoint)
-    assert by_hand.run(images, tmp_path / "cut", *settings) == 130
-    monkeypatch.setattr(state_module, "write_checkpoint", real)
+    with monkeypatch.context() as patch:
+        stop_after_saves(patch, epochs)
+        assert by_hand.run(images, tmp_path / "cut", *settings) == 130
     assert by_hand.run(images, tmp_path / "cut", *settings) == 0
 
     whole, cut = only_run(tmp_path / "whole"), only_run(tmp_path / "cut")

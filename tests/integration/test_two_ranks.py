@@ -28,8 +28,8 @@ from ghosttrain.config.schema import Config
 from ghosttrain.engine import distributed
 from ghosttrain.engine import evaluate as evaluate_module
 from ghosttrain.engine import student as student_module
+from ghosttrain.engine.checkpoint import read_checkpoint
 from ghosttrain.engine.evaluate import HeldOutImages, evaluate
-from ghosttrain.engine.state import read_checkpoint
 from ghosttrain.engine.track import Meter
 
 RUNS = {

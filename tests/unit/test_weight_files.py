@@ -27,6 +27,7 @@ from ghosttrain.models.weights.files import (
     read_file,
     read_state,
 )
+from ghosttrain.models.weights.packing import packed
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
 
@@ -186,8 +187,11 @@ def test_weights_that_are_not_finite_are_refused_by_name(
 
 
 def test_damaged_metadata_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
     for text in ("{", "3", '{"model": 3}'):
-        save_file(TENSORS, tmp_path / "x.safetensors", metadata={"ghosttrain": text})
-        assert "damaged metadata" in refusal(lambda: read_state(tmp_path / "x.safetensors"))
+        path.write_bytes(packed(TENSORS, {"ghosttrain": text}))
+        assert "damaged metadata" in refusal(lambda: read_state(path))
+        save_file(TENSORS, path, metadata={"ghosttrain": text})
+        refusal(lambda: read_state(path), "is damaged", "copy it again or write it anew")
     save_file(TENSORS, tmp_path / "x.safetensors", metadata={"format": "pt"})
     assert read_state(tmp_path / "x.safetensors").keys() == TENSORS.keys()

@@ -23,11 +23,10 @@ import numpy as np
 import omegaconf
 import torch
 from numpy import dtypes
-from safetensors import safe_open
 from torch import Tensor
 
 from ghosttrain.errors import UserError, raise_if_of_the_system
-from ghosttrain.files import utf8_name
+from ghosttrain.models.weights.packing import Damaged, read_metadata, read_packed
 from ghosttrain.text import listed
 
 State = dict[str, Tensor]
@@ -118,12 +117,15 @@ def _read(path: Path, origin: str) -> Any:
     """Return the unpickled content of a torch file, or the tensors of a .safetensors file."""
     try:
         if path.suffix == ".safetensors":
-            with utf8_name(path) as name, safe_open(name, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}
+            return read_packed(path)[0]
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on a damaged file torch's unpickler raises almost anything
         raise_if_of_the_system(error, path)
+        if isinstance(error, Damaged):
+            raise UserError(
+                f"{origin} is damaged ({error}): copy it again or write it anew"
+            ) from None
         text = str(error)
         if found := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
             reason = f"it holds a {found[1]}, and reading that may run code"
@@ -230,8 +232,7 @@ def read_about(path: Path, origin: str) -> WeightsInfo:
     if path.suffix != ".safetensors":
         return WeightsInfo()
     try:
-        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
-            metadata = file.metadata() or {}
+        metadata = read_metadata(path)
         if "ghosttrain" in metadata:
             return _about_run(json.loads(metadata["ghosttrain"]))
         if "architecture" in metadata:
