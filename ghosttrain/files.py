@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ghosttrain.errors import UserError, remedy
-from ghosttrain.text import byte_size
+from ghosttrain.text import byte_size, one_line
 
 PACKAGE = Path(__file__).resolve().parent
 PART = ".part"
@@ -137,9 +138,10 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, durably."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file durably, with a digest of what it holds under `sha256`."""
+    value = json.loads(json.dumps(value))  # as it is read again
+    write_text(path, json.dumps({**value, "sha256": _json_digest(value)}, indent=1) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
@@ -150,6 +152,57 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class Damaged(ValueError):
+    """A file is not as it was written."""
+
+
+def read_json(path: Path, largest: int) -> dict[str, Any]:
+    """Return what `write_json` wrote, at most `largest` bytes.
+
+    Raises:
+        Damaged: it is not as it was written.
+        OSError: it cannot be read now.
+    """
+    try:
+        value = json.loads(read_limited(path, largest))
+        digest = value["sha256"]
+        del value["sha256"]
+        if _json_digest(value) == digest:
+            return value
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(one_line(error)[:120]) from None
+    raise Damaged("it is not as it was written")
+
+
+def read_limited(path: Path, largest: int) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        Damaged: it is larger than `largest` bytes.
+    """
+    with open(path, "rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise Damaged(f"it is larger than {byte_size(largest)}")
+    return content
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _json_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # --- the lock -------------------------------------------------------------------------------------

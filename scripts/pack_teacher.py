@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from ghosttrain.distill.pretrained import Packed, save_packed
-from ghosttrain.engine.folder import read_config, read_result
 from ghosttrain.engine.load import classes_of, load_run
+from ghosttrain.engine.run_files import read_config, read_result
 
 run, out = Path(sys.argv[1]), Path(sys.argv[2])
 config, result = read_config(run), read_result(run)

@@ -80,6 +80,31 @@ def stop_after_saves(patch: pytest.MonkeyPatch, count: int) -> None:
     patch.setattr(Saver, "save", save)
 
 
+def some_result(config: object, **parts: object) -> dict:
+    """What `result.json` may hold of a run with these settings."""
+    from ghosttrain.config.identity import settings_hash
+
+    tops = {"top1": 12.5, "top5": 50.0, "n": 8}
+    half = {"images": 8, "digest": "x"}
+    sizes = ("params_train", "params_fused", "macs_train", "macs_fused", "eval_size")
+    whole = {
+        "headline": "ema",
+        "weights": {name: tops for name in ("raw", "ema")},
+        "best": {"top1": 12.5, "epoch": 1},
+        "fuse_max_diff": 0.0,
+        "model": {"name": "ghostnetv3_100", **dict.fromkeys(sizes, 1)},
+        "seconds": 61.0,
+        "images_per_second": 1.0,
+        "steps": 3,
+        "data": {"train": half, "held_out": half},
+        "settings": settings_hash(config),
+        "seed": config.seed,
+        "files": {},
+    }
+    assert parts.keys() <= whole.keys()
+    return whole | parts
+
+
 def raw_weights(root: Path) -> Tensor:
     """Return all raw weights of the one run below `root`, flattened."""
     import torch

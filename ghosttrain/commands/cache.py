@@ -71,7 +71,7 @@ def _settings(folders: list[str], overrides: list[str], config_dir: str | None) 
     """
     from ghosttrain.config.compose import compose, override_saved
     from ghosttrain.config.schema import LaunchConfig
-    from ghosttrain.engine.folder import read_config
+    from ghosttrain.engine.run_files import read_config
     from ghosttrain.files import expanded
 
     if not folders:

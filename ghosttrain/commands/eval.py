@@ -35,7 +35,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     """
     from ghosttrain.config.compose import override_saved
     from ghosttrain.config.schema import LaunchConfig
-    from ghosttrain.engine.folder import read_config, read_result
+    from ghosttrain.engine.run_files import read_config, read_result
     from ghosttrain.engine.same_data import renamed
 
     saved, result = read_config(folder), read_result(folder)

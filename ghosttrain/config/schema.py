@@ -98,7 +98,7 @@ class ReparamConfig(Section):
     convolution.
     """
 
-    branches: int = Field(3, ge=1)
+    branches: int = Field(3, ge=1, le=64)
     """k x k conv-BN branches in parallel."""
     scale: bool = True
     """Add a 1x1 conv-BN branch where the kernel is larger than 1x1."""
@@ -393,6 +393,8 @@ class TrainConfig(Section):
 
     epochs: int = Field(300, ge=1)
     """Passes over the training set."""
+    extended_at: tuple[int, ...] = Field((), strict=False)
+    """Epochs after which a finished run was extended by more `epochs`; set by the command."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps (the schedule is shortened too); null runs all
     epochs."""

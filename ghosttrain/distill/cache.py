@@ -25,14 +25,14 @@ import mmap
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -40,11 +40,24 @@ from torch import Tensor
 from ghosttrain.distill.codecs import Codec, make_codec
 from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.errors import UserError, raise_if_of_the_system
-from ghosttrain.files import expanded, locked, write_bytes, write_json, write_text
+from ghosttrain.files import (
+    expanded,
+    locked,
+    read_json,
+    read_limited,
+    remove_parts,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from ghosttrain.models.weights.packing import packed
 from ghosttrain.text import one_line
 
 FORMAT = 1
+LARGEST = 64_000_000
+"""Bytes that cache.json and tables.safetensors may have: a thousand classes take less than one."""
+MOST_SHARDS = 10**7
+"""Files of outputs that a cache may have: 600 draws of ImageNet in files of 100 images."""
 OPEN_FILES = 512
 """Shards that a process keeps mapped: each holds a file descriptor, of which 1024 are usual."""
 _MAGIC = f"ghosttrain cache {FORMAT}\n".encode().ljust(64, b"\0")
@@ -66,15 +79,15 @@ class CacheInfo:
     key: dict[str, Any]
     """Everything the outputs depend on, by name: JSON values."""
     codec: str
-    num_classes: int
+    num_classes: Annotated[int, Field(ge=1, le=10**7)]
     widths: tuple[int, ...]
     """Of the teacher's pooled features, where they are what is stored."""
-    bytes_per_image: int
+    bytes_per_image: Annotated[int, Field(ge=1, le=10**7)]
     """R"""
-    samples: int
-    draws: int
+    samples: Annotated[int, Field(ge=1, le=10**10)]
+    draws: Annotated[int, Field(ge=1, le=10**5)]
     """Draws of each sample. Not part of a shard's identity: a cache may be given more."""
-    shard_size: int
+    shard_size: Annotated[int, Field(ge=1, le=10**7)]
     """Samples in a shard; the last one of a draw may have fewer."""
     notes: dict[str, Any]
     """For people; not part of a shard's identity."""
@@ -138,9 +151,11 @@ def open_cache(folder: str | Path) -> TeacherCache:
     if not is_cache(folder):
         raise UserError(f"cache.dir={folder} holds no cached outputs: {_how_to_store(folder)}")
     try:
-        fields = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        fields = read_json(folder / "cache.json", LARGEST)
         found, digest = fields.pop("format"), fields.pop("tables", "")
         info = TypeAdapter(CacheInfo).validate_python(fields) if found == FORMAT else None
+        if info and info.samples * info.draws > MOST_SHARDS * info.shard_size:
+            raise ValueError(f"more than {MOST_SHARDS:,} files")
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise _damaged(folder / "cache.json", error) from None
     if info is None:
@@ -150,7 +165,7 @@ def open_cache(folder: str | Path) -> TeacherCache:
         )
     path = folder / "tables.safetensors"
     try:
-        packed = path.read_bytes()
+        packed = read_limited(path, LARGEST)
         if hashlib.sha256(packed).hexdigest() != digest:
             raise ValueError("its checksum is wrong")
         codec = make_codec(info.codec, info.num_classes, info.widths, load(packed))
@@ -237,13 +252,18 @@ class TeacherCache:
 
     # --- writing ----------------------------------------------------------------------------------
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Be the only job that writes here, until the block or the process ends.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only job that writes here, until the block or the process ends; what a killed one
+        left half written is removed.
 
         Raises:
             UserError: another one does.
         """
-        return _locked(self.folder)
+        with _locked(self.folder):
+            for folder in (self.folder, *(self.folder / "draws").glob("*")):
+                remove_parts(folder)
+            yield
 
     def extended(self, draws: int) -> TeacherCache:
         """Return the cache with room for `draws` draws of each image (on disk too); never fewer."""
@@ -252,7 +272,7 @@ class TeacherCache:
         info = replace(self.info, draws=draws)
         path = self.folder / "cache.json"
         try:
-            _write_info(self.folder, info, json.loads(path.read_bytes())["tables"])
+            _write_info(self.folder, info, read_json(path, LARGEST)["tables"])
         except OSError as error:
             raise UserError(f"cannot write {path}: {_why(error)}") from None
         return TeacherCache(self.folder, info, self.codec)

@@ -75,11 +75,6 @@ def generations(folder: Path, keep: int) -> Iterator[Path]:
     return (folder / (f"last-{age}.pt" if age else NEWEST) for age in range(keep))
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether there is a checkpoint, whole or not, in `folder`."""
-    return any(folder.glob("last*.pt"))
-
-
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint, Path, list[str]] | None:
     """Return the newest checkpoint that is whole, its file, and a line for each damaged one.
 

@@ -4,13 +4,12 @@ Imports no torch.
 `config.yaml` settings, `provenance.json` origin, `metrics.jsonl`, `log.txt`, `checkpoints/`,
 `model.safetensors` (final EMA weights), `result.json`, `curves.png`, `card.md`. A run is finished
 when `result.json` exists: it is written last. Everything is written atomically: a file is either
-the old one or the new one, never half.
+the old one or the new one, never half; `run_files.py` reads and writes the small ones.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -18,25 +17,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ghosttrain import __version__
-from ghosttrain.config.identity import result_settings, run_name, settings_hash
+from ghosttrain.config.identity import run_name, run_settings, settings_hash
 from ghosttrain.config.schema import Config
+from ghosttrain.engine.run_files import (
+    read_config,
+    read_provenance,
+    read_result,
+    without_remedy,
+    write_config,
+)
 from ghosttrain.errors import UserError, remedy
-from ghosttrain.files import PACKAGE, expanded, locked, write_json, write_text
-from ghosttrain.text import clock, listed, one_line
-
-RESULT_KEYS = {
-    *("headline", "weights", "best", "model", "seconds", "images_per_second", "steps", "data"),
-}
-"""What every `result.json` holds."""
+from ghosttrain.files import PACKAGE, Damaged, expanded, locked, remove_parts, write_json
+from ghosttrain.text import clock, listed
 
 
 def run_folder(config: Config) -> Path:
@@ -44,84 +43,129 @@ def run_folder(config: Config) -> Path:
     return expanded(config.run.root).resolve() / run_name(config)
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return `result.json` of a finished run, None for an unfinished one.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        missing = RESULT_KEYS - result.keys()
-    except (ValueError, AttributeError) as error:
-        missing, result = {one_line(error)}, None
-    if missing:
-        reason = f"it lacks {min(missing)}" if result is not None else min(missing)
-        raise UserError(
-            f"{path} is damaged ({reason}): delete it and type the command of this run again, "
-            "which makes it anew from the last checkpoint"
-        )
-    return result
-
-
 def has_begun(folder: Path) -> bool:
     """Whether a step of a run was kept there: a start that failed before that leaves nothing."""
-    if any((folder / name).exists() for name in ("result.json", "checkpoints/last.pt")):
+    if (folder / "result.json").exists() or has_checkpoint(folder):
         return True
     metrics = folder / "metrics.jsonl"
     return metrics.is_file() and metrics.stat().st_size > 0
 
 
-def read_config(folder: Path) -> Config:
-    """Return the settings of the run in `folder`.
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint of the run in `folder`, whole or not."""
+    return any((folder / "checkpoints").glob("last*.pt"))
+
+
+def continued(folder: Path, config: Config, notes: list[str]) -> Config:
+    """Return the settings with which the run in `folder` goes on: those of the command, and where
+    it was extended. A start that failed before its first step is no run: whoever comes next takes
+    its folder.
+
+    A finished run whose command now says only more `train.epochs` is extended: from its last step
+    on, the learning rate is that of the longer run.
+
+    Args:
+        folder: a run folder, or one that is not there yet.
+        config: the settings of the command.
+        notes: what the user should hear is added.
 
     Raises:
-        UserError: no run there, or settings this version does not know.
+        UserError: it holds a run with other settings, which are named.
     """
     path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.yaml")
+    if not has_begun(folder):
+        return config
     try:
-        return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValueError, yaml.YAMLError) as error:
-        reason = one_line(error).partition(" [type=")[0]
-        raise UserError(
-            f"{path} cannot be read ({reason}): type the command of this run with --cfg job > "
-            f"{shlex.quote(str(path))}"
-        ) from None
+        old = read_config(folder)
+    except UserError as error:
+        with suppress(Damaged):
+            made = read_provenance(folder) or {}
+            config = with_extensions(config, made.get("extended_at_epochs", ()))
+        _validate_hash(folder, config)
+        if path.exists():
+            notes.append(f"{without_remedy(error)}: written anew")
+        return config
+    config = with_extensions(config, old.train.extended_at)
+    before, now = run_settings(old), run_settings(config)
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    if not changed:
+        return config
+    longer = config.train.epochs > old.train.epochs and config.train.max_steps is None
+    if changed == ["train.epochs"] and longer and _is_finished(folder):
+        notes.append(
+            f"extended from {old.train.epochs} to {config.train.epochs} epochs: from here on the "
+            "learning rate is that of the longer run"
+        )
+        return with_extensions(config, (*old.train.extended_at, old.train.epochs))
+    raise _other_settings(folder, before, now)
 
 
-def validate_same_run(folder: Path, config: Config) -> None:
-    """Refuse to go on in a folder that holds a run with other settings. A start that failed before
-    its first step is no run: whoever comes next takes its folder.
+def validate_settings(folder: Path, before: Mapping[str, Any], config: Config) -> None:
+    """Refuse to go on from a checkpoint of other settings: `before` are those that it holds.
 
     Raises:
         UserError: naming the settings that differ and what to type.
     """
-    if not (has_begun(folder) and (folder / "config.yaml").is_file()):
-        return
-    old = read_config(folder)
-    if settings_hash(old) == settings_hash(config) and old.seed == config.seed:
-        return
-    before, now = ({**result_settings(c), "seed": c.seed} for c in (old, config))
+    now = run_settings(config)
+    if config.train.extended_at:
+        free = ("train.epochs", "train.extended_at")
+        before, now = ({k: v for k, v in each.items() if k not in free} for each in (before, now))
+    if before != now:
+        raise _other_settings(folder, before, now)
+
+
+def _other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> UserError:
     changes = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in before | now
+        for key in {**before, **now}
         if before.get(key) != now.get(key)
     ]
-    raise UserError(
+    return UserError(
         f"{folder} holds a run with other settings "
         f"({listed(changes, 4, joiner='; ')}); choose another run.name or "
         "run.fresh=true"
     )
 
 
+def _set_earlier_result_aside(folder: Path, config: Config) -> None:
+    """Keep the result of a run that is extended under a name that says after how many epochs."""
+    if config.train.extended_at:
+        with suppress(UserError):
+            result = read_result(folder)
+            if result and result["settings"] != settings_hash(config):
+                aside = folder / f"result-{config.train.extended_at[-1]}epochs.json"
+                (folder / "result.json").replace(aside)
+
+
+def with_extensions(config: Config, epochs: Sequence[int]) -> Config:
+    """Return the settings of a run that was extended when it had taken these numbers of epochs."""
+    train = config.train.model_copy(update={"extended_at": tuple(epochs)})
+    return config.model_copy(update={"train": train})
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "result.json").is_file() and has_checkpoint(folder)
+
+
+def _validate_hash(folder: Path, config: Config) -> None:
+    """Refuse other settings than those of `result.json`, where `config.yaml` cannot be read. Those
+    of a checkpoint are compared when it is read.
+    """
+    try:
+        result = read_result(folder)
+    except UserError:
+        return
+    if result and (result["settings"], result["seed"]) != (settings_hash(config), config.seed):
+        raise UserError(
+            f"{folder} holds a run with other settings (its config.yaml cannot be read); choose "
+            "another run.name or run.fresh=true"
+        )
+
+
 @contextmanager
-def opened(config: Config, notes: list[str]) -> Iterator[Path]:
+def opened(config: Config, notes: list[str]) -> Iterator[Config]:
     """Own the run folder inside this block: create it, or move an old run aside for `run.fresh`.
+    Yields the settings with which its run goes on (`continued`).
 
     Writes settings and provenance; adds to `notes` what the user should hear. The folder is locked
     for this process until the block or the process ends.
@@ -140,14 +184,16 @@ def opened(config: Config, notes: list[str]) -> Iterator[Path]:
                     notes.append(f"run.fresh: the earlier run was moved to {aside}")
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             locks.enter_context(_locked(folder))
-            validate_same_run(folder, config)  # within the lock: no other process begins meanwhile
+            for each in (folder, folder / "checkpoints"):
+                remove_parts(each)
+            config = continued(folder, config, notes)  # within the lock: no other begins meanwhile
             made = made_by_other_code(folder)
             if made:
                 notes.append(f"its first epochs were {made}")
             kept = config.model_copy(update={"run": config.run.model_copy(update={"fresh": False})})
-            settings = yaml.safe_dump(kept.model_dump(mode="json"), sort_keys=False)
-            write_text(folder / "config.yaml", settings)
-            write_json(folder / "provenance.json", provenance())
+            write_config(folder, kept)
+            write_json(folder / "provenance.json", provenance(config))
+            _set_earlier_result_aside(folder, config)
         except (OSError, UserError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             if not isinstance(cause, OSError):
@@ -156,7 +202,7 @@ def opened(config: Config, notes: list[str]) -> Iterator[Path]:
                 f"cannot write the run folder {folder}: {cause.strerror or cause}; "
                 + (remedy(cause) or "type run.root=/a/folder/you/may/write")
             ) from None
-        yield folder
+        yield config
 
 
 def _locked(folder: Path) -> AbstractContextManager[None]:
@@ -166,7 +212,7 @@ def _locked(folder: Path) -> AbstractContextManager[None]:
     )
 
 
-def provenance() -> dict[str, Any]:
+def provenance(config: Config) -> dict[str, Any]:
     """Return versions, commit, command and machine of this process."""
     names = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "pillow")
     return {
@@ -174,6 +220,7 @@ def provenance() -> dict[str, Any]:
         "code": code_hash(),
         "commit": _commit(),
         "command": shlex.join(["python", "-m", "ghosttrain", *sys.argv[1:]]),
+        "extended_at_epochs": list(config.train.extended_at),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in names},
@@ -193,10 +240,10 @@ def code_hash() -> str:
 
 def made_by_other_code(folder: Path) -> str | None:
     """Return a line when the run in `folder` was made by another version of the code."""
-    path = folder / "provenance.json"
     try:
-        made = json.loads(path.read_text(encoding="utf-8")).get("code") if path.is_file() else None
-    except (ValueError, AttributeError):
+        made = (read_provenance(folder) or {}).get("code")
+    except Damaged:
+        path = folder / "provenance.json"
         return f"made by an unknown version of the code ({path} is damaged)"
     now = code_hash()
     if made in (None, now):

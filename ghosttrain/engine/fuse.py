@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from ghosttrain.engine.folder import read_config
 from ghosttrain.engine.load import classes_of, load_run
+from ghosttrain.engine.run_files import read_config
 from ghosttrain.engine.weights_file import describe_weights, write_weights
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded, write_bytes

@@ -5,29 +5,34 @@ Imports no torch: a finished run answers at once.
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
+from typing import Any
 
 from ghosttrain import ranks
 from ghosttrain.config.compose import Composed
+from ghosttrain.config.identity import settings_hash
+from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import (
+    continued,
+    has_checkpoint,
     made_by_other_code,
     opened,
-    read_result,
     result_lines,
     run_folder,
-    validate_same_run,
 )
+from ghosttrain.engine.run_files import damaged_products, read_result, without_remedy, write_config
 from ghosttrain.engine.same_data import note_on_result
 from ghosttrain.engine.spawn import spawn
+from ghosttrain.errors import UserError
 from ghosttrain.terminal import go_on_without
 
 
 def launch(composed: Composed) -> int:
     """Train, finish or show this run; return the exit code."""
-    config = composed.config
+    config, notes = composed.config, replaced_lines(composed)
     folder = run_folder(config)
-    result = None if config.run.fresh else read_result(folder)
+    result = None if config.run.fresh else _finished(folder, config, notes)
     if result is not None:
-        validate_same_run(folder, config)
         print(f"finished: {folder}")
         notes_on_it = (made_by_other_code(folder), note_on_result(config, result))
         print("\n".join([*filter(None, notes_on_it), *result_lines(result)]))
@@ -41,13 +46,40 @@ def launch(composed: Composed) -> int:
     go_on_without()
     if ranks.must_spawn(config.launch.nproc):
         return spawn(composed.arguments, config.launch.nproc)
-    notes = replaced_lines(composed)
-    with opened(config, notes):
+    with opened(config, notes) as config:
         from ghosttrain.engine.classification import CLASSIFICATION
         from ghosttrain.engine.train import train
 
         train(CLASSIFICATION, config, notes)
     return 0
+
+
+def _finished(folder: Path, config: Config, notes: list[str]) -> dict[str, Any] | None:
+    """Return the result of a finished run. None: it begins, goes on, is extended, or has a damaged
+    file that is made anew from its last checkpoint, which is added to `notes`.
+
+    Raises:
+        UserError: it holds a run with other settings, or is damaged and has no checkpoint.
+    """
+    others: list[str] = []
+    config = continued(folder, config, others)
+    try:
+        result = read_result(folder)
+        damaged = damaged_products(folder, result) if result else []
+        what = f"{folder / damaged[0]} is missing or damaged" if damaged else ""
+    except UserError as error:
+        result, what = None, without_remedy(error)
+    if what and not has_checkpoint(folder):
+        raise UserError(f"{what}, and there is no checkpoint to make it anew: type run.fresh=true")
+    if what:
+        notes.append(f"{what}: made anew from the last checkpoint")
+        return None
+    if result and result["settings"] != settings_hash(config):  # extended
+        return None
+    if result and others:  # its config.yaml is damaged
+        write_config(folder, config)
+        print("\n".join(others))
+    return result
 
 
 def replaced_lines(composed: Composed) -> list[str]:

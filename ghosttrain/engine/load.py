@@ -8,7 +8,7 @@ from torch import nn
 
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.checkpoint import Checkpoint, newest_checkpoint
-from ghosttrain.engine.folder import read_config
+from ghosttrain.engine.run_files import read_config
 from ghosttrain.engine.state import fit_saved, student_weights
 from ghosttrain.engine.student import build_student, has_fused_form
 from ghosttrain.engine.weights_file import WeightsKind, read_weights

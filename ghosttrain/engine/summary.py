@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghosttrain.config.identity import run_name
+from ghosttrain.config.identity import run_name, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset, notes_on
 from ghosttrain.engine.folder import result_lines, run_folder
@@ -115,6 +115,8 @@ def result(run: Description, state: TrainState, measured: Measured) -> dict[str,
         "steps": state.step,
         "data": without_classes(run.data_record),
         "device": device_name(device_of(average)),
+        "settings": settings_hash(run.config),
+        "seed": run.config.seed,
     }
 
 

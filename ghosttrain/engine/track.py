@@ -14,7 +14,8 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from ghosttrain.engine.plan import Plan
 from ghosttrain.errors import UserError
 from ghosttrain.files import replacing, write_text
 from ghosttrain.terminal import failures, printable, reason
-from ghosttrain.text import clock
+from ghosttrain.text import clock, counted
 
 Row = dict[str, float]
 Mode = Literal["off", "offline", "online"]
@@ -135,7 +136,10 @@ class Tracker:
                 folder, start_step, evaluates_first=plan.is_evaluated(start_step)
             ),
         )
+        damaged = read_rows(folder)[1]
         self._attempt(METRICS, self.metrics.flush)
+        if damaged:
+            self.say(f"{METRICS}: {counted(damaged, 'damaged row')} left out")
         asked, mode = config.tracker.wandb, wandb_mode(config)
         if mode != "off":
             self._start_wandb(config, folder, mode)
@@ -205,7 +209,7 @@ class Tracker:
         """Write one row of metrics of `kind` train or eval, and move the progress bar."""
         if self.folder is None:
             return
-        line = json.dumps({"kind": kind, "step": step} | row)
+        line = row_line({"kind": kind, "step": step} | row)
         self._attempt(METRICS, lambda: self.metrics.append(line))
         if self.wandb is not None:
             values = {f"{kind}/{name}": value for name, value in row.items()}
@@ -315,7 +319,7 @@ def forget_rows(folder: Path, step: int, evaluates_first: bool) -> None:
     if (folder / METRICS).is_file():
         last = {"train": step, "eval": step - evaluates_first}
         kept = [row for row in read_metrics(folder) if row["step"] <= last[row["kind"]]]
-        write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(folder / METRICS, "".join(f"{row_line(row)}\n" for row in kept))
 
 
 def describe(row: Row) -> str:
@@ -327,18 +331,35 @@ def describe(row: Row) -> str:
     return "  ".join([*parts, f"lr {row['lr']:.2e}", f"{row['images_per_second']:.0f} images/s"])
 
 
+def row_line(row: Mapping[str, Any]) -> str:
+    """Return a row as a line of metrics.jsonl, with the CRC-32 of its text without it."""
+    crc = zlib.crc32(json.dumps(dict(row)).encode())
+    return json.dumps({**row, "crc32": crc})
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl, none where there is none; a line that is damaged (the last
     one, cut short by a kill) is left out.
     """
-    path, rows = folder / METRICS, []
+    return read_rows(folder)[0]
+
+
+def read_rows(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows of metrics.jsonl, and how many lines before the last one are damaged."""
+    rows: list[dict[str, Any]] = []
+    path, damaged = folder / METRICS, 0
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        with suppress(ValueError):
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
             row = json.loads(line)
-            if isinstance(row, dict) and row.get("kind") in ("train", "eval") and "step" in row:
-                rows.append(row)
-    return rows
+            crc = row.pop("crc32")
+            if zlib.crc32(json.dumps(row).encode()) != crc:
+                raise ValueError
+            rows.append(row)
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+            damaged += number < len(lines)
+    return rows, damaged
 
 
 def draw_curves(folder: Path, title: str, steps_per_epoch: int) -> None:

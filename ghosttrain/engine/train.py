@@ -24,18 +24,19 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import train_loader
 from ghosttrain.data.order import mix
 from ghosttrain.engine import distributed, folder, same_data, summary, track
-from ghosttrain.engine.checkpoint import has_checkpoint, newest_checkpoint, set_damaged_aside
+from ghosttrain.engine.checkpoint import newest_checkpoint, set_damaged_aside
 from ghosttrain.engine.conditions import changed_conditions, conditions
 from ghosttrain.engine.cuda_graph import record
 from ghosttrain.engine.evaluate import HeldOutImages, Table, try_first_batch
 from ghosttrain.engine.plan import make_plan
+from ghosttrain.engine.run_files import write_result
 from ghosttrain.engine.saving import Saver, validate_room
 from ghosttrain.engine.state import TrainState
 from ghosttrain.engine.student import build_network, has_fused_form
 from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.weights_file import describe_weights, write_weights
 from ghosttrain.errors import UserError
-from ghosttrain.files import write_json, write_text
+from ghosttrain.files import write_text
 from ghosttrain.models.reparam import fuse
 from ghosttrain.optim.build import build_optimizer
 from ghosttrain.optim.ema import Ema
@@ -84,6 +85,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     train_set, held_out = task.build_data(config.data)
     classes = train_set.classes
     saved, found, damaged = newest_checkpoint(checkpoints) or (None, None, [])
+    if saved is not None:
+        folder.validate_settings(run, saved["settings"], config)
     data_record = same_data.validate_same_data(
         saved, same_data.describe_data(train_set, held_out), config.data.changed
     )
@@ -194,16 +197,16 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                 state.step += 1
                 if state.step % config.tracker.log_every == 0 or state.step == plan.end_of(epoch):
                     row = meter.read() | {"lr": lr}
-                    validate_finite_row(row, state.step, checkpoints)
+                    validate_finite_row(row, state.step, run)
                     tracker.log("train", state.step, row)
                     if state.step < plan.end_of(epoch) and saver.is_due(state.step):
-                        validate_finite(state.tensors(), state.step, checkpoints)
+                        validate_finite(state.tensors(), state.step, run)
                         save()
 
             # -------------------------------------------------------- Save
             # Before the evaluation, which a resumed run repeats: it may fail.
             distributed.average_buffers(student, ema.model)
-            validate_finite(state.tensors(), state.step, checkpoints)
+            validate_finite(state.tensors(), state.step, run)
             if state.step >= plan.total_steps or saver.is_due(state.step, epoch + 1):
                 save()
 
@@ -216,11 +219,12 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             measured = summary.Measured(table, difference, models, time.perf_counter() - started)
             result = summary.result(about, state, measured)
             saver.finish()
+            tracker.say(f"checkpoints: training waited {saver.waited:.2f} s for them")
             write_weights(run / "model.safetensors", ema.model, kind)
             tracker.draw_curves(folder.run_name(config))
             tracker.summarize(result)
             write_text(run / "card.md", summary.card(about, result, notes))
-            write_json(run / "result.json", result)
+            write_result(run, result)
             tracker.say("", *folder.result_lines(result), f"run folder: {run}")
     distributed.stop()
 
@@ -234,24 +238,24 @@ def mixed_precision(setting: str, device: torch.device) -> Callable[[], torch.au
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
 
 
-def validate_finite_row(row: track.Row, step: int, checkpoints: Path) -> None:
+def validate_finite_row(row: track.Row, step: int, run: Path) -> None:
     """Stop a run whose loss is NaN or infinite, while its last checkpoint, if any, is good."""
     broken = [k for k, v in row.items() if v != v or abs(v) == float("inf")]
     if broken:
-        raise UserError(f"{broken[0]} is {row[broken[0]]} at step {step}: {_diverged(checkpoints)}")
+        raise UserError(f"{broken[0]} is {row[broken[0]]} at step {step}: {_diverged(run)}")
 
 
-def validate_finite(tensors: list[Tensor], step: int, checkpoints: Path) -> None:
+def validate_finite(tensors: list[Tensor], step: int, run: Path) -> None:
     """Refuse to save weights or an optimizer's state that are NaN or infinite: a run could not go
     on from them.
     """
     norm = nn.utils.get_total_norm([t.float() for t in tensors])
     if not norm.isfinite():
-        raise UserError(f"the weights are not finite at step {step}: {_diverged(checkpoints)}")
+        raise UserError(f"the weights are not finite at step {step}: {_diverged(run)}")
 
 
-def _diverged(checkpoints: Path) -> str:
-    kept = " the last good checkpoint is kept;" if has_checkpoint(checkpoints) else ""
+def _diverged(run: Path) -> str:
+    kept = " the last good checkpoint is kept;" if folder.has_checkpoint(run) else ""
     return (
         f"training diverged;{kept} try a lower optim.lr, optim.clip_grad=1 or train.precision=fp32"
     )

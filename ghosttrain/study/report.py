@@ -11,7 +11,8 @@ from typing import Any
 
 from ghosttrain.config.identity import result_settings, settings_hash
 from ghosttrain.config.schema import Config
-from ghosttrain.engine.folder import has_begun, read_config, read_result
+from ghosttrain.engine.folder import has_begun
+from ghosttrain.engine.run_files import read_config, read_result
 from ghosttrain.errors import UserError
 from ghosttrain.study.table import markdown
 from ghosttrain.text import clock
@@ -32,7 +33,7 @@ def report(folders: list[Path]) -> str:
         except UserError as error:
             below.append(f"damaged: {error}")
             continue
-        if result is not None:
+        if result is not None and result["settings"] == settings_hash(config):
             finished.append((config, result))
         elif has_begun(run):
             below.append(f"not finished: {run}")

@@ -32,10 +32,11 @@ from omegaconf import DictConfig
 
 from ghosttrain.config.compose import Composed, as_mistakes, compose
 from ghosttrain.config.names import Cells, Names
-from ghosttrain.engine.folder import read_result, run_folder
+from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.launch import launch
+from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError, mistake
-from ghosttrain.files import expanded, write_json
+from ghosttrain.files import expanded, read_json, write_json
 from ghosttrain.study.report import report
 
 
@@ -71,8 +72,7 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
     _hydra_main(context, [*cells.swept, *hydra_words])
     done, failed, numbers = [], [], range(len(composed))
     outcomes = {
-        int(path.stem): json.loads(path.read_text(encoding="utf-8"))
-        for path in folder.glob("*.json")
+        int(path.stem): read_json(path, largest=1_000_000) for path in folder.glob("*.json")
     }
     for number in numbers if cells.listed is not None else sorted(outcomes):
         outcome = outcomes.get(number)

@@ -2,6 +2,7 @@
 on."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from helpers import only_run
 from safetensors.torch import load_file
 
 import ghosttrain as package
+from ghosttrain.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(
@@ -61,7 +63,8 @@ def test_the_same_command_again_shows_the_result_and_fresh_runs_anew(ghosttrain,
     )
 
     made = json.loads((run / "provenance.json").read_text())
-    (run / "provenance.json").write_text(json.dumps(made | {"code": "00000000"}))
+    del made["sha256"]
+    write_json(run / "provenance.json", made | {"code": "00000000"})
     assert "made by another version of the code (00000000" in ghosttrain(*tiny).out
 
     fresh = ghosttrain(*tiny, "run.fresh=true")
@@ -192,12 +195,19 @@ def test_a_sweep_runs_what_is_missing_and_reports(ghosttrain, tiny, tmp_path):
     assert [r.stat().st_mtime_ns for r in results] == times
     assert wider.out.count("\nfinished: ") == 2
 
-    whole = results[0].read_bytes()  # a damaged one fails alone
-    results[0].write_bytes(whole[:60])
-    damaged = ghosttrain(*sweep)
-    assert damaged.code == 1 and "1 of 2 runs finished" in damaged.out
-    assert "result.json is damaged" in damaged.err and "failed: " in damaged.err
-    results[0].write_bytes(whole)
+    results[0].write_bytes(results[0].read_bytes()[:60])  # a damaged one is made anew
+    mended = ghosttrain(*sweep)
+    assert mended.code == 0 and "2 of 2 runs finished" in mended.out
+    assert f"{results[0]} is damaged (" in mended.out
+    assert "): made anew from the last checkpoint" in mended.out
+    results[0].write_bytes(b"")  # without a checkpoint it fails alone
+    for path in (results[0].parent / "checkpoints").glob("*.pt"):
+        path.unlink()
+    failed = ghosttrain(*sweep)
+    assert failed.code == 1 and "1 of 2 runs finished" in failed.out
+    assert "no checkpoint to make it anew: type run.fresh=true" in failed.err
+    shutil.rmtree(results[0].parent)
+    assert ghosttrain(*sweep).code == 0
 
     table = ghosttrain("report", tmp_path)
     tops = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from caches import DRAWS, HEADER, INFO, KEY, SAMPLES, R, content, make
 
 from ghosttrain.distill.cache import Shard, TeacherCache, create, is_cache, open_cache
 from ghosttrain.errors import UserError
+from ghosttrain.files import read_json, write_json
 
 
 def flip(path: Path, position: int) -> None:
@@ -175,9 +175,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 def change_info(folder: Path, **changes) -> None:
     path = folder / "cache.json"
-    fields = json.loads(path.read_text())
-    fields.update(changes)
-    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+    fields = read_json(path, 10_000) | changes
+    write_json(path, {k: v for k, v in fields.items() if v is not None})
 
 
 @pytest.mark.parametrize(
@@ -187,6 +186,8 @@ def change_info(folder: Path, **changes) -> None:
         ({"format": None}, "no 'format'"),
         ({"samples": None}, "samples"),
         ({"samples": "many"}, "samples"),
+        ({"samples": 10**12}, "samples"),
+        ({"samples": 10**10, "draws": 10**5}, "more than 10,000,000 files"),
         ({"codec": "pca:4"}, "cache.codec=pca:4 is no codec"),
         ({"num_classes": 11}, "table 'mean' of"),
         ({"bytes_per_image": 40}, "topk:3 makes 12 bytes an image"),

@@ -30,7 +30,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
         with monkeypatch.context() as broken:
             broken.setattr(os if name == "fsync" else Path, name, full)
             with pytest.raises(UserError, match="cannot write .*x.json .No space left.*room"):
-                write_json(path, [1])
+                write_json(path, {"x": 1})
         assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
     absent = r"cannot write .*absent/x.json .No such file.*absent must be a folder that you may"
     with pytest.raises(UserError, match=absent):

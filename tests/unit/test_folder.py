@@ -2,28 +2,35 @@
 written."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
-import yaml
+from helpers import some_result
 
-from ghosttrain.config.identity import run_name
+from ghosttrain.config.identity import run_name, run_settings, settings_hash
 from ghosttrain.config.schema import Config, OptimConfig, RunConfig
 from ghosttrain.engine import folder as folders
+from ghosttrain.engine import run_files
 from ghosttrain.engine.folder import (
-    RESULT_KEYS,
+    continued,
     has_begun,
     made_by_other_code,
     opened,
+    run_folder,
+    validate_settings,
+)
+from ghosttrain.engine.run_files import (
+    damaged_products,
     read_config,
     read_result,
-    run_folder,
-    validate_same_run,
+    write_config,
+    write_result,
 )
 from ghosttrain.errors import UserError
-from ghosttrain.files import write_json
+from ghosttrain.files import read_json, write_json
 
 
 def config(root: Path, **settings) -> Config:
@@ -47,7 +54,9 @@ def test_the_same_settings_give_the_same_folder(tmp_path, monkeypatch):
 
 def test_an_opened_folder_holds_settings_and_origin_and_is_locked(tmp_path):
     mine = config(tmp_path, name="a", fresh=True)
-    with opened(mine, notes := []) as folder:
+    folder = run_folder(mine)
+    with opened(mine, notes := []) as now:
+        assert now == mine
         assert read_config(folder) == config(tmp_path, name="a")  # fresh is of one command
         made = json.loads((folder / "provenance.json").read_text())
         assert made["code"] == folders.code_hash() and made["versions"]["torch"]
@@ -69,14 +78,15 @@ def test_a_run_with_other_settings_is_refused_once_a_step_was_kept(tmp_path):
         "seed: 0 -> 1": first.model_copy(update={"seed": 1}),
         "optim.lr: 0.005 -> 0.1": first.model_copy(update={"optim": OptimConfig(lr=0.1)}),
     }
-    with opened(first, []) as folder:
+    folder = run_folder(first)
+    with opened(first, []):
         pass
     for other in others.values():
-        validate_same_run(folder, other)
+        continued(folder, other, [])
     begin(folder)
-    validate_same_run(folder, first)
+    continued(folder, first, [])
     neutral = first.model_copy(update={"tracker": first.tracker.model_copy()})
-    validate_same_run(folder, neutral)
+    continued(folder, neutral, [])
     before = (folder / "config.yaml").read_bytes()
     for message, other in others.items():
         with pytest.raises(UserError, match=message), opened(other, []):
@@ -104,49 +114,154 @@ def test_a_run_has_begun_when_a_step_was_kept(tmp_path, file, text, begun):
     assert has_begun(tmp_path) is begun
 
 
+def damaged(path: Path, **parts: object) -> None:
+    """Write a JSON file whose digest is right, with parts of another kind."""
+    write_json(path, some_result(Config()) | parts)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"", "Expecting value"),
         (b'{"weights": {"raw": {"top1"', "Expecting ':'"),
         (b"\xff\xfe\x00", "can't decode"),
-        (b"[]", "has no attribute"),
-        (b"{}", "it lacks best"),
-        (json.dumps(dict.fromkeys(RESULT_KEYS - {"data"}, 0)).encode(), "it lacks data"),
+        (b"[]", "list indices"),
+        (b"{}", "sha256"),
+        (b"[" * 100_000, "recursion"),
+        (b" " * 1_000_001, "larger than 1.0 MB"),
+        ({"weights": {"ema": {"top1": 101.0, "top5": 1.0}}}, "weights.ema.top1: Input should be"),
+        ({"steps": 1.5}, "steps: Input should be a valid integer"),
+        ({"seconds": float("nan")}, "seconds: Input should be a finite number"),
+        ({"files": {"card.md": 3}}, "files.card.md: Input should be a valid string"),
     ],
 )
 def test_a_damaged_result_is_one_line_that_says_what_to_do(tmp_path, content, expected):
+    path = tmp_path / "result.json"
     assert read_result(tmp_path) is None
-    (tmp_path / "result.json").write_bytes(content)
+    path.write_bytes(content) if isinstance(content, bytes) else damaged(path, **content)
     with pytest.raises(UserError) as refusal:
         read_result(tmp_path)
     line = str(refusal.value)
-    assert expected in line and "result.json is damaged" in line and "delete it" in line
+    assert expected in line and "result.json is damaged" in line and "makes it anew" in line
     assert "\n" not in line
-    write_json(tmp_path / "result.json", dict.fromkeys(RESULT_KEYS, 0))
-    assert read_result(tmp_path) == dict.fromkeys(RESULT_KEYS, 0)
+    write_json(path, some_result(Config()))
+    assert read_result(tmp_path) == some_result(Config())
 
 
-@pytest.mark.parametrize("content", [b"", b"a: [", b"optim: 3", b"\xff\xfe", b"- 1"])
-def test_damaged_settings_are_one_line_that_says_what_to_type(tmp_path, content):
+def signed(text: str) -> bytes:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}{run_files.SIGNED}{digest}\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "not as it was written"),
+        (b"optim: 3", "not as it was written"),
+        (b"\xff\xfe", "can't decode"),
+        (signed("optim: 3"), "optim"),
+        (signed("- 1"), "Config"),
+        (signed("a: ["), "while parsing"),
+        (signed("seed: 1\n").replace(b"1\n", b"2\n", 1), "not as it was written"),
+        (signed("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"), "it holds an alias"),
+        (signed("a: " + "[" * 5000), "recursion"),
+        (signed("reparam: {branches: 100000000}"), "branches"),
+        (b"#" * 1_000_001, "larger than 1.0 MB"),
+    ],
+)
+def test_damaged_settings_are_one_line_that_says_what_to_type(tmp_path, content, expected):
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=r"config.yaml cannot be read \(.*--cfg job > ") as refusal:
+    with pytest.raises(UserError, match=r"config.yaml cannot be read \(.*--cfg job") as refusal:
         read_config(tmp_path)
-    assert "\n" not in str(refusal.value)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(Config().model_dump(mode="json")))
+    line = str(refusal.value)
+    assert expected in line and "\n" not in line and len(line) < 600
+    write_config(tmp_path, Config())
     assert read_config(tmp_path) == Config()
+    whole = (tmp_path / "config.yaml").read_bytes()
+    for cut in range(0, len(whole), 97):
+        (tmp_path / "config.yaml").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="not as it was written"):
+            read_config(tmp_path)
+
+
+def test_settings_that_cannot_be_read_stop_no_run(tmp_path):
+    """What it is stands in its result and in its checkpoint too."""
+    mine = config(tmp_path, name="a")
+    with opened(mine, []):
+        begin(folder := run_folder(mine))
+    (folder / "config.yaml").write_bytes(b"seed: 3")
+    with opened(mine, notes := []):
+        assert read_config(folder) == mine
+    assert len(notes) == 1 and "written anew" in notes[0]
+    (folder / "config.yaml").write_bytes(b"")
+    write_json(folder / "result.json", some_result(mine))
+    continued(folder, mine, [])
+    with pytest.raises(UserError, match=r"other settings \(its config.yaml cannot be read\)"):
+        continued(folder, mine.model_copy(update={"seed": 1}), [])
+    validate_settings(folder, run_settings(mine), mine)
+    with pytest.raises(UserError, match="other settings .seed: 1 -> 0"):
+        validate_settings(folder, run_settings(mine) | {"seed": 1}, mine)
+
+
+def test_a_finished_run_is_extended_by_more_epochs_only(tmp_path):
+    def longer(epochs: int, **others: object) -> Config:
+        train = mine.train.model_copy(update={"epochs": epochs, **others})
+        return mine.model_copy(update={"train": train})
+
+    mine = config(tmp_path, name="a")
+    folder = run_folder(mine)
+    with opened(mine, []):
+        begin(folder)
+        (folder / "checkpoints" / "last.pt").write_bytes(b"")
+    refused = "train.epochs: 300 -> 400"
+    with pytest.raises(UserError, match=refused), opened(longer(400), []):
+        pass  # it is not finished
+    write_json(folder / "result.json", some_result(mine))
+    for other in (longer(200), longer(400, max_steps=7), longer(400).model_copy(
+            update={"seed": 1})):  # fmt: skip
+        with pytest.raises(UserError, match="train.epochs: 300 -> "), opened(other, []):
+            pass
+    assert read_result(folder) is not None
+    with opened(longer(400), notes := []) as now:
+        assert now.train.extended_at == (300,) and "extended from 300 to 400 epochs" in notes[0]
+    assert read_result(folder) is None  # it goes on; what it was before has another name
+    assert read_json(folder / "result-300epochs.json", 10_000) == some_result(mine)
+    assert read_json(folder / "provenance.json", 10_000)["extended_at_epochs"] == [300]
+    with opened(longer(400), notes := []) as now:
+        assert now.train.extended_at == (300,) and notes == []
+    assert settings_hash(now) != settings_hash(longer(400))
+    write_json(folder / "result.json", some_result(now))
+    (folder / "config.yaml").write_bytes(b"")
+    assert continued(folder, longer(400), []) == now
+    validate_settings(folder, run_settings(mine), now)
+    with pytest.raises(UserError, match="optim.lr: 9 -> "):
+        validate_settings(folder, run_settings(mine) | {"optim.lr": 9}, now)
+
+
+def test_products_are_compared_with_their_digests(tmp_path):
+    for name in ("model.safetensors", "card.md"):
+        (tmp_path / name).write_bytes(name.encode())
+    write_result(tmp_path, some_result(Config()))
+    result = read_result(tmp_path)
+    assert result["files"]["card.md"] == hashlib.sha256(b"card.md").hexdigest()
+    assert result["files"].keys() == {"model.safetensors", "card.md"}
+    assert damaged_products(tmp_path, result) == []
+    (tmp_path / "card.md").write_bytes(b"card.me")
+    (tmp_path / "model.safetensors").unlink()
+    assert damaged_products(tmp_path, result) == ["model.safetensors", "card.md"]
 
 
 def test_a_damaged_origin_stops_no_run(tmp_path):
     assert made_by_other_code(tmp_path) is None
+    path = tmp_path / "provenance.json"
     for content, message in (
-        (json.dumps({"code": "00000000"}).encode(), "another version of the code (00000000, now "),
+        ({"code": "00000000"}, "another version of the code (00000000, now "),
         (b"{", "an unknown version of the code"),
         (b"[1]", "an unknown version of the code"),
         (b"\xff", "an unknown version of the code"),
-        (json.dumps({"code": folders.code_hash()}).encode(), None),
+        ({"code": folders.code_hash()}, None),
     ):
-        (tmp_path / "provenance.json").write_bytes(content)
+        path.write_bytes(content) if isinstance(content, bytes) else write_json(path, content)
         line = made_by_other_code(tmp_path)
         assert line is None if message is None else message in str(line)
 

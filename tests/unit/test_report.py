@@ -1,30 +1,32 @@
 """The table of results: damaged runs and starts without a step do not keep it back."""
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
 
-import yaml
+from helpers import some_result
 
 from ghosttrain.config.schema import Config
-from ghosttrain.engine.folder import RESULT_KEYS
+from ghosttrain.engine.run_files import write_config
+from ghosttrain.files import write_json
 from ghosttrain.study.report import report
 
 
-def leave_run(folder: Path, result: str | None) -> Path:
+def leave_run(folder: Path, result: dict | None) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(Config().model_dump(mode="json")))
-    (folder / "provenance.json").write_text("{}")
+    write_config(folder, Config())
+    write_json(folder / "provenance.json", {})
     if result is not None:
-        (folder / "result.json").write_text(result)
+        write_json(folder / "result.json", result)
     return folder
 
 
 def test_what_is_damaged_is_named_below_the_table_and_starts_are_counted(tmp_path):
-    tops = {name: {"top1": 12.5, "top5": 50.0} for name in ("raw", "ema")}
-    whole = dict.fromkeys(RESULT_KEYS, 0) | {"weights": tops, "seconds": 61.0}
-    leave_run(tmp_path / "whole", json.dumps(whole))
-    torn = leave_run(tmp_path / "torn", '{"weights": {')
-    unread = leave_run(tmp_path / "unread", json.dumps(whole))
+    whole = some_result(Config())
+    leave_run(tmp_path / "whole", whole)
+    torn = leave_run(tmp_path / "torn", whole)
+    (torn / "result.json").write_text('{"weights": {')
+    unread = leave_run(tmp_path / "unread", whole)
     (unread / "config.yaml").write_text("optim: 3")
     stopped = leave_run(tmp_path / "stopped", None)
     (stopped / "metrics.jsonl").write_text("{}\n")

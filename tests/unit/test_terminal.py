@@ -3,7 +3,6 @@ gone, letters that a locale lacks.
 """
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -11,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import only_run
+from helpers import only_run, some_result
 
 from ghosttrain.cli import main
 from ghosttrain.commands import cache as cache_command
+from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import cache_writer
-from ghosttrain.engine.folder import RESULT_KEYS
+from ghosttrain.files import write_json
 from ghosttrain.terminal import Output, go_on_without, lasting_output, printable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,11 +98,8 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(args):
 def test_what_only_prints_ends_quietly_when_its_reader_has_seen_enough(tmp_path, monkeypatch):
     """A finished run, and a look at cached outputs: nothing goes on, so nothing is said of it."""
     (tmp_path / "mine").mkdir()
-    tops, sizes = {"top1": 1.0, "top5": 5.0}, ("params_train", "macs_train", "eval_size")
-    result = dict.fromkeys(RESULT_KEYS, 0) | {"weights": {"ema": tops}, "best": tops | {"epoch": 1}}
-    (tmp_path / "mine" / "result.json").write_text(
-        json.dumps(result | {"model": dict.fromkeys(sizes, 1)})
-    )
+    composed = compose([f"run.root={tmp_path}", "run.name=mine"]).config
+    write_json(tmp_path / "mine" / "result.json", some_result(composed))
     err = io.StringIO()
     monkeypatch.setattr(sys, "stderr", err)
     monkeypatch.setattr(sys, "stdout", shown := Broken(limit=20))

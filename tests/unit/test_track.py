@@ -15,7 +15,15 @@ from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import Config, TrainConfig
 from ghosttrain.engine import distributed, track
 from ghosttrain.engine.plan import Plan, make_plan
-from ghosttrain.engine.track import Journal, Meter, Tracker, describe, read_metrics
+from ghosttrain.engine.track import (
+    Journal,
+    Meter,
+    Tracker,
+    describe,
+    read_metrics,
+    read_rows,
+    row_line,
+)
 from ghosttrain.errors import UserError
 
 ROW = {"loss": 1.25, "label": 1.0, "kl": 0.25, "lr": 0.00123, "images_per_second": 540.4}
@@ -124,11 +132,20 @@ def test_a_resumed_run_forgets_the_rows_of_steps_that_run_again(tmp_path):
     assert [row["kind"] for row in read_metrics(tmp_path)] == ["train"] * 3
 
 
-def test_lines_that_are_no_rows_are_left_out(tmp_path):
+def test_lines_that_are_no_rows_are_left_out(tmp_path, capsys):
     assert read_metrics(tmp_path) == []
-    row = b'{"kind": "train", "step": 1}\n'
-    (tmp_path / "metrics.jsonl").write_bytes(row + b"\n12\n\xff\x00\n" + row + b'{"kind": "tr')
-    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}] * 2
+    row = {"kind": "train", "step": 1, "loss": 0.1}
+    line = f"{row_line(row)}\n".encode()
+    flipped = line.replace(b"0.1", b"0.3")
+    lines = line + b"\n12\n\xff\x00\n" + flipped + line + b'{"kind": "tr'
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    assert read_rows(tmp_path) == ([row] * 2, 4)
+    (tmp_path / "metrics.jsonl").write_bytes(line + b'{"kind": "tr')  # cut short by a kill
+    assert read_rows(tmp_path) == ([row], 0) and read_metrics(tmp_path) == [row]
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    with started(tmp_path, step=1) as tracker:
+        tracker.say("so far")
+    assert "metrics.jsonl: 4 damaged rows left out" in capsys.readouterr().out
 
 
 def test_a_row_in_words():

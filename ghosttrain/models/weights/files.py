@@ -26,7 +26,8 @@ from numpy import dtypes
 from torch import Tensor
 
 from ghosttrain.errors import UserError, raise_if_of_the_system
-from ghosttrain.models.weights.packing import Damaged, read_metadata, read_packed
+from ghosttrain.files import Damaged
+from ghosttrain.models.weights.packing import read_metadata, read_packed
 from ghosttrain.text import listed
 
 State = dict[str, Tensor]

@@ -18,13 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ghosttrain.files import utf8_name
+from ghosttrain.files import Damaged, utf8_name
 
 KEY = "sha256"
-
-
-class Damaged(ValueError):
-    """A file is not as it was written."""
 
 
 def packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:

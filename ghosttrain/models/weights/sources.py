@@ -8,7 +8,6 @@ this module imports no timm.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ghosttrain.config.schema import NAMED_SOURCES, STUDENT_SOURCES
 from ghosttrain.config.students import STUDENTS
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import expanded
+from ghosttrain.files import expanded, file_digest
 from ghosttrain.models.weights.files import State, WeightsInfo, read_about, read_file
 from ghosttrain.models.weights.lite import lite_file, to_timm
 
@@ -117,11 +116,7 @@ def weights_digest(weights: str, name: str | None) -> str | None:
         path = weights_path(weights, name, "weights", download=False)
     except UserError:
         return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path)
 
 
 def published(name: str, setting: str) -> PretrainedCfg:
