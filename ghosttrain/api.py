@@ -9,6 +9,7 @@ from ghosttrain.config.compose import Composed
 from ghosttrain.config.compose import compose as compose_run
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import run_folder
+from ghosttrain.engine.identify import identified
 from ghosttrain.engine.launch import launch
 from ghosttrain.errors import UserError
 
@@ -38,4 +39,4 @@ def train(config: Config) -> Path:
             " python -m ghosttrain, or launch.nproc=1"
         )
     launch(Composed(config, (), {}, (), ()))
-    return run_folder(config)
+    return run_folder(identified(config))

@@ -75,14 +75,25 @@ def settings_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+DIGESTS = {"root": "digest", "dir": "digest", "weights": "weights_digest"}
+"""Last part of a setting that is a path -> that of the setting which stands for it, once known."""
+
+
 def result_settings(config: Config, exclude_defaults: bool = False) -> dict[str, Any]:
-    """Dotted name -> value of every setting that can change the result, except the seed."""
-    tree = config.model_dump(mode="json", exclude_defaults=exclude_defaults)
-    return {
-        key: value
-        for key, value in flatten(tree).items()
-        if key not in ("seed", "recipe") and not changeable(key, "run")
-    }
+    """Dotted name -> value of every setting that can change the result, except the seed. In the
+    place of a path stands the digest of what lies there, where it is known.
+    """
+    flat = flatten(config.model_dump(mode="json", exclude_defaults=exclude_defaults))
+    known = {key for key, value in flat.items() if value is not None}
+    left_out = {key for key in flat if key in ("seed", "recipe") or changeable(key, "run")}
+    left_out |= {key for key in flat if _digest(key) in known}
+    return {key: value for key, value in flat.items() if key not in left_out}
+
+
+def _digest(key: str) -> str | None:
+    """Return the setting that stands for the path `key`; None where `key` is none."""
+    section, _, name = key.rpartition(".")
+    return f"{section}.{DIGESTS[name]}" if name in DIGESTS else None
 
 
 def run_settings(config: Config) -> dict[str, Any]:

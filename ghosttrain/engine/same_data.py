@@ -9,10 +9,12 @@ both are compared.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ghosttrain.config.schema import Config
-from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.data.datasets import Dataset
+from ghosttrain.engine.identify import data_listing
 from ghosttrain.errors import UserError
 from ghosttrain.text import listed
 
@@ -85,19 +87,24 @@ def without_classes(data: Mapping[str, Any]) -> DataRecord:
     return {**data, **halves}
 
 
-def note_on_result(config: Config, result: Mapping[str, Any]) -> str | None:
-    """Return a line if the data are not those that a finished run was trained on."""
+def validate_result(folder: Path, config: Config, result: Mapping[str, Any]) -> str | None:
+    """Refuse to show the result of a finished run on other data. Return a line where it is not
+    known on which.
+
+    Raises:
+        UserError: naming what differs.
+    """
     if config.data.root is None:  # embedded data cannot change
         return None
     try:
-        found = changes(result["data"], describe_data(*build_datasets(config.data)))
+        found = changes(result["data"], data_listing(config))
     except UserError as error:
         return f"note: its data cannot be compared with today's: {error}"
     if not found:
         return None
-    return (
-        f"note: the data are not those it was trained on ({'; '.join(found)}); run.fresh=true "
-        "trains anew"
+    raise UserError(
+        f"{folder} holds a run on other data ({'; '.join(found)}): type run.name=NAME for a run on "
+        "these, or run.fresh=true to train anew in its place"
     )
 
 

@@ -1,14 +1,14 @@
 """What a resumed or finished run says about other data."""
 
 import pytest
-from helpers import make_images
+from helpers import make_images, refusal
 
-from ghosttrain.config.schema import Config, DataConfig
+from ghosttrain.config.schema import Config, DataConfig, RunConfig
 from ghosttrain.data.datasets import FolderDataset, build_datasets
 from ghosttrain.engine.same_data import (
     changes,
     describe_data,
-    note_on_result,
+    validate_result,
     validate_same_data,
     without_classes,
 )
@@ -82,22 +82,27 @@ def test_what_cannot_be_accepted_says_why():
     assert validate_same_data(done, data(held_out=(361, "h")), "accept")["accepted"]
 
 
-def test_a_finished_run_says_that_its_data_are_others(tmp_path, monkeypatch):
+def test_a_finished_run_refuses_other_data(tmp_path, monkeypatch):
     make_images(tmp_path / "d", classes=2, train=2, val=1)
-    config = Config(data=DataConfig(name="folder", root=str(tmp_path / "d")))
+    data = DataConfig(name="folder", root=str(tmp_path / "d"))
+    config = Config(data=data, run=RunConfig(root=str(tmp_path / "runs")))
     result = {"data": without_classes(describe_data(*build_datasets(config.data)))}
     assert "classes" not in result["data"]["train"]
     monkeypatch.setattr(FolderDataset, "open", lambda *_: pytest.fail("it decodes images"))
-    assert note_on_result(config, result) is None
+    assert validate_result(tmp_path, config, result) is None
     for split in ("train", "val"):
         (tmp_path / "d" / split / "class1").rename(tmp_path / "d" / split / "zebra")
-    line = str(note_on_result(config, result))
-    assert "(class names, file names or labels of the training images differ; " in line
+    refusal(
+        lambda: validate_result(tmp_path, config, result),
+        "(class names, file names or labels of the training images differ; ",
+    )
     for split in ("train", "val"):
         (tmp_path / "d" / split / "zebra").rename(tmp_path / "d" / split / "class1")
     (tmp_path / "d" / "train" / "class1" / "0.JPEG").unlink()
-    line = str(note_on_result(config, result))
-    assert "(training images: 4 -> 3); run.fresh=true trains anew" in line
+    refusal(
+        lambda: validate_result(tmp_path, config, result),
+        "holds a run on other data (training images: 4 -> 3): type run.name=NAME",
+    )
     (tmp_path / "d" / "val").rename(tmp_path / "d" / "gone")
-    assert "its data cannot be compared" in str(note_on_result(config, result))
-    assert note_on_result(Config(), result) is None  # digits: embedded
+    assert "its data cannot be compared" in str(validate_result(tmp_path, config, result))
+    assert validate_result(tmp_path, Config(), result) is None  # digits: embedded

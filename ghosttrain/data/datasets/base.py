@@ -30,6 +30,8 @@ class Dataset:
     _: KW_ONLY
     left_out: tuple[str, ...] = ()
     """What lies beside the images and is not used, and why: a line each."""
+    listed: tuple[bytes, ...] = ()
+    """Folders or files whose modification times tell whether all this must be read again."""
     bit_depth: int = BIT_DEPTH
     """Bits that the values of 16-bit images use."""
 

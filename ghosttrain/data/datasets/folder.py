@@ -97,12 +97,15 @@ NO_SUFFIX = "without an image's suffix"
 
 
 class _LeftOut:
-    """Counts what lies in a tree of images and is not used, by reason, and remembers the first."""
+    """Counts what lies in a tree of images and is not used, by reason, and remembers the first; and
+    which folders were listed.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.suffixes: Counter[str] = Counter()
         self.first: dict[str, str] = {}
+        self.folders: list[bytes] = []  # all that were listed
 
     def add(self, reason: str, path: bytes) -> None:
         self.counts[reason] += 1
@@ -166,6 +169,7 @@ def _scan(folder: Path, classes: list[str], data: DataConfig, left_out: _LeftOut
         data.in_chans,
         np.array(names),
         left_out=left_out.notes(folder),
+        listed=tuple(left_out.folders),
         bit_depth=data.bit_depth,
         max_pixels=data.max_pixels,
     )
@@ -198,6 +202,7 @@ def _scanned(folder: bytes, left_out: _LeftOut) -> Iterator[tuple[bytes, bool]]:
             going on without it would train on other data than the user has in mind.
     """
     nowhere = []
+    left_out.folders.append(folder)
     try:
         with os.scandir(folder) as entries:
             for entry in entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def read_idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
             )
         if not images.size:
             raise UserError(f"{image_file} holds no images: its header says {images.shape}")
-        loaded.append((str(image_file), images, labels))
+        files = tuple(os.fsencode(file) for file in (image_file, label_file))
+        loaded.append((str(image_file), images, labels, files))
     values = np.unique(loaded[0][2])
     unknown = np.setdiff1d(loaded[1][2], values)
     if unknown.size:
@@ -45,8 +47,15 @@ def read_idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
         )
     classes = [str(value) for value in values]
     train, val = (
-        ArrayDataset(name, classes, np.searchsorted(values, labels), data.in_chans, images)
-        for name, images, labels in loaded
+        ArrayDataset(
+            name,
+            classes,
+            np.searchsorted(values, labels),
+            data.in_chans,
+            images,
+            listed=files,
+        )
+        for name, images, labels, files in loaded
     )
     return train, val
 

@@ -1,0 +1,156 @@
+"""What stands for a path in a run's settings: a digest of what lies there. Imports no torch.
+
+Jobs of a cluster see the same images under another path each time, and two data sets can lie at one
+path, one after the other. So the hash of a run holds digests: of data their class names and images
+per class, of weights their file, of cached outputs what they were stored for. Listing a million
+images takes seconds: what was found is kept in `run.root/.listed/` with the modification times of
+all folders, and holds as long as these are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ghosttrain.config.schema import NAMED_SOURCES, Config
+from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.errors import UserError
+from ghosttrain.files import Damaged, expanded, file_digest, read_json, write_json
+
+YOUNG_NS = 2_000_000_000
+"""Nanoseconds: a folder changed so shortly before it was listed may change again unseen."""
+LARGEST = 256_000_000
+"""Bytes of what is kept of a listing: a million folders take 100 MB."""
+
+
+def identified(config: Config) -> Config:
+    """Return the settings with `data.digest`, `weights_digest` and `cache.digest` filled in.
+
+    What is not there keeps its path alone, unless it was seen before at that path.
+    """
+    kept = expanded(config.run.root) / ".listed"
+    updates: dict[str, Any] = {
+        "teacher": config.teacher.model_copy(
+            update={
+                "weights_digest": _weights_digest(config.teacher.weights, kept),
+                "members": {
+                    name: member.model_copy(
+                        update={"weights_digest": _weights_digest(member.weights, kept)}
+                    )
+                    for name, member in config.teacher.members.items()
+                },
+            }
+        ),
+        "model": config.model.model_copy(
+            update={"weights_digest": _weights_digest(config.model.weights, kept)}
+        ),
+    }
+    if config.data.root is not None:
+        with suppress(UserError):
+            digest = data_listing(config)["digest"]
+            updates["data"] = config.data.model_copy(update={"digest": digest})
+    if config.cache.dir is not None:
+        digest = _cache_digest(expanded(config.cache.dir))
+        updates["cache"] = config.cache.model_copy(update={"digest": digest})
+    return config.model_copy(update=updates)
+
+
+def data_listing(config: Config) -> dict[str, Any]:
+    """Return what is known of the data without opening an image: `digest` of class names and images
+    per class, and of both halves `images` and a `digest` of labels and file names.
+
+    Raises:
+        UserError: the data are not there or not whole, and were not seen before.
+    """
+    data = config.data
+    kept = expanded(config.run.root) / ".listed"
+
+    def listing() -> tuple[dict[str, Any], Iterable[Path]]:
+        halves = build_datasets(data)
+        train, held_out = (_half(half) for half in halves)
+        text = json.dumps([halves[0].classes, *(each.pop("counts") for each in (train, held_out))])
+        found = {"digest": _short(text), "train": train, "held_out": held_out}
+        return found, [Path(os.fsdecode(path)) for half in halves for path in half.listed]
+
+    name = [data.name, _real(str(data.root)), data.train_split, data.val_split]
+    return _remembered(kept, json.dumps(name), listing)
+
+
+def _half(half: Dataset) -> dict[str, Any]:
+    identity = half.identity()
+    counts = np.bincount(half.labels, minlength=len(half.classes)).tolist()
+    return {"images": identity["images"], "digest": identity["digest"], "counts": counts}
+
+
+def _weights_digest(weights: str | None, kept: Path) -> str | None:
+    """Return the digest of a file of weights; None for none, a named source, or what is not
+    there.
+    """
+    if weights is None or weights in NAMED_SOURCES:
+        return None
+    path = expanded(weights)
+    path = path / "model.safetensors" if path.is_dir() else path
+    with suppress(OSError):
+        return _remembered(kept, f"weights {_real(str(path))}", lambda: (
+            {"digest": file_digest(path)[:16]}, [path]))["digest"]  # fmt: skip
+    return None
+
+
+def _cache_digest(folder: Path) -> str | None:
+    """Return the digest of what cached outputs were stored for; None where they are not there."""
+    with suppress(OSError, Damaged):
+        info = read_json(folder / "cache.json", LARGEST)
+        return _short(json.dumps({k: info[k] for k in sorted(info) if k not in ("draws", "notes")}))
+    return None
+
+
+def _remembered(
+    kept: Path, name: str, find: Callable[[], tuple[dict[str, Any], Iterable[Path]]]
+) -> dict[str, Any]:
+    """Return what `find` finds; what it found before, as long as the modification times of all that
+    it looked at are the same, and where it finds nothing now.
+
+    Args:
+        kept: the folder where findings are kept.
+        name: of what is looked for.
+        find: returns what was found, and every folder and file that it depends on.
+    """
+    path = kept / f"{_short(name)}.json"
+    before: dict[str, Any] | None = None
+    with suppress(OSError, Damaged):
+        before = read_json(path, LARGEST)
+    if before is not None and before["name"] == name:
+        with suppress(OSError):
+            if all(os.stat(each).st_mtime_ns == when for each, when in before["times"].items()):
+                return before["found"]
+    else:
+        before = None
+    began = time.time_ns()
+    try:
+        found, looked_at = find()
+    except (UserError, OSError):
+        if before is not None and not all(map(os.path.exists, before["times"])):
+            return before["found"]
+        raise
+    times = {str(each): os.stat(each).st_mtime_ns for each in looked_at}
+    if all(when < began - YOUNG_NS for when in times.values()):
+        with suppress(OSError, UserError):
+            kept.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"name": name, "times": times, "found": found})
+    return found
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(expanded(path))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
