@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["UserError", "compose", "create_model", "fuse", "load_run", "train"]
+from ghosttrain.version import __version__
+
+__all__ = ["UserError", "__version__", "compose", "create_model", "fuse", "load_run", "train"]
 
 if TYPE_CHECKING:
     from ghosttrain.api import compose, train

@@ -7,11 +7,15 @@ from pathlib import Path
 
 from ghosttrain.config.compose import Composed
 from ghosttrain.config.compose import compose as compose_run
+from ghosttrain.config.hydra_words import split_words
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.identify import identified
 from ghosttrain.engine.launch import launch
 from ghosttrain.errors import UserError
+
+_composed: dict[str, Composed] = {}
+"""Settings as JSON -> how they came about: what a budget replaced is for the card of the run."""
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
@@ -24,7 +28,12 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Con
     Raises:
         UserError: a mistake in a name or value, in one line.
     """
-    return compose_run(overrides, config_dir).config
+    if isinstance(overrides, str):
+        raise UserError(f"compose({overrides!r}): give a list of words, {overrides.split()!r}")
+    words, _ = split_words(overrides, multirun=False)
+    composed = compose_run(words, config_dir)
+    _composed[composed.config.model_dump_json()] = composed
+    return composed.config
 
 
 def train(config: Config) -> Path:
@@ -38,5 +47,6 @@ def train(config: Config) -> Path:
             f"launch.nproc={config.launch.nproc}: train() trains in this process; type the command"
             " python -m ghosttrain, or launch.nproc=1"
         )
-    launch(Composed(config, (), {}, (), ()))
+    known = _composed.get(config.model_dump_json())
+    launch(known or Composed(config, (), {}, (), ()))
     return run_folder(identified(config))

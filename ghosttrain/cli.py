@@ -122,11 +122,7 @@ def parse(arguments: Arguments, args: list[str]) -> Namespace:
 def validate_overrides(words: list[str]) -> None:
     """Raise UserError about a word that is neither a verb nor `key=value`."""
     for word in words:
-        if word.startswith("~"):
-            raise UserError(
-                f"{word!r}: settings cannot be deleted; set a value (key=null, group=none)"
-            )
-        if "=" not in word:
+        if "=" not in word and not word.startswith("~"):
             hint = did_you_mean(word, VERBS)
             raise UserError(f"{word!r} is neither a verb nor key=value.{hint}")
 

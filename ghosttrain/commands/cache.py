@@ -71,7 +71,7 @@ def _settings(folders: list[str], overrides: list[str], config_dir: str | None) 
     """
     from ghosttrain.config.compose import compose, override_saved
     from ghosttrain.config.schema import LaunchConfig
-    from ghosttrain.engine.run_files import read_config
+    from ghosttrain.engine.run_files import read_config, without_remedy
     from ghosttrain.files import expanded
 
     if not folders:
@@ -87,7 +87,13 @@ def _settings(folders: list[str], overrides: list[str], config_dir: str | None) 
             f"{folder} is no cache: it has no cache.json; python -m ghosttrain cache"
             f" +recipe=NAME cache.dir={folder} cache.draws=N makes one"
         )
-    saved = read_config(folder).model_copy(update={"launch": LaunchConfig()})
+    try:
+        saved = read_config(folder).model_copy(update={"launch": LaunchConfig()})
+    except UserError as error:
+        raise UserError(
+            f"{without_remedy(error)}: type the settings that it was stored with, and "
+            f"cache.dir={folder}, in place of the folder"
+        ) from None
     config = override_saved(saved, overrides, "cache")
     cache = config.cache.model_copy(update={"dir": str(expanded(folder).resolve())})
     return config.model_copy(update={"cache": cache})

@@ -30,8 +30,8 @@ ARGUMENTS.add_argument(
 ARGUMENTS.add_argument("-p", "--package", metavar="SECTION", help="with --cfg: of this section")
 ARGUMENTS.add_argument("--resolve", action="store_true", help="with --cfg job: they always are")
 ARGUMENTS.add_argument(
-    "--info", metavar="defaults",
-    help="where they come from (also: defaults-tree, config, searchpath, plugins, all)",
+    "--info", choices=("defaults", "defaults-tree", "config", "searchpath", "plugins", "all"),
+    help="where the settings come from: Hydra's own answer",
 )  # fmt: skip
 ARGUMENTS.add_argument(
     "-sc", "--shell-completion", metavar="install=SHELL",
@@ -54,8 +54,14 @@ def run(options: Namespace) -> int:
             "name what to train: python -m ghosttrain +recipe=compact_kd model=ghostnetv3_130 (the "
             "main job, on embedded digits); python -m ghosttrain --help lists the rest"
         )
+    if options.cfg is None and (options.package or options.resolve):
+        given = f"--package {options.package}" if options.package else "--resolve"
+        raise UserError(f"{given} is for --cfg, which prints settings: add -c job")
     if options.info or options.cfg in ("hydra", "all"):
-        return _ask_hydra(options)
+        if options.multirun:
+            given = f"--info {options.info}" if options.info else f"--cfg {options.cfg}"
+            raise UserError(f"{given} is about one run: leave -m and the lists of values out")
+        return _ask_hydra(overrides, options)
     if options.multirun and options.cfg:
         for cell in cells(overrides, options.config_dir, hydra_words):
             print(f"# {' '.join(cell)}")
@@ -102,7 +108,7 @@ def _near(name: str, settings: Any) -> str:
     return did_you_mean(name, settings) if isinstance(settings, dict) else ""
 
 
-def _ask_hydra(options: Namespace) -> int:
+def _ask_hydra(overrides: list[str], options: Namespace) -> int:
     """Let Hydra itself answer --info and --cfg hydra|all about this composition."""
     import logging
 
@@ -112,7 +118,7 @@ def _ask_hydra(options: Namespace) -> int:
     from ghosttrain.config.compose import compose
     from ghosttrain.files import shipped
 
-    composed = compose(options.words, options.config_dir)
+    composed = compose(overrides, options.config_dir)
     GlobalHydra.instance().clear()
     flag = ["--info", options.info] if options.info else ["--cfg", options.cfg]
     program, sys.argv = sys.argv, ["ghosttrain", *composed.hydra_overrides, *flag]

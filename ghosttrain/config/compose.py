@@ -47,7 +47,15 @@ from ghosttrain.config.names import (
 )
 from ghosttrain.config.normalization import validate_normalization
 from ghosttrain.config.policy import validate_policy
-from ghosttrain.config.schema import FULL, NAMED_SOURCES, PLAIN, STUDENT_SOURCES, Config, Use
+from ghosttrain.config.schema import (
+    FULL,
+    NAMED_SOURCES,
+    PLAIN,
+    STUDENT_SOURCES,
+    Config,
+    DataConfig,
+    Use,
+)
 from ghosttrain.config.students import STUDENTS, validate_sides
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import expanded
@@ -172,7 +180,17 @@ def override_saved(config: Config, overrides: Sequence[str], use: Use) -> Config
             raise UserError(f"{text!r} names several values; give one")
         value = override.value()
         tree = merged(tree, unflatten({key: value}))
-    return _typed(tree)
+    changed = _typed(tree)
+    _validate_root_is_read(changed.data)
+    return changed
+
+
+def _validate_root_is_read(data: DataConfig) -> None:
+    if data.name == "digits" and data.root:
+        raise UserError(
+            f"data.root={data.root} is not used by the embedded data=digits; "
+            "type data=imagenet, data=folder or data=idx with it"
+        )
 
 
 def batch_split(config: Config, processes: int) -> tuple[int, int]:
@@ -359,11 +377,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
                 f"data.{name} has {len(getattr(data, name))} values for "
                 f"data.in_chans={data.in_chans}; type {remedy}"
             )
-    if data.name == "digits" and data.root:
-        raise UserError(
-            f"data.root={data.root} is not used by the embedded data=digits; "
-            "type data=imagenet, data=folder or data=idx with it"
-        )
+    _validate_root_is_read(data)
     if data.name != "digits":
         if not data.root:
             variable = " or set IMAGENET_DIR" if data.name == "imagenet" else ""

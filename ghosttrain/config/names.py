@@ -153,7 +153,7 @@ class Names:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = []
         for text in overrides:
-            if "=" not in text:
+            if "=" not in text and not text.startswith("~"):
                 hint = did_you_mean(text, [*self.groups, *KEYS, "recipe", "budget"])
                 raise UserError(f"{text!r} is not key=value.{hint}")
             for single in _spread(parser, text):
@@ -243,7 +243,8 @@ class Names:
             )
         if o.is_delete():
             raise UserError(
-                f"{o.input_line!r}: settings cannot be deleted; set a value (key=null, group=none)"
+                f"{(o.input_line or '').removesuffix('=')!r}: settings cannot be deleted; set a "
+                "value (key=null, group=none)"
             )
         if key in self.groups or key in ("recipe", "budget"):
             listed = list(o.sweep_iterator()) if o.is_sweep_override() else [o.value()]

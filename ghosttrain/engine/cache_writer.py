@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from ghosttrain.engine.cache_key import absent, cache_key, left_open, loss_note,
 from ghosttrain.engine.cache_picture import draw_picture
 from ghosttrain.engine.codec_choice import TeacherInference, choose_codec, sample_outputs
 from ghosttrain.engine.distributed import say
+from ghosttrain.engine.run_files import config_text
 from ghosttrain.engine.teacher_source import ready_teacher
 from ghosttrain.errors import UserError
 from ghosttrain.text import byte_size, clock, counted
@@ -163,8 +163,7 @@ def _begin(
             "cosine": quality.cosine,
         },
     )
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    return create(Path(str(config.cache.dir)), info, codec.tables, settings)
+    return create(Path(str(config.cache.dir)), info, codec.tables, config_text(config))
 
 
 def write_missing(

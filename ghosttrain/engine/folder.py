@@ -15,7 +15,6 @@ import platform
 import shlex
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -23,7 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ghosttrain import __version__
 from ghosttrain.config.identity import run_name, run_settings, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.run_files import (
@@ -36,6 +34,7 @@ from ghosttrain.engine.run_files import (
 from ghosttrain.errors import UserError, remedy
 from ghosttrain.files import PACKAGE, Damaged, expanded, locked, remove_parts, write_json
 from ghosttrain.text import clock, listed
+from ghosttrain.version import __version__
 
 
 def run_folder(config: Config) -> Path:
@@ -178,12 +177,13 @@ def _validate_hash(folder: Path, config: Config) -> None:
 
 
 @contextmanager
-def opened(config: Config, notes: list[str]) -> Iterator[Config]:
+def opened(config: Config, notes: list[str], arguments: Sequence[str] = ()) -> Iterator[Config]:
     """Own the run folder inside this block: create it, or move an old run aside for `run.fresh`.
     Yields the settings with which its run goes on (`continued`).
 
     Writes settings and provenance; adds to `notes` what the user should hear. The folder is locked
-    for this process until the block or the process ends.
+    for this process until the block or the process ends. `arguments` are the command's, for the
+    provenance; none where a program trains.
 
     Raises:
         UserError: the folder cannot be written, another process trains in it, or it holds a run
@@ -207,7 +207,7 @@ def opened(config: Config, notes: list[str]) -> Iterator[Config]:
                 notes.append(f"its first epochs were {made}")
             kept = config.model_copy(update={"run": config.run.model_copy(update={"fresh": False})})
             write_config(folder, kept)
-            write_json(folder / "provenance.json", provenance(config))
+            write_json(folder / "provenance.json", provenance(config, arguments))
             _set_earlier_result_aside(folder, config)
         except (OSError, UserError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
@@ -227,14 +227,17 @@ def _locked(folder: Path) -> AbstractContextManager[None]:
     )
 
 
-def provenance(config: Config) -> dict[str, Any]:
-    """Return versions, commit, command and machine of this process."""
+def provenance(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return versions, commit, command and machine of this process; the command is None where a
+    program trains without one: config.yaml has its settings.
+    """
+    command = shlex.join(["python", "-m", "ghosttrain", *arguments]) if arguments else None
     names = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "pillow")
     return {
         "ghosttrain": __version__,
         "code": code_hash(),
         "commit": _commit(),
-        "command": shlex.join(["python", "-m", "ghosttrain", *sys.argv[1:]]),
+        "command": command,
         "extended_at_epochs": list(config.train.extended_at),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),

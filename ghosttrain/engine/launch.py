@@ -48,7 +48,7 @@ def launch(composed: Composed) -> int:
     go_on_without()
     if ranks.must_spawn(config.launch.nproc):
         return spawn(composed.arguments, config.launch.nproc)
-    with opened(config, notes) as config:
+    with opened(config, notes, composed.arguments) as config:
         from ghosttrain.engine.classification import CLASSIFICATION
         from ghosttrain.engine.train import train
 

@@ -92,9 +92,13 @@ class Result(_Record):
 
 def write_config(folder: Path, config: Config) -> None:
     """Write the settings of a run."""
+    write_text(folder / "config.yaml", config_text(config))
+
+
+def config_text(config: Config) -> str:
+    """Return settings as the text of a config.yaml, which `read_config` reads."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    write_text(folder / "config.yaml", f"{text}{SIGNED}{digest}\n")
+    return f"{text}{SIGNED}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def read_config(folder: Path) -> Config:

@@ -20,6 +20,7 @@ from ghosttrain.config.schema import TrainConfig
 from ghosttrain.engine import distributed
 from ghosttrain.engine.checkpoint import NEWEST, Checkpoint, write_checkpoint
 from ghosttrain.errors import UserError
+from ghosttrain.files import write_bytes
 from ghosttrain.text import byte_size
 
 RETRY = 60.0
@@ -62,6 +63,7 @@ class Saver:
         self.failure: BaseException | None = None
         self.writer: threading.Thread | None = None
         self.newest: Checkpoint | None = None
+        self.others: dict[Path, bytes] = {}
         self.waited = 0.0
         """Seconds that training waited for checkpoints."""
 
@@ -71,6 +73,9 @@ class Saver:
     def __exit__(self, *exc_info: object) -> None:
         """Let the write under way end, also when training failed or was interrupted."""
         self._join()
+        if self.others and self.failure is None:
+            self._begin()
+            self._join()
 
     def is_due(self, step: int, epochs_ended: int | None = None) -> bool:
         """Whether a checkpoint should be written after `step` steps; rank 0's time counts.
@@ -113,28 +118,24 @@ class Saver:
         self.waited += time.perf_counter() - started
 
     def finish(self) -> None:
-        """Wait until the newest state is on disk.
+        """Wait until the newest state and all other files are on disk.
 
         Raises:
-            UserError: it could not be written for `train.patience`.
+            UserError: they could not be written for `train.patience`.
         """
+        started = time.perf_counter()
         self._join()
-        while self.failure is not None:
-            self._raise_if_over(time.monotonic())
-            time.sleep(min(RETRY, self.patience))
+        while self.newest is not None or self.others:
+            if self.failure is not None:
+                self._raise_if_over(time.monotonic())
+                time.sleep(min(RETRY, self.patience))
             self._begin()
             self._join()
+        self.waited += time.perf_counter() - started
 
-    def attempt(self, write: Callable[[], object]) -> bool:
-        """Write another file beside the checkpoints; return whether it could be. If not, that is
-        said, and training goes on.
-        """
-        try:
-            write()
-        except UserError as error:
-            self.say(f"{error}; the run goes on without it")
-            return False
-        return True
+    def add(self, path: Path, content: bytes) -> None:
+        """Write another file before the next checkpoint, which may speak of it."""
+        self.others[path] = content
 
     def _begin(self) -> None:
         self.tried = time.monotonic()
@@ -142,10 +143,15 @@ class Saver:
         self.writer.start()
 
     def _write(self) -> None:
-        assert self.newest is not None
+        newest = self.newest
         try:
             self.sync_rows()
-            write_checkpoint(self.path, self.newest, self.keep)
+            for path, content in list(self.others.items()):
+                write_bytes(path, content)
+                if self.others[path] is content:
+                    del self.others[path]
+            if newest is not None:
+                write_checkpoint(self.path, newest, self.keep)
         except BaseException as error:  # said, or raised, by the thread that trains
             self.failure = error
             return

@@ -140,6 +140,9 @@ class Tracker:
         self._attempt(METRICS, self.metrics.flush)
         if damaged:
             self.say(f"{METRICS}: {counted(damaged, 'damaged row')} left out")
+        steps = (row["step"] for row in read_metrics(folder) if row["kind"] == "train")
+        if (last := max(steps, default=0)) < start_step:  # a checkpoint is written at a row
+            self.say(f"{METRICS}: the rows after step {last} to step {start_step} are lost")
         asked, mode = config.tracker.wandb, wandb_mode(config)
         if mode != "off":
             self._start_wandb(config, folder, mode)
@@ -222,7 +225,9 @@ class Tracker:
                 self.bar.set_postfix_str(describe(row))
 
     def sync(self) -> None:
-        """Bring rows and log to disk: a checkpoint counts them. Called by another thread."""
+        """Bring rows and log to disk: a checkpoint and the result count them. Any thread may call
+        it.
+        """
         if self.folder is not None:
             for name in (METRICS, LOG):
                 with suppress(OSError), open(self.folder / name, "rb") as file:

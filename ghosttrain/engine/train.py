@@ -34,7 +34,7 @@ from ghosttrain.engine.saving import Saver, validate_room
 from ghosttrain.engine.state import TrainState
 from ghosttrain.engine.student import build_network, has_fused_form
 from ghosttrain.engine.teacher_source import build_teacher_source
-from ghosttrain.engine.weights_file import describe_weights, write_weights
+from ghosttrain.engine.weights_file import describe_weights, weights_bytes, write_weights
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
 from ghosttrain.models.reparam import fuse
@@ -139,9 +139,6 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     saver = Saver(config.train, checkpoints, state.step, device, tracker.sync, tracker.say)
     started, meter = time.perf_counter() - state.seconds, track.Meter()
 
-    def keep_best() -> None:
-        write_weights(checkpoints / "best.safetensors", ema.model, kind)
-
     def save() -> None:
         state.seconds = time.perf_counter() - started
         saver.save(state.step, lambda: state.snapshot(teacher.state()))
@@ -161,8 +158,9 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                 tracker.log("eval", state.step, {f"{k}_top1": value for k, value in top1.items()})
                 words.append(f"held-out top-1: EMA {top1['ema']:.2f} %, raw {top1['raw']:.2f} %")
                 if top1["ema"] > state.best["top1"]:
-                    if rank or saver.attempt(keep_best):
-                        state.best = {"top1": top1["ema"], "epoch": plan.epochs_after(state.step)}
+                    state.best = {"top1": top1["ema"], "epoch": plan.epochs_after(state.step)}
+                    if rank == 0:
+                        saver.add(checkpoints / "best.safetensors", weights_bytes(ema.model, kind))
             if words:
                 tracker.say("  ".join([plan.epoch_label(state.step), *words]))
             if state.step >= plan.total_steps:
@@ -224,6 +222,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             tracker.draw_curves(folder.run_name(config))
             tracker.summarize(result)
             write_text(run / "card.md", summary.card(about, result, notes))
+            tracker.sync()
             write_result(run, result)
             tracker.say("", *folder.result_lines(result), f"run folder: {run}")
     distributed.stop()

@@ -40,10 +40,15 @@ def describe_weights(config: Config, classes: Sequence[str], kind: WeightsKind) 
 
 def write_weights(path: Path, model: nn.Module, about: dict[str, str]) -> None:
     """Write a model's weights as safetensors, atomically."""
+    write_bytes(path, weights_bytes(model, about))
+
+
+def weights_bytes(model: nn.Module, about: dict[str, str]) -> bytes:
+    """Return a model's weights as a safetensors file."""
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    write_bytes(path, packed(state, about))
+    return packed(state, about)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

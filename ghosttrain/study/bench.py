@@ -23,6 +23,12 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Part -> settings of a run that differ from the schema's; what is typed comes after them."""
+READ = {
+    "step": ("model", "data.train_size", "train.micro_batch", "model.input_stride"),
+    "optim": ("model",),
+    "distill": ("model", "teacher", "cache.codec", "data.train_size", "train.global_batch"),
+}
+"""Part -> the settings that it reads, beside launch.device."""
 ROUNDS = {"step": 10, "optim": 30, "distill": 5}
 
 
@@ -47,6 +53,11 @@ def bench(names: Sequence[str], overrides: Sequence[str], options: Options) -> s
         shown = ", ".join(f"bench {name}" for name in DEFAULTS)
         raise UserError(f"bench needs one of: python -m ghosttrain {shown}")
     (part,) = names
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if key not in (*READ[part], f"{READ[part][0]}.name", "launch.device"):
+            known = ", ".join(f"{name}=" for name in (*READ[part], "launch.device"))
+            raise UserError(f"{override!r} does nothing in bench {part}: it reads {known}")
     config = compose(["budget=full", *DEFAULTS[part], *overrides], trains=False).config
     if config.model.source != "ghosttrain":
         raise UserError(f"bench {part} is for this project's students, not {config.model.name}")

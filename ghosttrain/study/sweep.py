@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,12 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
         "group": f"sweep-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:8]}",
         "total": len(composed) if cells.listed is not None else None,
     }
-    _hydra_main(context, [*cells.swept, *hydra_words])
+    try:
+        _hydra_main(context, [*cells.swept, *hydra_words])
+    finally:
+        with suppress(OSError):  # a refused sweep leaves no empty folder
+            folder.rmdir()
+            folder.parent.rmdir()
     done, failed, numbers = [], [], range(len(composed))
     outcomes = {
         int(path.stem): read_json(path, largest=1_000_000) for path in folder.glob("*.json")

@@ -183,7 +183,11 @@ def test_training_that_diverges_says_so(ghosttrain, tiny):
 
 
 def test_a_checkpoint_is_kept_only_where_there_is_one(tmp_path):
-    last, bad = tmp_path / "last.pt", [torch.ones(2), torch.tensor([0.0, float("nan")])]
+    last, bad = (
+        tmp_path / "checkpoints" / "last.pt",
+        [torch.ones(2), torch.tensor([0.0, float("nan")])],
+    )
+    last.parent.mkdir()
     for kept in (False, True):
         last.write_bytes(b"") if kept else None
         for check in (

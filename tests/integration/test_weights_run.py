@@ -12,7 +12,9 @@ import timm
 import torch
 from helpers import only_run
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from ghosttrain.models.weights.packing import packed
 
 
 def line_of(out: str, start: str) -> str:
@@ -64,7 +66,7 @@ def test_a_timm_student_starts_from_other_classes(
     theirs = timm.create_model("test_resnet", num_classes=1000)
     about = {"model": {"name": "test_resnet", "source": "timm"},
              "input": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}  # fmt: skip
-    save_file(theirs.state_dict(), path, metadata={"ghosttrain": json.dumps(about)})
+    path.write_bytes(packed(theirs.state_dict(), {"ghosttrain": json.dumps(about)}))
     kept = [x for x in quick if not x.startswith("model=")]
     student = [*kept, "teacher=none", "distill=none", "model=timm", "model.name=test_resnet"]
     outcome = ghosttrain(*student, f"model.weights={path}")

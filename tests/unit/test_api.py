@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 import ghosttrain
+from ghosttrain.engine.run_files import read_provenance
 
 
 def test_a_run_is_that_of_the_command(request, tiny, tmp_path: Path) -> None:
@@ -17,6 +19,10 @@ def test_a_run_is_that_of_the_command(request, tiny, tmp_path: Path) -> None:
     shown = command(*words)  # the same run: finished
     assert shown.code == 0 and f"finished: {folder}" in shown.out
     assert ghosttrain.train(ghosttrain.compose(words)) == folder
+    made = read_provenance(folder)
+    assert made["command"] == shlex.join(["python", "-m", "ghosttrain", *words])
+    without = ghosttrain.compose(words).model_copy(update={"seed": 5})
+    assert read_provenance(ghosttrain.train(without))["command"] is None
     model = ghosttrain.load_run(folder)
     assert ghosttrain.fuse(model.eval()) is not model
 
@@ -26,6 +32,14 @@ def test_errors_are_those_of_the_command() -> None:
         ghosttrain.UserError, match=r"there is no setting 'optim.lrr'. Did you mean"
     ):
         ghosttrain.compose(["optim.lrr=1"])
+    for words, expected in (
+        (["hydra.run.dir=x"], "is Hydra's own and does nothing here"),
+        (["~optim"], "'~optim': settings cannot be deleted"),
+        (["seed=1,2"], "names several values: add -m"),
+        ("seed=1", r"give a list of words, \['seed=1'\]"),
+    ):
+        with pytest.raises(ghosttrain.UserError, match=expected):
+            ghosttrain.compose(words)
     config = ghosttrain.compose(["+recipe=baseline", "launch.nproc=2"])
     with pytest.raises(ghosttrain.UserError, match=r"launch.nproc=2: train\(\) trains in this"):
         ghosttrain.train(config)

@@ -84,6 +84,13 @@ def test_values_of_options():
         ("help nothing", "there is no help on 'nothing'. Choose from: augment, bench, cache"),
         ("help optim.rate", "optim has no setting 'rate'. Choose from: beta1, beta2"),
         ("help optim train", "help takes one word: 'optim' or 'train'"),
+        ("seed=1 --resolve", "--resolve is for --cfg, which prints settings: add -c job"),
+        ("seed=1 -p train", "--package train is for --cfg, which prints settings: add -c job"),
+        ("--info x", "--info x: choose defaults, defaults-tree, config, searchpath, plugins or"),
+        ("-m seed=1,2 --info defaults", "--info defaults is about one run: leave -m and the"),
+        ("-m seed=1,2 -c all", "--cfg all is about one run: leave -m and the lists of values out"),
+        ("version foo", "version takes no words, got 'foo': leave it out"),
+        ("bench optim optim.lr=3", "'optim.lr=3' does nothing in bench optim: it reads model=, "),
     ],
 )
 def test_a_mistake_is_one_line(ghosttrain, line, message):

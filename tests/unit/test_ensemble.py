@@ -20,6 +20,7 @@ from ghosttrain.distill.teacher import Teacher, build_teacher, measure_teacher
 from ghosttrain.engine.cache_key import weights_digest
 from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model
+from ghosttrain.models.weights.packing import packed
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 DATA = schema.DataConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), train_size=40)
@@ -237,7 +238,7 @@ def test_classes_in_another_order_are_matched_by_the_names_in_the_file(tmp_path:
     path = tmp_path / "w.safetensors"
     about = {"ghosttrain": json.dumps({"classes": ["dog", "ant", "owl", "cat", "bee"]})}
     model = network(1, num_classes=5)
-    save_file(model.state_dict(), path, metadata=about)
+    path.write_bytes(packed(model.state_dict(), about))
     cfg = schema.TeacherConfig(name="test_resnet", weights=str(path), input_size=40)
     teacher = build_teacher(cfg, CLASSES, DATA, "cpu")
     assert teacher is not None

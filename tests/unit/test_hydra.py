@@ -47,7 +47,17 @@ def _lines() -> list[str]:
         ("train.compile=t", ["true"]),
         ("seed=1,", []),
         ("--cf", ["--cfg"]),
-        ("ca", ["cache", "cache.dir=", "cache.draws=", "cache.codec=", "cache.shard_size="]),
+        (
+            "ca",
+            [
+                "cache",
+                "cache.dir=",
+                "cache.digest=",
+                "cache.draws=",
+                "cache.codec=",
+                "cache.shard_size=",
+            ],
+        ),
     ],
 )
 def test_words_are_completed(ghosttrain, word, candidates):

@@ -138,15 +138,26 @@ def test_a_bug_in_the_writer_is_raised(tmp_path, monkeypatch):
         one.finish()
 
 
-def test_another_file_that_cannot_be_written_is_said(tmp_path):
-    lines: list[str] = []
-
-    def fail() -> None:
-        raise UserError("cannot write best.safetensors")
-
-    one = saver(tmp_path, lines)
-    assert one.attempt(lambda: None) and not one.attempt(fail)
-    assert lines == ["cannot write best.safetensors; the run goes on without it"]
+def test_other_files_are_on_disk_before_the_checkpoint_that_speaks_of_them(
+    tmp_path, clock, monkeypatch
+):
+    best, lines = tmp_path / "best", []
+    with saver(tmp_path, lines) as one:
+        one.add(best, b"first")
+        one.save(1, lambda: checkpoint(step=1))
+        one.finish()
+        assert best.read_bytes() == b"first"
+        best.unlink()
+        best.mkdir()  # it cannot be written
+        one.add(best, b"second")
+        one.save(2, lambda: checkpoint(step=2))
+        one._join()
+        assert "cannot write" in lines[0] and read_checkpoint(tmp_path / "last.pt")["step"] == 1
+        best.rmdir()
+        one.finish()
+        assert best.read_bytes() == b"second" and read_checkpoint(one.path)["step"] == 2
+        one.add(best, b"third")
+    assert best.read_bytes() == b"third"
 
 
 def test_generations_and_a_damaged_newest_one(tmp_path):

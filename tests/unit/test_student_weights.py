@@ -27,6 +27,7 @@ from ghosttrain.models.weights.files import (
     read_file,
 )
 from ghosttrain.models.weights.fit import load_student_weights
+from ghosttrain.models.weights.packing import packed
 
 NAME = "ghostnetv3_050"
 SMALL = "test_resnet"
@@ -144,12 +145,12 @@ def test_a_timm_student_of_another_network(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     state = timm.create_model(SMALL, num_classes=4).state_dict()
     about = '{"model": {"name": "test_resnet", "source": "timm"}}'
-    save_file(state, path, metadata={"ghosttrain": about})
+    path.write_bytes(packed(state, {"ghosttrain": about}))
     create_timm_model(f"{SMALL}.r160_in1k", 4, weights=str(path))
     message = refusal(lambda: create_timm_model("test_vit", 4, weights=str(path)))
     assert "weights of test_resnet, not of timm's test_vit: type model=timm model.name=" in message
     about = '{"model": {"name": "ghostnetv3_050", "source": "ghosttrain"}}'
-    save_file(state, path, metadata={"ghosttrain": about})
+    path.write_bytes(packed(state, {"ghosttrain": about}))
     message = refusal(lambda: create_timm_model(NAME, 4, weights=str(path)))
     assert "not of timm's ghostnetv3_050: type model=ghostnetv3_050" in message
 

@@ -115,7 +115,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
-def test_a_resumed_run_forgets_the_rows_of_steps_that_run_again(tmp_path):
+def test_a_resumed_run_forgets_the_rows_of_steps_that_run_again(tmp_path, capsys):
     with started(tmp_path) as tracker:
         for step in (10, 20, 30):
             tracker.log("train", step, ROW)
@@ -128,6 +128,9 @@ def test_a_resumed_run_forgets_the_rows_of_steps_that_run_again(tmp_path):
         tracker.log("eval", 30, {"ema_top1": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30, 30]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+    assert "are lost" not in capsys.readouterr().out
+    started(tmp_path, step=50)
+    assert "metrics.jsonl: the rows after step 30 to step 50 are lost" in capsys.readouterr().out
     started(tmp_path, step=30, total=30)  # the evaluation of its last step runs again
     assert [row["kind"] for row in read_metrics(tmp_path)] == ["train"] * 3
 

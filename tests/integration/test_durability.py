@@ -1,0 +1,68 @@
+"""Short forms of scripts/chaos, scripts/crashpoints, scripts/powercut; and disks that fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def durability():
+    spec = importlib.util.spec_from_file_location("durability", ROOT / "scripts" / "durability.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def proof(*words: object) -> str:
+    """Run a proof in a process of its own: its forks have one thread."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "durability.py", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_run_stopped_before_a_file_operation_ends_the_same():
+    """Every 19th of them; scripts/crashpoints stops before each."""
+    assert "0 faults" in proof("crashpoints", 19)
+
+
+def test_a_run_whose_file_operation_fails_ends_the_same():
+    """ENOSPC, EIO and EFBIG in turn, at every 19th operation; scripts/crashpoints fails each."""
+    assert "0 faults" in proof("failures", 19)
+
+
+def test_a_disk_whose_power_is_cut_keeps_what_was_saved(durability):
+    if reason := durability.no_powercut():
+        pytest.skip(reason)
+    assert "0 faults" in proof("powercut", 41)
+
+
+def test_a_run_killed_at_random_ends_the_same():
+    out = proof("chaos", 2)
+    assert "1 rank(s), 1 kills" in out and "2 rank(s), 1 kills" in out
+
+
+def test_what_differs_is_found(durability, ghosttrain, tiny, tmp_path):
+    """The comparison itself: two runs of other seeds are not the same."""
+    runs = []
+    for seed in (0, 1):
+        words = [*tiny, "train.max_steps=1", "run.name=run", f"seed={seed}"]
+        assert ghosttrain(*words, f"run.root={tmp_path / str(seed)}").code == 0
+        runs.append(tmp_path / str(seed) / "run")
+    assert durability.differences(runs[0], runs[0]) == []
+    found = durability.differences(*runs)
+    assert {"model.safetensors", "metrics.jsonl", "result.json"} <= {*found}
+    assert any(line.startswith("last.pt student.") for line in found)
+    (runs[0] / "card.md").write_text("other")
+    assert durability.differences(runs[0], runs[0]) == ["card.md"]
