@@ -28,7 +28,8 @@ def run(options: Namespace) -> int:
 
 
 def _evaluate(folder: Path, overrides: list[str]) -> int:
-    """Print top-1 and top-5 of the raw, EMA and fused weights of a run.
+    """Print top-1 and top-5 of the raw, EMA and fused weights of a run; return 1 where they are not
+    those of `result.json`, on the same images and with the same settings.
 
     Raises:
         UserError: no run there, or a setting that would make it another model.
@@ -53,6 +54,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     from ghosttrain.engine.student import has_fused_form
     from ghosttrain.engine.weights_file import WeightsKind
 
+    code = 0
     distributed.start()
     device = distributed.pick_device(config.launch.device)
     held_out = build_datasets(config.data)[1]
@@ -69,14 +71,21 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     if distributed.rank() == 0:
         notes = [*notes_on(held_out)]
         identity = result["data"]["held_out"] if result else None
-        if identity and identity["digest"] != held_out.identity()["digest"]:
+        same_images = identity is not None and identity["digest"] == held_out.identity()["digest"]
+        if identity and not same_images:
             notes.append(
                 f"note: these are not the held-out images of the run ({identity['images']:,} then, "
                 f"{len(held_out):,} now)"
             )
         print("\n".join([*notes, *_lines(table, difference, result)]))
+        if result and same_images and not overrides and table != result["weights"]:
+            print(
+                f"these are not the numbers of {folder / 'result.json'}: its weights, the images' "
+                f"pixels or the way they are computed ({result['device']} then) have changed"
+            )
+            code = 1
     distributed.stop()
-    return 0
+    return code
 
 
 def _lines(

@@ -22,7 +22,7 @@ from ghosttrain.engine.run_files import damaged_products, read_config, read_prov
 from ghosttrain.engine.track import read_rows
 from ghosttrain.engine.weights_file import read_weights
 from ghosttrain.errors import UserError
-from ghosttrain.files import Damaged
+from ghosttrain.files import Damaged, write_json
 from ghosttrain.models.weights.files import read_about, read_state
 
 CASES = 50
@@ -149,6 +149,12 @@ def test_a_finished_run_with_a_damaged_file_ends_as_it_was(made: Path, tmp_path,
         assert (run / "model.safetensors").read_bytes() == whole[run / "model.safetensors"]
     assert main(words) == 0 and capsys.readouterr().out.startswith("finished: ")
     assert read_config(run) == config
+    result = read_result(run)
+    other = {kind: row | {"top1": 0.0} for kind, row in result["weights"].items()}
+    assert main(["eval", str(run)]) == 0 and capsys.readouterr().out.count("as reported") == 3
+    write_json(run / "result.json", result | {"weights": other})
+    assert main(["eval", str(run)]) == 1
+    assert f"these are not the numbers of {run / 'result.json'}" in capsys.readouterr().out
     last = run / "checkpoints" / "last.pt"
     (run / "result.json").unlink()
     last.write_bytes(b"\0" * 100)

@@ -76,7 +76,24 @@ def test_a_run_stopped_at_any_step_ends_the_same(ghosttrain, tiny, tmp_path, mon
 
 def test_two_ranks_killed_within_an_epoch_end_the_same(tiny, tmp_path):
     """Running statistics differ between ranks within an epoch."""
-    words = [*tiny, *SAVING, "train.global_batch=8", "launch.nproc=2", "launch.device=cpu"]
+    kill_and_compare([*tiny, *SAVING, "train.global_batch=8"], tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks_with_stored_outputs_and_features_killed_end_the_same(
+    ghosttrain, photos, tmp_path
+):
+    """EfficientNet-Lite0 teaches; its pooled features are stored and compared too."""
+    words = [*photos, f"cache.dir={tmp_path / 'cache'}", "train.global_batch=8"]
+    store = ["cache.draws=2", "cache.shard_size=16", "cache.codec=features:8"]
+    assert ghosttrain("cache", *words, *store).code == 0
+    features = "distill.features_weight=0.5"
+    kill_and_compare([*words, features, "train.save_every=2steps", "model.dropout=0.2"], tmp_path)
+
+
+def kill_and_compare(words: list[str], tmp_path: Path) -> None:
+    """Kill a run of two ranks within its first epoch, go on, compare with one that was not."""
+    words = [*words, "launch.nproc=2", "launch.device=cpu"]
     command = [sys.executable, "-m", "ghosttrain", *words]
     root = Path(__file__).resolve().parents[2]
     whole = tmp_path / "whole"
