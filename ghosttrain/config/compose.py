@@ -290,7 +290,10 @@ def _mistake(first: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         return f"there is no setting {key!r}.{did_you_mean(key, settings_near(key))}"
     if kind == "string_pattern_mismatch":
-        return f"{key}={given} is written in another way.{about}"
+        field = field_of(key)
+        forms = (field.examples if field else None) or [first["ctx"]["pattern"]]
+        form = " or ".join(filter(None, [", ".join(forms[:-1]), forms[-1]]))
+        return f"{key}={given} is not of the form {form}.{about}"
     if given is None:
         return f"{key} is missing: type {key}=...{about}"
     hint = ""

@@ -426,7 +426,10 @@ class TrainConfig(Section):
     """Record forward and backward of the network once and start them as one CUDA graph; on a GPU,
     in runs of one process, without torch.compile."""
     save_every: str = Field(
-        "10min", pattern=r"^[1-9][0-9]*(min|steps?|epochs?)$", json_schema_extra=may_change("run")
+        "10min",
+        pattern=r"^[1-9][0-9]*(min|steps?|epochs?)$",
+        examples=["10min", "500steps", "1epoch"],
+        json_schema_extra=may_change("run"),
     )
     """When a checkpoint is written: `10min`, `500steps` (at the next row of the metrics) or
     `1epoch`; the first two also at the end of an epoch, if the last one is older than a minute."""

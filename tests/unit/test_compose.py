@@ -169,6 +169,7 @@ def test_an_own_folder_adds_groups_recipes_and_budgets(tmp_path):
         ("augment.scale_min=1.0", "augment.scale_min=1.0 is above"),
         ("data.root=/somewhere", "type data=imagenet, data=folder or data=idx"),
         ("teacher=efficientnet_lite2", "would never be asked"),
+        ("train.save_every=foo", "=foo is not of the form 10min, 500steps or 1epoch. (When a"),
         ("run.fresh=maybe", "run.fresh=maybe is not a valid boolean"),
         ("data.in_chans=1", "type data.mean=[0.3096] data.std=[0.3491]"),
         ("data.mean=[0.5]", "data.mean has 1 values for data.in_chans=3"),
@@ -183,6 +184,21 @@ def test_a_mistake_is_one_line_that_helps(override, expected):
         "augment.scale_max=0.5" if "scale_min" in override else "seed=0",
         "train.global_batch=100" if "train.global" not in override else "seed=0",
     )
+
+
+def test_the_examples_of_a_form_have_it():
+    sections = [field.annotation for field in Config.model_fields.values()]
+    kinds = [kind for kind in sections if isinstance(kind, type) and issubclass(kind, Section)]
+    examples = {
+        (kind, name): field.examples
+        for kind in kinds
+        for name, field in kind.model_fields.items()
+        if any(getattr(rule, "pattern", None) for rule in field.metadata)
+    }
+    assert examples
+    for (kind, name), values in examples.items():
+        for value in values:
+            assert getattr(kind(**{name: value}), name) == value
 
 
 def test_missing_data_root_and_imagenet_dir(tmp_path, monkeypatch):
