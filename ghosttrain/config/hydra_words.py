@@ -1,5 +1,7 @@
-"""What a command line says to Hydra itself: launcher, sweeper and its folder; the rest has a way of
-this project, which is told.
+"""Words of a command line that are settings of Hydra itself, such as `hydra/launcher=joblib`.
+
+Those of a sweep (its launcher, its sweeper, its folder) are passed to Hydra. All others would do
+nothing here and are refused; the message says what this project has in their place.
 """
 
 from __future__ import annotations

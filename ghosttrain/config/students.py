@@ -39,7 +39,7 @@ class Family(NamedTuple):
     """`model.input_stride` -> sides."""
 
 
-class Student(NamedTuple):
+class StudentRow(NamedTuple):
     """One member of a family."""
 
     family: str
@@ -69,21 +69,21 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 # ghostnetv2_* and ghostnetv3_* name one network: plain with reparam=none, branches with full.
-STUDENTS: dict[str, Student] = {
-    "ghostnetv2_100": Student("ghostnet", {"width": 1.0}),
-    "ghostnetv2_130": Student("ghostnet", {"width": 1.3}),
-    "ghostnetv2_160": Student("ghostnet", {"width": 1.6}),
-    "ghostnetv3_050": Student("ghostnet", {"width": 0.5}),
-    "ghostnetv3_100": Student("ghostnet", {"width": 1.0}),
-    "ghostnetv3_130": Student("ghostnet", {"width": 1.3}),
-    "ghostnetv3_160": Student("ghostnet", {"width": 1.6}),
-    "mobilenetv2_050": Student("mobilenetv2", {"width": 0.5}),
-    "mobilenetv2_100": Student("mobilenetv2", {"width": 1.0}),
-    "mobilenetv2_140": Student("mobilenetv2", {"width": 1.4}),
-    "shufflenetv2_050": Student("shufflenetv2", {"channels": (48, 96, 192, 1024)}),
-    "shufflenetv2_100": Student("shufflenetv2", {"channels": (116, 232, 464, 1024)}),
-    "shufflenetv2_150": Student("shufflenetv2", {"channels": (176, 352, 704, 1024)}),
-    "shufflenetv2_200": Student("shufflenetv2", {"channels": (244, 488, 976, 2048)}),
+STUDENTS: dict[str, StudentRow] = {
+    "ghostnetv2_100": StudentRow("ghostnet", {"width": 1.0}),
+    "ghostnetv2_130": StudentRow("ghostnet", {"width": 1.3}),
+    "ghostnetv2_160": StudentRow("ghostnet", {"width": 1.6}),
+    "ghostnetv3_050": StudentRow("ghostnet", {"width": 0.5}),
+    "ghostnetv3_100": StudentRow("ghostnet", {"width": 1.0}),
+    "ghostnetv3_130": StudentRow("ghostnet", {"width": 1.3}),
+    "ghostnetv3_160": StudentRow("ghostnet", {"width": 1.6}),
+    "mobilenetv2_050": StudentRow("mobilenetv2", {"width": 0.5}),
+    "mobilenetv2_100": StudentRow("mobilenetv2", {"width": 1.0}),
+    "mobilenetv2_140": StudentRow("mobilenetv2", {"width": 1.4}),
+    "shufflenetv2_050": StudentRow("shufflenetv2", {"channels": (48, 96, 192, 1024)}),
+    "shufflenetv2_100": StudentRow("shufflenetv2", {"channels": (116, 232, 464, 1024)}),
+    "shufflenetv2_150": StudentRow("shufflenetv2", {"channels": (176, 352, 704, 1024)}),
+    "shufflenetv2_200": StudentRow("shufflenetv2", {"channels": (244, 488, 976, 2048)}),
 }
 
 

@@ -30,7 +30,7 @@ def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
     return {
         "teacher": {
             name: completed(member).model_dump(mode="json", include=decisive)
-            | {"weights": weights_digest(member) or absent(member)}
+            | {"weights": network_digest(member) or absent(member)}
             for name, member in cfg.networks.items()
         },
         "teacher.average": cfg.average if len(cfg.members) > 1 else "",
@@ -98,7 +98,7 @@ def loss_note(config: Config) -> str:
     return f"distill={config.distill.name} at T = {config.distill.temperature}"
 
 
-def weights_digest(cfg: schema.PretrainedConfig) -> str | None:
+def network_digest(cfg: schema.PretrainedConfig) -> str | None:
     """Return the SHA-256 of the file of weights; None where it is not on this machine."""
     return sources.weights_digest(cfg.weights, cfg.name) if cfg.weights else None
 

@@ -51,7 +51,7 @@ class Quartiles(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
+class Timings:
     """The times of one side's part over all rounds."""
 
     cpu: tuple[float, ...]
@@ -61,7 +61,7 @@ class Measured:
         """Return what counts: CPU time on a CPU, elapsed time elsewhere."""
         return self.cpu if device.type == "cpu" else self.wall
 
-    def ratio(self, base: Measured, device: torch.device) -> float:
+    def ratio(self, base: Timings, device: torch.device) -> float:
         """Return the median over that of `base`."""
         return statistics.median(self.clock(device)) / statistics.median(base.clock(device))
 
@@ -81,7 +81,7 @@ def take_turns(
     warm_up: int,
     threads: int,
     there_and_back: bool = False,
-) -> dict[tuple[str, str], Measured]:
+) -> dict[tuple[str, str], Timings]:
     """Let the sides work in turn; return (side, part) -> times of the rounds that count.
 
     Args:
@@ -105,7 +105,7 @@ def take_turns(
     finally:
         torch.set_num_threads(threads_before)
     return {
-        key: Measured(tuple(t.cpu for t in times), tuple(t.wall for t in times))
+        key: Timings(tuple(t.cpu for t in times), tuple(t.wall for t in times))
         for key, times in found.items()
     }
 

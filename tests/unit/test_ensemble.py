@@ -17,7 +17,7 @@ from ghosttrain.config import schema
 from ghosttrain.distill.features import Network, pooled_width
 from ghosttrain.distill.pretrained import class_columns
 from ghosttrain.distill.teacher import Teacher, build_teacher, measure_teacher
-from ghosttrain.engine.cache_key import weights_digest
+from ghosttrain.engine.cache_key import network_digest
 from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model
 from ghosttrain.models.weights.packing import packed
@@ -293,10 +293,10 @@ def test_every_member_is_checked(tmp_path: Path) -> None:
 
 def test_the_digest_is_of_the_file_and_needs_no_network(tmp_path: Path) -> None:
     first, second = member(tmp_path, 1), member(tmp_path, 2)
-    assert weights_digest(first) != weights_digest(second)
+    assert network_digest(first) != network_digest(second)
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(Path(str(first.weights)).read_bytes())
-    assert weights_digest(first.model_copy(update={"weights": str(moved)})) == weights_digest(first)
-    assert weights_digest(schema.PretrainedConfig(name="test_resnet", weights="gone.pth")) is None
+    assert network_digest(first.model_copy(update={"weights": str(moved)})) == network_digest(first)
+    assert network_digest(schema.PretrainedConfig(name="test_resnet", weights="gone.pth")) is None
     hub = schema.PretrainedConfig(name="beitv2_base_patch16_224.in1k_ft_in22k_in1k", weights="hub")
-    assert weights_digest(hub) is None
+    assert network_digest(hub) is None

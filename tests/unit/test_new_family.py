@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import ReparamConfig
-from ghosttrain.config.students import FAMILIES, STUDENTS, Family, Sides, Student
+from ghosttrain.config.students import FAMILIES, STUDENTS, Family, Sides, StudentRow
 from ghosttrain.engine.load import load_run
 from ghosttrain.models.create import create_model
 from ghosttrain.models.layers import Student as StudentModule
@@ -58,7 +58,7 @@ class TinyNet(StudentModule):
 def family(monkeypatch: pytest.MonkeyPatch) -> None:
     sides = {"standard": Sides(9, 16), "small": Sides(5, 8)}
     monkeypatch.setitem(FAMILIES, "tiny", Family(__name__, "TinyNet", "body.1", sides))
-    monkeypatch.setitem(STUDENTS, NAME, Student("tiny", {"channels": 6}))
+    monkeypatch.setitem(STUDENTS, NAME, StudentRow("tiny", {"channels": 6}))
 
 
 def test_it_is_created_fused_saved_and_loaded_in_both_forms(family, tmp_path: Path) -> None:

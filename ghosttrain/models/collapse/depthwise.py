@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ghosttrain.models.collapse.step import (
     Coefficients,
+    Conv,
     Form,
-    Layer,
     Sums,
     positions,
     summed_kernel,
@@ -39,7 +39,7 @@ class Depthwise(Form):
     Kept = ShiftedStatistics
 
     @staticmethod
-    def statistics(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, ShiftedStatistics]:
+    def statistics(x: Tensor, layer: Conv) -> tuple[Tensor, Tensor, ShiftedStatistics]:
         """In one pass over x."""
         w, taps = _taps_last(layer.weight), layer.taps.double()
         shift = x[:, :, ::8].mean((0, 2, 3))
@@ -53,7 +53,12 @@ class Depthwise(Form):
 
     @staticmethod
     def output(
-        x: Tensor, layer: Layer, gain: Tensor, bias: Tensor, mean: Tensor, kept: ShiftedStatistics
+        x: Tensor,
+        layer: Conv,
+        gain: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        kept: ShiftedStatistics,
     ) -> Tensor:
         """One convolution, in full precision: its border is 0, and would not be centred."""
         kernel, short = summed_kernel(layer, gain), autocast_dtype(x)
@@ -63,7 +68,7 @@ class Depthwise(Form):
         return y if short is None else y.to(short)
 
     @staticmethod
-    def sums(x: Tensor, dy: Tensor, layer: Layer, kept: ShiftedStatistics) -> Sums:
+    def sums(x: Tensor, dy: Tensor, layer: Conv, kept: ShiftedStatistics) -> Sums:
         """From the correlation of dy with every tap; `cross` is that, (k k, C)."""
         k = layer.weight.shape[-1]
         sums = depthwise_reduce(x, dy, kept.shift, k, layer.stride)
@@ -74,7 +79,12 @@ class Depthwise(Form):
 
     @staticmethod
     def gradients(
-        x: Tensor, dy: Tensor, layer: Layer, abc: Coefficients, sums: Sums, kept: ShiftedStatistics
+        x: Tensor,
+        dy: Tensor,
+        layer: Conv,
+        abc: Coefficients,
+        sums: Sums,
+        kept: ShiftedStatistics,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """In one pass over x and dy. Its z_n are not centred: b_n mean_n moves into c_n."""
         taps, N, k = layer.taps, len(layer.weight), layer.weight.shape[-1]

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ghosttrain.models.collapse.step import (
     Coefficients,
+    Conv,
     Form,
-    Layer,
     Sums,
     as_map,
     as_rows,
@@ -46,7 +46,7 @@ class Pointwise(Form):
     Kept = Moments
 
     @staticmethod
-    def statistics(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Moments]:
+    def statistics(x: Tensor, layer: Conv) -> tuple[Tensor, Tensor, Moments]:
         """With R = mean of xc outer xc: var z_n = W_n R W_n^T."""
         rows, w, taps = as_rows(x), layer.weight.flatten(2).double(), layer.taps
         shift = rows[::8].mean(0)
@@ -61,7 +61,7 @@ class Pointwise(Form):
 
     @staticmethod
     def output(
-        x: Tensor, layer: Layer, gain: Tensor, bias: Tensor, mean: Tensor, kept: Moments
+        x: Tensor, layer: Conv, gain: Tensor, bias: Tensor, mean: Tensor, kept: Moments
     ) -> Tensor:
         """One matrix product; in a short dtype of x - shift, as gain * mean may be large."""
         kernel, short = summed_kernel(layer, gain), autocast_dtype(x)
@@ -77,7 +77,7 @@ class Pointwise(Form):
         return y
 
     @staticmethod
-    def sums(x: Tensor, dy: Tensor, layer: Layer, kept: Moments) -> Sums:
+    def sums(x: Tensor, dy: Tensor, layer: Conv, kept: Moments) -> Sums:
         """From the moment of dy and xc; `cross` is that moment, (Co, Ci)."""
         g, taps = as_rows(dy), layer.taps
         s0 = g.sum(0).double()
@@ -90,7 +90,7 @@ class Pointwise(Form):
 
     @staticmethod
     def gradients(
-        x: Tensor, dy: Tensor, layer: Layer, abc: Coefficients, sums: Sums, kept: Moments
+        x: Tensor, dy: Tensor, layer: Conv, abc: Coefficients, sums: Sums, kept: Moments
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Dx is two matrix products, of dy with the summed kernel and of x with a (Ci, Ci) one."""
         cross, taps = sums.cross, layer.taps

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ghosttrain.models.collapse.step import (
     Coefficients,
+    Conv,
     Form,
-    Layer,
     Sums,
     as_rows,
     empty_map,
@@ -33,7 +33,7 @@ class Stacked(Form):
     Kept = CentredMaps
 
     @staticmethod
-    def statistics(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, CentredMaps]:
+    def statistics(x: Tensor, layer: Conv) -> tuple[Tensor, Tensor, CentredMaps]:
         """On the maps themselves."""
         y = convolve(x, _filters(layer), None, layer.stride, layer.padding, layer.groups)
         rows = as_rows(y.contiguous(memory_format=torch.channels_last))
@@ -45,7 +45,7 @@ class Stacked(Form):
 
     @staticmethod
     def output(
-        x: Tensor, layer: Layer, gain: Tensor, bias: Tensor, mean: Tensor, kept: CentredMaps
+        x: Tensor, layer: Conv, gain: Tensor, bias: Tensor, mean: Tensor, kept: CentredMaps
     ) -> Tensor:
         """Return the maps again, weighted."""
         y = empty_map(x, gain.shape[1], layer, kept.z.dtype)
@@ -55,7 +55,7 @@ class Stacked(Form):
         return y.to(autocast_dtype(x) or x.dtype)
 
     @staticmethod
-    def sums(x: Tensor, dy: Tensor, layer: Layer, kept: CentredMaps) -> Sums:
+    def sums(x: Tensor, dy: Tensor, layer: Conv, kept: CentredMaps) -> Sums:
         """On the maps."""
         g = as_rows(dy)
         s1 = torch.stack([(g * z).sum(0) for z in kept.z.unbind(1)])
@@ -63,7 +63,7 @@ class Stacked(Form):
 
     @staticmethod
     def gradients(
-        x: Tensor, dy: Tensor, layer: Layer, abc: Coefficients, sums: Sums, kept: CentredMaps
+        x: Tensor, dy: Tensor, layer: Conv, abc: Coefficients, sums: Sums, kept: CentredMaps
     ) -> tuple[Tensor, Tensor, Tensor]:
         """By PyTorch's convolution backward, from all dz at once."""
         z, g, filters = kept.z, as_rows(dy), _filters(layer)
@@ -86,7 +86,7 @@ class Stacked(Form):
         return dx, dw.reshape(layer.weight.shape), layer.taps
 
 
-def _filters(layer: Layer) -> Tensor:
+def _filters(layer: Conv) -> Tensor:
     """(N, Co, Ci / groups, k, k) -> (N Co, Ci / groups, k, k), channels of a group together."""
     weight = layer.weight
     return (weight if layer.groups == 1 else weight.transpose(0, 1)).flatten(0, 1)

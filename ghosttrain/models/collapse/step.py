@@ -30,7 +30,7 @@ from ghosttrain.models.layers import repeats_a_forward
 from ghosttrain.models.ops import full_precision
 
 
-class Layer(NamedTuple):
+class Conv(NamedTuple):
     """Kernels and one-tap branches of a layer, and how they move over the map."""
 
     weight: Tensor
@@ -54,9 +54,9 @@ class Way(NamedTuple):
     synced: bool
     """Whether statistics are those of all processes."""
 
-    def layer(self, weight: Tensor, taps: Tensor) -> Layer:
+    def layer(self, weight: Tensor, taps: Tensor) -> Conv:
         """Return these kernels and taps as they move over the map."""
-        return Layer(weight, taps, self.stride, self.padding, self.groups)
+        return Conv(weight, taps, self.stride, self.padding, self.groups)
 
 
 class Sums(NamedTuple):
@@ -89,25 +89,25 @@ class Form:
     """Named tuple of the tensors that `statistics` keeps for the other three."""
 
     @staticmethod
-    def statistics(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Any]:
+    def statistics(x: Tensor, layer: Conv) -> tuple[Tensor, Tensor, Any]:
         """Return mean and biased variance of every z_n, (N + M, Co) float64, and what to keep."""
         raise NotImplementedError
 
     @staticmethod
     def output(
-        x: Tensor, layer: Layer, gain: Tensor, bias: Tensor, mean: Tensor, kept: Any
+        x: Tensor, layer: Conv, gain: Tensor, bias: Tensor, mean: Tensor, kept: Any
     ) -> Tensor:
         """Return sum_n gain_n z_n + bias, in the dtype that autocast gives a convolution."""
         raise NotImplementedError
 
     @staticmethod
-    def sums(x: Tensor, dy: Tensor, layer: Layer, kept: Any) -> Sums:
+    def sums(x: Tensor, dy: Tensor, layer: Conv, kept: Any) -> Sums:
         """Return the sums of the backward."""
         raise NotImplementedError
 
     @staticmethod
     def gradients(
-        x: Tensor, dy: Tensor, layer: Layer, abc: Coefficients, sums: Sums, kept: Any
+        x: Tensor, dy: Tensor, layer: Conv, abc: Coefficients, sums: Sums, kept: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of x, weight and taps; an empty one of these is its own gradient."""
         raise NotImplementedError
@@ -220,13 +220,13 @@ def rows_as_map(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(B, H, W, -1).permute(0, 3, 1, 2)
 
 
-def positions(x: Tensor, layer: Layer) -> Tensor:
+def positions(x: Tensor, layer: Conv) -> Tensor:
     """P, positions of the output, as a float64 tensor."""
     H, W = _sides(x, layer)
     return torch.full((), len(x) * H * W, dtype=torch.double, device=x.device)
 
 
-def empty_map(x: Tensor, channels: int, layer: Layer, dtype: torch.dtype | None = None) -> Tensor:
+def empty_map(x: Tensor, channels: int, layer: Conv, dtype: torch.dtype | None = None) -> Tensor:
     """Return an output map to be filled: no view, so that what follows may work in place."""
     return torch.empty(
         (len(x), channels, *_sides(x, layer)),
@@ -236,7 +236,7 @@ def empty_map(x: Tensor, channels: int, layer: Layer, dtype: torch.dtype | None 
     )
 
 
-def summed_kernel(layer: Layer, gain: Tensor) -> Tensor:
+def summed_kernel(layer: Conv, gain: Tensor) -> Tensor:
     """Return sum_n gain_n W_n, taps at the centre: (Co, Ci / groups, k, k)."""
     weight, taps = layer.weight, layer.taps
     gain = gain.to(weight.dtype)
@@ -248,7 +248,7 @@ def summed_kernel(layer: Layer, gain: Tensor) -> Tensor:
     return kernel
 
 
-def _sides(x: Tensor, layer: Layer) -> tuple[int, int]:
+def _sides(x: Tensor, layer: Conv) -> tuple[int, int]:
     """Height and width of the output."""
     return -(-x.shape[2] // layer.stride), -(-x.shape[3] // layer.stride)
 
