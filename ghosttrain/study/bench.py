@@ -53,12 +53,12 @@ def bench(names: Sequence[str], overrides: Sequence[str], options: Options) -> s
         shown = ", ".join(f"bench {name}" for name in DEFAULTS)
         raise UserError(f"bench needs one of: python -m ghosttrain {shown}")
     (part,) = names
+    config = compose(["budget=full", *DEFAULTS[part], *overrides], trains=False).config
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         if key not in (*READ[part], f"{READ[part][0]}.name", "launch.device"):
             known = ", ".join(f"{name}=" for name in (*READ[part], "launch.device"))
             raise UserError(f"{override!r} does nothing in bench {part}: it reads {known}")
-    config = compose(["budget=full", *DEFAULTS[part], *overrides], trains=False).config
     if config.model.source != "ghosttrain":
         raise UserError(f"bench {part} is for this project's students, not {config.model.name}")
     for key in ("rounds", "threads", "images"):

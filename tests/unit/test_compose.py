@@ -157,7 +157,7 @@ def test_an_own_folder_adds_groups_recipes_and_budgets(tmp_path):
         ("train=1", "'train' is a section"),
         ("train.epochs", "is not key=value"),
         ("seed=1,2", "add -m"),
-        ("~teacher", "is not key=value"),
+        ("~teacher", "settings cannot be deleted"),
         ("~teacher=none", "cannot be deleted"),
         ("data=folder", "type data.root=/path"),
         ("data.mean=[", "cannot read"),
