@@ -134,11 +134,10 @@ def before_operation(number: int, root: Path, act: Callable[[], object]) -> Call
             return real_os_open(path, flags, *args, **options)  # type: ignore[arg-type]
 
         def watched_fsync(handle: int) -> None:
-            with suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{handle}").startswith(str(root)):
-                    is_file = os.path.isfile(f"/proc/self/fd/{handle}")
-                    writable = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-                    count(handle=handle if is_file and writable else None)
+            link = f"/proc/self/fd/{handle}"
+            if os.readlink(link).startswith(str(root)):
+                writable = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+                count(handle=handle if os.path.isfile(link) and writable else None)
             real_fsync(handle)
 
         builtins.open, os.open, os.fsync = watched_open, watched_os_open, watched_fsync  # type: ignore[assignment]
