@@ -44,7 +44,16 @@ EXT4_IOC_SHUTDOWN, WITHOUT_FLUSHING_THE_LOG = 0x8004587D, 2
 
 
 def differences(run: Path, whole: Path) -> list[str]:
-    """Return what differs between two finished runs, apart from times."""
+    """Return what differs between two finished runs, apart from times, or cannot be read."""
+    from ghosttrain.errors import UserError
+
+    try:
+        return _differences(run, whole)
+    except (UserError, OSError) as error:
+        return [str(error)]
+
+
+def _differences(run: Path, whole: Path) -> list[str]:
     from ghosttrain.engine.checkpoint import content_digests, read_checkpoint
     from ghosttrain.engine.run_files import damaged_products, read_result
     from ghosttrain.engine.track import read_rows

@@ -68,3 +68,6 @@ def test_what_differs_is_found(durability, ghosttrain, tiny, tmp_path):
     assert any(line.startswith("last.pt student.") for line in found)
     (runs[0] / "card.md").write_text("other")
     assert durability.differences(runs[0], runs[0]) == ["card.md"]
+    (runs[0] / "checkpoints" / "last.pt").write_bytes(b"")
+    (line,) = durability.differences(runs[0], runs[1])
+    assert "last.pt is damaged" in line
