@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 def listed(items: Iterable[object], most: int = 3, joiner: str = ", ") -> str:
@@ -19,6 +23,12 @@ def one_line(value: object) -> str:
     """
     text = " ".join(str(value).split())
     return text or (type(value).__name__ if isinstance(value, BaseException) else "")
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return where the first value that pydantic refuses stands, and why."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def clock(seconds: float) -> str:

@@ -37,6 +37,8 @@ SMALL = [
     "tracker.log_every=1", "launch.device=cpu", "run.name=run",
 ]  # fmt: skip
 """2 epochs of 2 steps, each step of several micro-batches; a checkpoint after every step."""
+LOG = Path(tempfile.gettempdir()) / "ghosttrain-durability.log"
+"""Where the commands write their errors."""
 EXT4_IOC_SHUTDOWN, WITHOUT_FLUSHING_THE_LOG = 0x8004587D, 2
 
 
@@ -106,9 +108,6 @@ def forked(words: list[str], before: Callable[[], object] = lambda: None) -> int
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-LOG = Path(tempfile.gettempdir()) / "ghosttrain-durability.log"
 
 
 def before_operation(number: int, root: Path, act: Callable[[], object]) -> Callable[[], object]:

@@ -51,7 +51,7 @@ from ghosttrain.files import (
     write_text,
 )
 from ghosttrain.models.weights.packing import packed
-from ghosttrain.text import one_line
+from ghosttrain.text import first_fault, one_line
 
 FORMAT = 1
 LARGEST = 64_000_000
@@ -446,8 +446,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return first_fault(error)
     if isinstance(error, KeyError):
         return f"no {error}"
     return one_line(error)[:120]

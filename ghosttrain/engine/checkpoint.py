@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
@@ -23,11 +22,13 @@ from torch import Tensor
 from ghosttrain.errors import UserError, raise_if_of_the_system
 from ghosttrain.files import replacing, sync_folder
 from ghosttrain.models.weights.packing import tensor_digest
-from ghosttrain.text import one_line
+from ghosttrain.text import first_fault, one_line
 
 Checkpoint = dict[str, Any]
 """What `TrainState.snapshot` returns."""
 NEWEST = "last.pt"
+MOST = 100
+"""Checkpoints that `train.keep` may keep."""
 
 
 class _Content(BaseModel, arbitrary_types_allowed=True):
@@ -84,15 +85,13 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, Path, list[str]] | None
         UserError: there are some, and none is whole.
         OSError: one cannot be read now: no permission, no memory, a failing disk.
     """
-    ages = sorted(int(p.stem.partition("-")[2] or 0) for p in folder.glob("last*.pt")
-                  if p.name == NEWEST or p.stem.partition("-")[2].isdecimal())  # fmt: skip
     notes: list[str] = []
-    for age in ages:
-        path = folder / (f"last-{age}.pt" if age else NEWEST)
+    there = [path for path in generations(folder, MOST) if path.exists()]
+    for path in there:
         try:
             return read_checkpoint(path), path, notes
         except UserError as error:
-            if age == ages[-1]:
+            if path == there[-1]:
                 raise
             notes.append(f"{str(error).partition('; move it')[0]}: the one before is used")
     return None
@@ -102,7 +101,7 @@ def set_damaged_aside(folder: Path, used: Path | None) -> None:
     """Give the checkpoints newer than `used`, which are damaged, another name: the next one to be
     written must not put them in the place of the good one.
     """
-    for path in generations(folder, sys.maxsize):
+    for path in generations(folder, MOST):
         if used is None or path == used:
             return
         with suppress(FileNotFoundError):
@@ -138,9 +137,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         _Content.model_validate(saved, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged ({where}: {first['msg']}); {remedy}") from None
+        raise UserError(f"{path} is damaged ({first_fault(error)}); {remedy}") from None
     return saved
 
 

@@ -86,7 +86,7 @@ def continued(folder: Path, config: Config, notes: list[str]) -> Config:
         return config
     config = with_extensions(_with_known(config, old), old.train.extended_at)
     before, now = (_apart_from_data(run_settings(each)) for each in (old, config))
-    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    changed = _changed(before, now)
     if not changed:
         return config
     longer = config.train.epochs > old.train.epochs and config.train.max_steps is None
@@ -109,16 +109,16 @@ def validate_settings(folder: Path, before: Mapping[str, Any], config: Config) -
     if config.train.extended_at:
         free = ("train.epochs", "train.extended_at")
         before, now = ({k: v for k, v in each.items() if k not in free} for each in (before, now))
-    if before != now:
+    if _changed(before, now):
         raise _other_settings(folder, before, now)
 
 
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
 def _other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> UserError:
-    changes = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
-    ]
+    changes = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in _changed(before, now)]
     return UserError(
         f"{folder} holds a run with other settings "
         f"({listed(changes, 4, joiner='; ')}); choose another run.name or "

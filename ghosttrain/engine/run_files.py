@@ -19,7 +19,7 @@ from yaml.events import AliasEvent
 from ghosttrain.config.schema import Config
 from ghosttrain.errors import UserError
 from ghosttrain.files import Damaged, file_digest, read_json, read_limited, write_json, write_text
-from ghosttrain.text import one_line
+from ghosttrain.text import first_fault, one_line
 
 LARGEST = 1_000_000
 """Bytes that a small file may have."""
@@ -191,6 +191,5 @@ def without_remedy(error: UserError) -> str:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return first_fault(error)
     return one_line(error).partition(" [type=")[0][:200]

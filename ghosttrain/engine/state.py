@@ -82,11 +82,9 @@ class TrainState:
     def tensors(self) -> list[Tensor]:
         """Return every tensor that a checkpoint holds."""
         modules = (self.network.student, self.network.projection, self.ema.model)
-        states = (tensors for tensors in self.optimizer.state.values())
-        return [
-            *(t.detach() for module in modules for t in module.state_dict().values()),
-            *(t for state in states for t in state.values() if isinstance(t, Tensor)),
-        ]
+        weights = [t.detach() for module in modules for t in module.state_dict().values()]
+        kept = [t for each in self.optimizer.state.values() for t in each.values()]
+        return weights + [t for t in kept if isinstance(t, Tensor)]
 
     def bytes(self) -> int:
         """Return about how large a checkpoint becomes: an optimizer keeps two tensors a weight."""
@@ -104,8 +102,7 @@ class TrainState:
         fit_saved(self.network.projection, saved["projection"], path)
         fit_saved(self.ema.model, saved["ema"]["model"], path)
         self.ema.updates = saved["ema"]["updates"]
-        if saved["optimizer"]:
-            self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.load_state_dict(saved["optimizer"])
         if len(saved["buffers"]) > 1:
             self._restore_buffers(saved["buffers"])
         self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]

@@ -136,12 +136,13 @@ class Tracker:
                 folder, start_step, evaluates_first=plan.is_evaluated(start_step)
             ),
         )
-        damaged = read_rows(folder)[1]
+        rows, damaged = read_rows(folder)
         self._attempt(METRICS, self.metrics.flush)
         if damaged:
             self.say(f"{METRICS}: {counted(damaged, 'damaged row')} left out")
-        steps = (row["step"] for row in read_metrics(folder) if row["kind"] == "train")
-        if (last := max(steps, default=0)) < start_step:  # a checkpoint is written at a row
+        steps = (row["step"] for row in rows if row["kind"] == "train")
+        last = max((step for step in steps if step <= start_step), default=0)
+        if last < start_step:  # a checkpoint is written at a row
             self.say(f"{METRICS}: the rows after step {last} to step {start_step} are lost")
         asked, mode = config.tracker.wandb, wandb_mode(config)
         if mode != "off":

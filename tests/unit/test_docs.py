@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from helpers import load_script
 
 from ghosttrain.cli import VERBS, find_verb, parse
 from ghosttrain.config.compose import cells, compose
@@ -74,10 +74,7 @@ def test_files_and_links_exist(page: Path) -> None:
 
 
 def test_what_is_generated_is_what_it_would_be() -> None:
-    spec = importlib.util.spec_from_file_location("docs", ROOT / "scripts" / "docs.py")
-    assert spec is not None and spec.loader is not None
-    docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(docs)
+    docs = load_script("docs")
     generated = docs.configuration()
     assert TEXTS[ROOT / "docs" / "configuration.md"] == generated, "type: python scripts/docs.py"
     rows = docs.measured()
