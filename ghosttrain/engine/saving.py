@@ -59,8 +59,9 @@ class Saver:
         self.path, self.keep, self.patience = folder / NEWEST, config.keep, 60 * config.patience
         self.device, self.sync_rows, self.say = device, sync_rows, say
         self.step, self.since = step, time.monotonic()
-        self.good = self.tried = self.since
+        self.tried = self.since
         self.failure: BaseException | None = None
+        self.failing_since: float | None = None
         self.writer: threading.Thread | None = None
         self.newest: Checkpoint | None = None
         self.others: dict[Path, bytes] = {}
@@ -154,8 +155,9 @@ class Saver:
                 write_checkpoint(self.path, newest, self.keep)
         except BaseException as error:  # said, or raised, by the thread that trains
             self.failure = error
+            self.failing_since = self.failing_since or self.tried
             return
-        self.good, self.failure, self.newest = time.monotonic(), None, None
+        self.failure = self.failing_since = self.newest = None
 
     def _is_writing(self) -> bool:
         return self.writer is not None and self.writer.is_alive()
@@ -177,7 +179,7 @@ class Saver:
         )
 
     def _raise_if_over(self, now: float) -> None:
-        if now - self.good > self.patience:
+        if self.failing_since is not None and now - self.failing_since > self.patience:
             raise UserError(
                 f"no checkpoint could be written for {self.patience / 60:g} minutes "
                 f"(train.patience): {self.failure}"

@@ -161,6 +161,7 @@ def test_a_finished_run_with_a_damaged_file_ends_as_it_was(made: Path, tmp_path,
     assert main(words) == 0  # the one before is used: the steps after it run again
     out = capsys.readouterr().out
     assert f"{last} is damaged (" in out and "the one before is used" in out
+    assert (last.parent / "damaged-last.pt").read_bytes() == b"\0" * 100  # not kept as a good one
     assert read_result(run)["weights"] == before["weights"]
     assert (run / "model.safetensors").read_bytes() == whole[run / "model.safetensors"]
     shutil.rmtree(run)

@@ -127,6 +127,24 @@ def test_a_failed_write_is_said_and_tried_again_until_patience_ends(tmp_path, cl
         one.is_due(5)
 
 
+def test_patience_begins_with_the_first_failure(tmp_path, clock, monkeypatch):
+    """Checkpoints two hours apart: the first one that fails is tried again all the same."""
+
+    def full(*args):
+        raise UserError("cannot write last.pt (No space left on device)")
+
+    one = saver(tmp_path, save_every="120min")
+    clock.now += 7200
+    monkeypatch.setattr(saving, "write_checkpoint", full)
+    one.save(1, lambda: checkpoint(step=1))
+    one.writer.join()
+    clock.now += 60
+    assert one.is_due(2)
+    clock.now += 30 * 60
+    with pytest.raises(UserError, match="for 30 minutes"):
+        one.is_due(3)
+
+
 def test_a_bug_in_the_writer_is_raised(tmp_path, monkeypatch):
     def bug(*args):
         raise TypeError("a bug")
