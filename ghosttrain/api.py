@@ -10,7 +10,7 @@ from ghosttrain.config.compose import compose as compose_run
 from ghosttrain.config.hydra_words import split_words
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import run_folder
-from ghosttrain.engine.identify import identified
+from ghosttrain.engine.identify import settled
 from ghosttrain.engine.launch import launch
 from ghosttrain.errors import UserError
 
@@ -47,6 +47,6 @@ def train(config: Config) -> Path:
             f"launch.nproc={config.launch.nproc}: train() trains in this process; type the command"
             " python -m ghosttrain, or launch.nproc=1"
         )
-    known = _composed.get(config.model_dump_json())
-    launch(known or Composed(config, (), {}, (), ()))
-    return run_folder(identified(config))
+    known = _composed.get(config.model_dump_json()) or Composed(config, (), {}, (), ())
+    launch(known)
+    return run_folder(settled(known))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from sklearn import metrics
 from torch import Tensor, nn
 
 from ghosttrain.cli import main
@@ -79,6 +80,7 @@ def run(images: Path, root: Path, *settings: str) -> int:
                 "distill=none",
                 "augment=none",
                 "data=folder",
+                "budget=full",
                 f"data.root={images}",
                 f"data.train_size={SIDE}",
                 f"data.eval_size={SIDE}",
@@ -205,15 +207,27 @@ def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def accuracy(images: Path, weights: dict[str, Tensor]) -> dict[str, float]:
-    """Return top-1, top-5 and n of the held-out images."""
+    """Return what a result holds of the held-out images, in scikit-learn's numbers."""
     x, labels = pixels(images, "val")
     model = Plain(CLASSES).eval()
     model.load_state_dict(weights)
     with torch.no_grad():
-        best = np.argsort(-model(x).numpy(), axis=1, kind="stable")
-    hits = best == labels[:, None]
+        logits = model(x)
+    best = np.argsort(-logits.numpy(), axis=1, kind="stable")
+    hits, guess = best == labels[:, None], best[:, 0]
+    chances = logits.double().softmax(1).numpy()
     top1, top5 = int(hits[:, 0].sum()), int(hits[:, :5].sum())
-    return {"top1": 100 * top1 / len(x), "top5": 100 * top5 / len(x), "n": len(x)}
+    edges = np.digitize(chances.max(1), np.linspace(0, 1, 16)[1:-1])
+    gaps = [abs((hits[:, 0] - chances.max(1))[edges == b].sum()) for b in range(15)]
+    return {
+        "top1": 100 * top1 / len(x),
+        "top5": 100 * top5 / len(x),
+        "n": len(x),
+        "balanced": 100 * metrics.balanced_accuracy_score(labels, guess),
+        "macro_f1": 100 * metrics.f1_score(labels, guess, average="macro"),
+        "ece": 100 * sum(gaps) / len(x),
+        "loss": metrics.log_loss(labels, chances, labels=range(CLASSES)),
+    }
 
 
 def difference(first: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -96,12 +96,16 @@ def some_result(config: object, **parts: object) -> dict:
     """What `result.json` may hold of a run with these settings."""
     from ghosttrain.config.identity import settings_hash
 
-    tops = {"top1": 12.5, "top5": 50.0, "n": 8}
+    tops = {"top1": 12.5, "top5": 50.0, "n": 8, "balanced": 10.0, "macro_f1": 9.0, "ece": 5.0,
+            "loss": 2.0}  # fmt: skip
+    classes = {"names": ["a", "b"], "images": [6, 2], "recall": [0.0, 50.0],
+               "precision": [None, 12.5], "confusion": [[0, 6], [1, 1]]}  # fmt: skip
     half = {"images": 8, "digest": "x"}
     sizes = ("params_train", "params_fused", "macs_train", "macs_fused", "eval_size")
     whole = {
         "headline": "ema",
         "weights": {name: tops for name in ("raw", "ema")},
+        "classes": classes,
         "best": {"top1": 12.5, "epoch": 1},
         "fuse_max_diff": 0.0,
         "model": {"name": "ghostnetv3_100", **dict.fromkeys(sizes, 1)},
@@ -111,6 +115,7 @@ def some_result(config: object, **parts: object) -> dict:
         "data": {"train": half, "held_out": half},
         "settings": settings_hash(config),
         "seed": config.seed,
+        "notes": [],
         "files": {},
     }
     assert parts.keys() <= whole.keys()

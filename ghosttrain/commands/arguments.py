@@ -14,7 +14,8 @@ from ghosttrain.errors import UserError, did_you_mean
 OPTIONS_WITH_VALUE = (
     *("-c", "--cfg", "-p", "--package", "--info", "-cd", "--config-dir", "--out", "--to"),
     *("-sc", "--shell-completion"),
-    *("--rounds", "--threads", "--forwards", "--images"),
+    *("--rounds", "--threads", "--forwards", "--images", "--steps"),
+    *("--top", "--batch", "--csv", "--json", "--picture", "--weights"),
 )
 """Options that take the next word: it is no verb, even where it is called like one."""
 
@@ -120,6 +121,13 @@ def folders_and_overrides(
         if "=" not in word or Path(word).exists() or ("/" in word.partition("=")[0] and not groups)
     ]
     return folders, [word for word in words if word not in folders]
+
+
+def validate_counts(**counts: int) -> None:
+    """Refuse numbers of options (`top`: that of `--top`) below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"--{name} {count}: give a whole number of 1 or more")
 
 
 def one_folder(verb: str, folders: Sequence[str]) -> Path:

@@ -71,11 +71,13 @@ def _settings(folders: list[str], overrides: list[str], config_dir: str | None) 
     """
     from ghosttrain.config.compose import compose, override_saved
     from ghosttrain.config.schema import LaunchConfig
+    from ghosttrain.engine.identify import with_view_of_weights
     from ghosttrain.engine.run_files import read_config, without_remedy
     from ghosttrain.files import expanded
 
     if not folders:
-        config = compose(overrides, config_dir, trains=False).config
+        composed = compose(overrides, config_dir, trains=False)
+        config = with_view_of_weights(composed.config, composed.free)
         if config.distill.name == "none":
             raise UserError("cache stores a teacher's outputs: type distill=soft_ce teacher=NAME")
         if config.cache.dir is None:

@@ -5,12 +5,15 @@ reported.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ghosttrain import ranks
 from ghosttrain.commands.arguments import Arguments, folders_and_overrides, one_folder
-from ghosttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from ghosttrain.engine.evaluate import Evaluation
 
 ARGUMENTS = Arguments(
     "eval",
@@ -37,7 +40,6 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     from ghosttrain.config.compose import override_saved
     from ghosttrain.config.schema import LaunchConfig
     from ghosttrain.engine.run_files import read_config, read_result
-    from ghosttrain.engine.same_data import renamed
 
     saved, result = read_config(folder), read_result(folder)
     alone = saved.model_copy(update={"launch": LaunchConfig()})  # however many processes trained it
@@ -50,7 +52,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     from ghosttrain.data.datasets import build_datasets, notes_on
     from ghosttrain.engine import distributed
     from ghosttrain.engine.evaluate import HeldOutImages, evaluate
-    from ghosttrain.engine.load import classes_of, load_run
+    from ghosttrain.engine.load import load_run, validate_classes
     from ghosttrain.engine.student import has_fused_form
     from ghosttrain.engine.weights_file import WeightsKind
 
@@ -58,16 +60,13 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     distributed.start()
     device = distributed.pick_device(config.launch.device)
     held_out = build_datasets(config.data)[1]
-    if (classes := classes_of(folder)) != held_out.classes:
-        raise UserError(
-            f"{held_out.source} has other classes than {folder} was trained on "
-            f"({renamed(classes, held_out.classes)}): type data.root=/the/data/it/was/trained/on"
-        )
+    validate_classes(folder, held_out)
+    classes = held_out.classes
     kinds: list[WeightsKind] = ["raw", "ema", *(("fused",) if has_fused_form(config) else ())]
     models = {str(kind): load_run(folder, kind).to(device) for kind in kinds}
     batch = config.train.eval_batch or config.train.micro_batch or config.train.global_batch
     with HeldOutImages(held_out, config, device, batch) as held_images:
-        table, difference = evaluate(models, held_images, device)
+        found = evaluate(models, held_images, device, len(classes))
     if distributed.rank() == 0:
         notes = [*notes_on(held_out)]
         identity = result["data"]["held_out"] if result else None
@@ -77,27 +76,41 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
                 f"note: these are not the held-out images of the run ({identity['images']:,} then, "
                 f"{len(held_out):,} now)"
             )
-        print("\n".join([*notes, *_lines(table, difference, result)]))
-        if result and same_images and not overrides and table != result["weights"]:
+        print("\n".join([*notes, *_lines(found, classes, result)]))
+        as_reported = result is None or _counted(found.table) == _counted(result["weights"])
+        if same_images and not overrides and not as_reported:
+            then = (result or {}).get("device", "elsewhere")
             print(
                 f"these are not the numbers of {folder / 'result.json'}: its weights, the images' "
-                f"pixels or the way they are computed ({result['device']} then) have changed"
+                f"pixels or the way they are computed ({then} then) have changed"
             )
             code = 1
     distributed.stop()
     return code
 
 
-def _lines(
-    table: dict[str, dict[str, float]], difference: float, result: dict[str, Any] | None
-) -> list[str]:
-    lines = [f"{'weights':<10}{'top-1 %':>9}{'top-5 %':>9}{'images':>9}"]
-    for name, row in table.items():
-        reported = (result or {}).get("weights", {}).get(name)
-        note = "" if reported is None else "   as reported"
-        if reported not in (None, row):
-            note = f"   reported: {reported['top1']:.2f}"
-        lines.append(f"{name:<10}{row['top1']:>9.2f}{row['top5']:>9.2f}{row['n']:>9.0f}{note}")
-    if "fused" in table:
-        lines.append(f"fused vs unfused: largest difference of a logit {difference:.1e}")
+def _counted(table: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
+    """Return what is the same to the last bit where the same images are hits."""
+    return {
+        name: tuple(row[key] for key in ("top1", "top5", "n", "balanced", "macro_f1"))
+        for name, row in table.items()
+    }
+
+
+def _lines(found: Evaluation, classes: list[str], result: dict[str, Any] | None) -> list[str]:
+    from ghosttrain.engine.metrics import class_lines, class_record, table_lines, verdict
+
+    reported = _counted((result or {}).get("weights", {}))
+    notes = {}
+    for name, row in _counted(found.table).items():
+        if name in reported:
+            same = reported[name] == row
+            notes[name] = "   as reported" if same else f"   reported: {reported[name][0]:.2f}"
+    record = class_record(found.counts["ema"], classes)
+    lines = [f"{sum(record['images']):,} images"]
+    lines += table_lines(found.table, len(classes), notes)
+    lines += class_lines(record)
+    lines.append(verdict(found.table["ema"]["top1"], record))
+    if "fused" in found.table:
+        lines.append(f"fused vs unfused: largest difference of a logit {found.difference:.1e}")
     return lines

@@ -26,7 +26,9 @@ ARGUMENTS = with_config_dir(
         "section of settings (optim, teacher, ...): type, default, bounds and meaning of each.",
     )
 )
-VERB_NAMES = ("train", "eval", "fuse", "report", "cache", "bench", "version")
+VERB_NAMES = (
+    "train", "eval", "fuse", "predict", "wrong", "report", "lr_find", "cache", "bench", "version",
+)  # fmt: skip
 ALSO_SECTIONS = ("train", "cache")
 """Verbs that a section of settings is called like: their help shows both."""
 
@@ -45,7 +47,11 @@ verbs (python -m ghosttrain VERB --help: all about one)
   eval RUN          evaluate a run again, exactly; data.root= and launch.nproc= may differ
   fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere;
                     --to timm or torchvision: weights for their network of the same name)
+  predict RUN IMG.. classify images and folders of them (--csv, --json, --picture FILE)
+  wrong RUN         the held-out images it is most certain of and wrong about: wrong.png
   report RUN...     results side by side: mean and standard deviation over seeds
+                    (report.metrics=top1,balanced,ece,recall:CLASS: the columns)
+  lr_find           a short run in which the learning rate rises: a picture, and which to take
   cache             store the teacher's outputs once (cache.dir=D cache.draws=E); --dry-run only
                     measures; cache D --repair, cache D --inspect
   bench             time and memory: bench step, bench optim, bench distill

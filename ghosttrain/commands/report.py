@@ -10,9 +10,10 @@ from ghosttrain.errors import UserError
 
 ARGUMENTS = Arguments(
     "report",
-    "RUN ...",
+    "RUN ... [report.metrics=top1,balanced,recall:CLASS,...]",
     "Print the results of runs side by side: mean and standard deviation over seeds. A RUN is a\n"
-    "run folder, or a folder that holds some.",
+    "run folder, or a folder that holds some. report.metrics names the columns: top1, top5,\n"
+    "balanced, macro_f1, ece, loss, raw_top1, fused_top1, recall:CLASS, precision:CLASS.",
     takes_folders=True,
 )
 
@@ -20,11 +21,15 @@ ARGUMENTS = Arguments(
 def run(options: Namespace) -> int:
     """Print the table; return 0."""
     folders, overrides = folders_and_overrides(options.words)
-    if overrides:
-        raise UserError(f"report takes run folders, not {overrides[0]!r}")
+    metrics: list[str] = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key != "report.metrics":
+            raise UserError(f"report takes run folders and report.metrics=A,B, not {text!r}")
+        metrics = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
     if not folders:
         raise UserError("report needs run folders: python -m ghosttrain report runs/compact_kd/*")
     from ghosttrain.study.report import report
 
-    print(report([Path(folder) for folder in folders]))
+    print(report([Path(folder) for folder in folders], metrics))
     return 0

@@ -36,6 +36,7 @@ from ghosttrain import ranks
 from ghosttrain.config.distillation import validate_cache_settings, validate_loss, validate_teacher
 from ghosttrain.config.identity import changeable, field_of, flatten, unflatten, validate_run_name
 from ghosttrain.config.names import (
+    KEYS,
     MEMBERS,
     NAME_A_MEMBER,
     Layer,
@@ -75,6 +76,9 @@ class Composed:
     """The command line again, for processes that this run starts."""
     hydra_overrides: tuple[str, ...]
     """The overrides Hydra saw: what `--info` needs to show the same composition."""
+    free: frozenset[str] = frozenset()
+    """Settings that neither the command line nor a recipe nor a budget names: weights to start from
+    may say them (`identify.settled`)."""
 
 
 def compose(
@@ -98,6 +102,8 @@ def compose(
         user_groups = {
             o.key_or_group: str(o.value()) for o in user if o.key_or_group in names.groups
         }
+        if _pick(user, "teacher.run") is not None:
+            user_groups.setdefault("teacher", "run")
         recipes = names.recipes(_pick(user, "recipe"))
         bases = [layer for layer in recipes if not layer.name.startswith("ablation/")]
         ablations = [layer for layer in recipes if layer not in bases]
@@ -106,21 +112,21 @@ def compose(
         typed = Layer("typed", user_groups)
         strongest = merged_layer("strongest", [without, *ablations, typed]).groups
         choice = _pick(user, "budget") or without.values.get("budget")
-        budget = names.budget(choice, strongest)
+        recipe = "+".join(layer.name for layer in (*bases, *ablations)) or "none"
+        names_of_it = {"recipe": recipe, "budget": "full"}
+        layers = [defaults, *bases, *ablations, typed]
+        tree, chosen, passed = _composed(names, layers, user, names_of_it)
+        before = flatten(tree) | chosen
+        budget = names.budget(choice, strongest, _typed(tree).model_dump())
         # A budget picks a smaller teacher; it does not give one to a recipe that has none.
         unused = {group for group, choice in without.groups.items() if choice == "none"}
         smaller = {g: choice for g, choice in budget.groups.items() if g not in unused}
         budget = replace(budget, groups=smaller)
-        recipe = "+".join(layer.name for layer in (*bases, *ablations)) or "none"
-        names_of_it = {"recipe": recipe, "budget": budget.name}
-        layers = [defaults, *bases, budget, *ablations, typed]
-        tree, chosen, passed = _composed(names, layers, user, names_of_it)
-        config = _typed(tree)
-        before: dict[str, Any] = {}
-        if budget.groups or budget.values:
-            layers.remove(budget)
-            before, groups_before, _ = _composed(names, layers, user, names_of_it)
-            before = flatten(before) | groups_before
+        if budget.groups or budget.values or budget.name != "full":
+            names_of_it["budget"] = budget.name
+            layers = [defaults, *bases, budget, *ablations, typed]
+            tree, chosen, passed = _composed(names, layers, user, names_of_it)
+        config = _with_teacher_of_run(_typed(tree))
     named = {o.key_or_group for o in user}
     if "optim.lr" in named and "optim.lr_batch" not in named:
         config = _replace(config, "optim", lr_batch=None)  # typed by hand: used as typed
@@ -132,14 +138,17 @@ def compose(
             f"{asked[0]} would never be asked, because distill=none; type distill=soft_ce (or kl) "
             "too"
         )
-    config = _replace(config, "data", root=_data_root(config))
+    config = _replace(config, "data", **_data_paths(config.data))
     config = _replace(config, "cache", dir=_absolute(config.cache.dir))
     _check(config, names, chosen, trains)
     if config.model.source == "timm":  # it has no branches: no setting of them tells runs apart
         config = config.model_copy(update={"reparam": PLAIN})
     replaced = _replaced(budget, before, flatten(tree) | chosen)
     arguments = (*overrides, *(("--config-dir", config_dir) if config_dir else ()))
-    return Composed(config, replaced, chosen, arguments, passed)
+    set_by = {*named, *(key for layer in layers for key in flatten(layer.values)),
+              *(key for key in flatten(budget.values))}  # fmt: skip
+    free = frozenset(key for key in KEYS if key not in set_by)
+    return Composed(config, replaced, chosen, arguments, passed, free)
 
 
 def cells(
@@ -183,6 +192,55 @@ def override_saved(config: Config, overrides: Sequence[str], use: Use) -> Config
     changed = _typed(tree)
     _validate_root_is_read(changed.data)
     return changed
+
+
+def _validate_split(data: DataConfig) -> None:
+    """Refuse settings of a split, or of a table, that would do nothing.
+
+    Raises:
+        UserError: naming the setting and what to type.
+    """
+    files = data.name in ("folder", "table")
+    here = {"data.split": data.split, "data.fold": data.fold}
+    given = [f"{key}={value}" for key, value in here.items() if value is not None]
+    if given and not files:
+        raise UserError(f"{given[0]} is for data=folder and data=table, not for data={data.name}")
+    if len(given) > 1:
+        raise UserError(f"{given[0]} and {given[1]} both hold images out: leave one of them out")
+    if data.fold is not None and data.fold >= data.folds:
+        raise UserError(f"data.fold={data.fold} of data.folds={data.folds}: they count from 0")
+    default = DataConfig()
+    for key in ("group_by", "split_seed", "near_duplicates", "folds"):
+        value = getattr(data, key)
+        if value != getattr(default, key) and not given:
+            raise UserError(
+                f"data.{key}={value} says how one set is split: type data.split=0.2 too"
+            )
+    if data.group_by is not None:
+        try:
+            re.compile(data.group_by)
+        except re.error as error:
+            raise UserError(
+                f"data.group_by={data.group_by} is no regular expression: {error}"
+            ) from None
+    if data.name != "table":
+        for key in ("table", "split_column", "path_column", "label_column"):
+            if getattr(data, key) != getattr(default, key):
+                raise UserError(
+                    f"data.{key}={getattr(data, key)} is for data=table, not data={data.name}"
+                )
+        return
+    if not data.table:
+        raise UserError("data=table needs its file: type data.table=FILE.csv (or .jsonl)")
+    if not Path(data.table).is_file():
+        raise UserError(f"data.table={data.table}: no such file; give a .csv or .jsonl file")
+    if bool(given) == bool(data.split_column):
+        both = f"{given[0]} and data.split_column={data.split_column} both" if given else ""
+        raise UserError(
+            f"{both} say what is held out: leave one of them out"
+            if both
+            else "data=table: say what is held out: type data.split=0.2, or data.split_column=NAME"
+        )
 
 
 def _validate_root_is_read(data: DataConfig) -> None:
@@ -313,9 +371,42 @@ def _replace(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def _data_root(config: Config) -> str | None:
-    root = config.data.root
-    if root is None and config.data.name == "imagenet":
+def _with_teacher_of_run(config: Config) -> Config:
+    """Return the settings with the folder `teacher.run` as the teacher's weights, which say the
+    rest.
+    """
+    teacher = config.teacher
+    if teacher.run is None:
+        return config
+    if teacher.weights or teacher.name:
+        given = f"teacher.weights={teacher.weights}" if teacher.weights else "teacher.name"
+        raise UserError(
+            f"teacher.run={teacher.run} and {given} both name a teacher: leave one of them out"
+        )
+    if not (expanded(teacher.run) / "config.yaml").is_file():
+        raise UserError(
+            f"teacher.run={teacher.run} is no run folder: give that of a finished run, as its last "
+            "line names it"
+        )
+    return _replace(config, "teacher", run=None, weights=_absolute(teacher.run))
+
+
+def _data_paths(data: DataConfig) -> dict[str, str | None]:
+    """Return the absolute `root` and `table`: a table is looked for here, then below the root; a
+    root that is not given is the table's folder.
+    """
+    root = _data_root(data)
+    table = _absolute(data.table)
+    if data.table and root and not Path(str(table)).is_file():
+        table = _absolute(str(Path(root) / data.table))
+    if table and root is None and data.name == "table":
+        root = str(Path(table).parent)
+    return {"root": root, "table": table}
+
+
+def _data_root(data: DataConfig) -> str | None:
+    root = data.root
+    if root is None and data.name == "imagenet":
         root = os.environ.get("IMAGENET_DIR") or None
     return _absolute(root)
 
@@ -350,6 +441,11 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             f"train.sync_bn=true is for this project's students, not for timm's {model.name}; type "
             "train.sync_bn=false"
         )
+    if model.freeze != "none" and model.weights is None:
+        raise UserError(
+            f"model.freeze={_shown(model.freeze)} would keep random weights: type "
+            "model.weights=FILE, RUN, hub or efficientnet-lite, or model.freeze=none"
+        )
     elsewhere = model.weights in (None, *NAMED_SOURCES)
     if not elsewhere and not expanded(str(model.weights)).exists():
         raise UserError(
@@ -381,6 +477,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
                 f"data.in_chans={data.in_chans}; type {remedy}"
             )
     _validate_root_is_read(data)
+    _validate_split(data)
     if data.name != "digits":
         if not data.root:
             variable = " or set IMAGENET_DIR" if data.name == "imagenet" else ""
@@ -394,6 +491,16 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
                 f"cache.dir={config.cache.dir} lies among the images of data.root={data.root}; "
                 "type another folder"
             )
+    if data.balance != "none" and config.cache.dir:
+        raise UserError(
+            f"data.balance={data.balance} draws images more than once in an epoch, of which "
+            "cache.dir holds one output: type data.balance=none (and train.class_weights=balanced)"
+        )
+    if not isinstance(model.freeze, str) and config.train.cuda_graph:
+        raise UserError(
+            "train.cuda_graph=true records one backward, but model.freeze changes what learns: "
+            "type train.cuda_graph=false, or one word for model.freeze"
+        )
     if not trains:
         return
     processes = ranks.world_size(config.launch.nproc)

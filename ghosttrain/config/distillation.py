@@ -33,6 +33,8 @@ def validate_teacher(
     """
     members = teacher.members
     if distill.name != "none" and not (_is_named(teacher) or members):
+        if chosen == "run":
+            raise UserError("teacher=run needs teacher.run=RUN, the folder of a finished run")
         if chosen == "file":
             raise UserError(
                 "teacher=file needs weights: type teacher.weights=PATH (the folder of a finished "

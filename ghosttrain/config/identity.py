@@ -75,7 +75,7 @@ def settings_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-DIGESTS = {"root": "digest", "dir": "digest", "weights": "weights_digest"}
+DIGESTS = {"root": "digest", "table": "digest", "dir": "digest", "weights": "weights_digest"}
 """Last part of a setting that is a path -> that of the setting which stands for it, once known."""
 
 

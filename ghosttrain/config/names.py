@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ghosttrain.config.identity import field_of, flatten, unflatten
 from ghosttrain.config.schema import Config, MemberConfig
+from ghosttrain.config.small import LIMIT, computed, training_images
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import expanded, shipped
 from ghosttrain.text import listed
@@ -347,24 +348,43 @@ class Names:
             raise UserError(f"{path.name}: no {group} is called {value!r}.{hint}")
         return group, str(value)
 
-    def budget(self, choice: Any, chosen: dict[str, str]) -> Layer:
-        """Return the named budget, or the one called like the data set, or none.
+    def budget(self, choice: Any, chosen: dict[str, str], settings: Mapping[str, Any]) -> Layer:
+        """Return the named budget, or the one called like the data set, or `small` for few images,
+        or none.
 
-        `overrides` always count; those under `only_with: {GROUP=CHOICE: [...]}` only with it.
+        `overrides` always count; those under `only_with: {GROUP=CHOICE: [...]}` only with it. They
+        may name values that are computed from the number of images (`small.computed`).
+
+        Args:
+            choice: the name that was typed, or None.
+            chosen: group -> file.
+            settings: what was composed without a budget.
         """
         data = chosen["data"]
-        name = str(choice) if choice else data if data in self.choices("budget") else "full"
+        images = training_images(settings["data"]) if choice in (None, "small") else None
+        found = "small" if images is not None and images < LIMIT else "full"
+        name = str(choice) if choice else data if data in self.choices("budget") else found
         if name not in self.choices("budget"):  # a recipe may name one too
             raise UserError(
                 f"no budget is called {name!r}.{did_you_mean(name, self.choices('budget'))}"
             )
         body = _load_yaml(_find([d / "budget" for d in self.conf], name))
+        values_of: dict[str, str] = {}
+        if name == "small":
+            if images is None:
+                raise UserError(
+                    f"budget=small counts the images of data=folder and data=table, not of data="
+                    f"{data}: type budget=full"
+                )
+            pretrained = settings["model"]["weights"] is not None
+            seen = body["images_seen_pretrained" if pretrained else "images_seen"]
+            values_of = computed(images, seen)
         lines = list(body.get("overrides", []))
         for condition, conditional in body.get("only_with", {}).items():
             group, _, wanted = condition.partition("=")
             lines += conditional if chosen.get(group) == wanted else []
         groups, values = {}, {}
-        for override in self.parse(lines):
+        for override in self.parse([line.format(**values_of) for line in lines]):
             key = override.key_or_group
             if key in self.groups:
                 groups[key] = str(override.value())

@@ -7,6 +7,7 @@ differ between a run and what is done with it later is marked by `may_change`.
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 from itertools import pairwise
@@ -73,6 +74,35 @@ class Section(BaseModel):
     )
 
 
+FREEZES = r"none|backbone|bn|stages:[1-9][0-9]*"
+
+
+def _freeze(value: Any) -> Any:
+    """Check what is frozen, or a list of `[share, what]` points; points become tuples."""
+    points = value if isinstance(value, list | tuple) else [[0, value]]
+    good = bool(points) and all(
+        isinstance(point, list | tuple)
+        and len(point) == 2
+        and type(point[0]) in (int, float)
+        and 0 <= point[0] < 1
+        and isinstance(point[1], str)
+        and re.fullmatch(FREEZES, point[1])
+        for point in points
+    )
+    if not good or any(a[0] >= b[0] for a, b in pairwise(points)) or points[0][0] != 0:
+        raise PydanticCustomError(
+            "freeze",
+            "none, backbone, stages:N or bn, nor a list [[share of the run, one of these], ...] "
+            "whose shares rise from 0",
+        )
+    if points is value:
+        return tuple((float(share), what) for share, what in points)
+    return value
+
+
+Freeze = Annotated[str | tuple[tuple[float, str], ...], BeforeValidator(_freeze)]
+
+
 class ModelConfig(Section):
     """Which network is trained."""
 
@@ -87,6 +117,10 @@ class ModelConfig(Section):
     `efficientnet-lite`; null starts from a random initialisation."""
     weights_digest: str | None = None
     """Of their file: stands for its path in what tells runs apart; set by the command."""
+    freeze: Freeze = "none"
+    """What does not learn: `none`, `backbone` (all but the classifier), `stages:N` (the stem and
+    the first N stages), `bn` (batch norms and their statistics); or by share of the run:
+    `[[0,backbone],[0.2,none]]` trains the classifier first."""
     input_stride: Literal["standard", "small"] = "standard"
     """Stride of the stem: `standard` 2, as published; `small` 1, for images of 32x32 or so."""
 
@@ -163,6 +197,9 @@ class TeacherConfig(PretrainedConfig):
     `teacher=ensemble teacher.members.A.name=... teacher.members.B.name=...`.
     """
 
+    run: str | None = Field(None, json_schema_extra=may_change("cache"))
+    """Folder of a finished run that teaches: its weights, which say name, image size, normalisation
+    and classes."""
     members: dict[MemberName, MemberConfig] = {}
     """The networks of an ensemble by a name of your choice, each with the settings of a teacher
     (name, weights, input_size, mean, std) and its `weight`."""
@@ -255,9 +292,9 @@ class CacheConfig(Section):
 class DataConfig(Section):
     """Images and labels; what an image looks like when it reaches the network."""
 
-    name: Literal["digits", "folder", "imagenet", "idx"] = "digits"
+    name: Literal["digits", "folder", "imagenet", "idx", "table"] = "digits"
     """`digits` is embedded; `folder` and `imagenet` read `root/train/<class>/*`; `idx` reads IDX
-    files."""
+    files; `table` reads a CSV or JSON-lines file of paths and labels."""
     root: str | None = Field(None, json_schema_extra=may_change("eval", "cache"))
     """Folder of the data; `imagenet` falls back to the environment variable IMAGENET_DIR."""
     digest: str | None = None
@@ -267,6 +304,33 @@ class DataConfig(Section):
     """Folder (or IDX prefix) of the training images under `root`."""
     val_split: str = Field("val", json_schema_extra=may_change("eval"))
     """Folder (or IDX prefix) of the held-out images under `root`."""
+    val_classes: Literal["all", "subset"] = "all"
+    """`all`: every class must have held-out images; `subset`: some may lack them."""
+    split: float | None = Field(None, gt=0, lt=1)
+    """Share of every class that is held out, where `root/<class>/*` or a table is one set; null: it
+    comes as two."""
+    fold: int | None = Field(None, ge=0)
+    """In the place of `split`: which of `folds` equal parts is held out, from 0. A sweep over
+    `data.fold=0,1,2,3,4` tries all; `report` averages them."""
+    folds: int = Field(5, ge=2)
+    """Number of parts for `fold`."""
+    split_seed: int = Field(0, ge=0, lt=2**63)
+    """Another seed holds other images out."""
+    group_by: str | None = None
+    """Regular expression on the path below `root`: images in which its first group (without one,
+    all of it) is the same text are of one object and stay in one half."""
+    near_duplicates: Literal["count", "together", "ignore"] = "count"
+    """Images of one set that look alike: `count` says how many lie in both halves, `together` keeps
+    them in one."""
+    table: str | None = Field(None, json_schema_extra=may_change("eval", "cache"))
+    """CSV or JSON-lines file with a header: a row for every image."""
+    path_column: str = "path"
+    """Column of the table: path of the image, below `root` (default: the table's folder)."""
+    label_column: str = "label"
+    """Column of the table: name of the class."""
+    split_column: str | None = None
+    """Column of the table that says `train_split` or `val_split`; rows that say another word are
+    left out."""
     train_size: int = Field(224, ge=8)
     """Side of a training image in pixels."""
     eval_size: int = Field(224, ge=8, json_schema_extra=may_change("eval"))
@@ -284,6 +348,9 @@ class DataConfig(Section):
     max_pixels: int = Field(178_956_970, ge=1, json_schema_extra=may_change("run", "eval", "cache"))
     """Pixels (width x height) of the largest image that is decoded: a file of a few kilobytes can
     claim gigabytes. The default is Pillow's own limit."""
+    balance: Literal["none", "sqrt", "uniform"] = "none"
+    """How often the images of a class are drawn in an epoch: as often as there are (`none`),
+    equally often for every class (`uniform`), or in proportion to the root of their number."""
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), strict=False)
     """Channel means, on pixels in [0, 1]."""
     std: tuple[float, ...] = Field((0.229, 0.224, 0.225), strict=False)
@@ -345,6 +412,9 @@ class OptimConfig(Section):
     """LAMB, AdamW: decay of the second moment."""
     eps: float = Field(1e-6, gt=0)
     """LAMB, AdamW: added to the root of the second moment."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of a block as a share of that of the block after it: the classifier has `lr`,
+    the first layers the least."""
     clip_grad: float | None = Field(None, gt=0)
     """Clip the global gradient norm to this value; null is off."""
 
@@ -352,7 +422,9 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over the run, changed every optimizer step."""
 
-    name: Literal["cosine", "constant"] = "cosine"
+    name: Literal["cosine", "constant", "exponential"] = "cosine"
+    """`cosine` falls, `constant` stays; `exponential` rises from warmup_lr_ratio over the whole run
+    (`lr_find`)."""
     warmup_epochs: float = Field(5.0, ge=0)
     """Epochs of linear warm-up from warmup_lr_ratio to the peak."""
     warmup_lr_ratio: float = Field(1e-3, ge=0, le=1)
@@ -398,6 +470,21 @@ class LaunchConfig(Section):
     """`auto` takes CUDA if there is one."""
 
 
+def _class_weights(value: Any) -> Any:
+    """Check `none`, `balanced` or a list of positive numbers, which becomes a tuple of floats."""
+    if value in ("none", "balanced"):
+        return value
+    numbers = isinstance(value, list | tuple) and all(type(x) in (int, float) for x in value)
+    if not numbers or not value or not all(0 < x <= sys.float_info.max for x in value):
+        raise PydanticCustomError(
+            "class_weights", "none, balanced, nor a list of numbers above 0, one for each class"
+        )
+    return tuple(float(x) for x in value)
+
+
+ClassWeights = Annotated[str | tuple[float, ...], BeforeValidator(_class_weights)]
+
+
 class TrainConfig(Section):
     """Length, batch and numerics of the run."""
 
@@ -414,6 +501,12 @@ class TrainConfig(Section):
     """Images per forward pass and rank (what batch norm sees); null: global_batch / ranks."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Smoothing of the labels in the cross-entropy."""
+    class_weights: ClassWeights = "none"
+    """Weight of each class in the cross-entropy to the labels: `none`, `balanced` (all classes
+    weigh the same in sum), or a list in the order of the classes' names."""
+    focal_gamma: float = Field(0.0, ge=0)
+    """Focal loss (https://arxiv.org/abs/1708.02002): the cross-entropy times (1 - p)^gamma, which
+    leaves the images that are easy; its paper takes 2. 0 is off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast of forward and backward; `auto`: bf16 on CUDA, fp32 on CPU."""
     channels_last: bool = True
@@ -438,6 +531,9 @@ class TrainConfig(Section):
     patience: float = Field(30, ge=0, json_schema_extra=may_change("run"))
     """Minutes for which checkpoints that cannot be written (a full disk) are tried again before the
     run ends."""
+    best_by: Literal["top1", "balanced"] = "top1"
+    """Which held-out accuracy names the best epoch on the way: `top1`, or `balanced`, the mean
+    recall of the classes, where some have many more images than others."""
     eval_every: int = Field(1, ge=1, json_schema_extra=may_change("run"))
     """Epochs between two evaluations of the EMA weights; the last epoch always is."""
     eval_batch: int | None = Field(None, ge=1, json_schema_extra=may_change("run", "eval", "cache"))

@@ -24,6 +24,7 @@ from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -228,18 +229,19 @@ class _Samples(TorchDataset[Any]):
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | _Failure | _Parcel:
         draw_number, indices = key
+        images = len(self.dataset)  # a larger number: the image once more (`balanced_order`)
         try:
             samples = [
-                self.transform(partial(self.dataset.open, index), draw_number, index)
+                self.transform(partial(self.dataset.open, index % images), draw_number, index)
                 for index in indices
             ]
             cached = None if self.cached is None else self.cached(draw_number, indices)
         except UserError as error:
             return _Failure(str(error))
-        images, *views = map(_stacked, zip(*samples, strict=True))
+        pixels, *views = map(_stacked, zip(*samples, strict=True))
         batch = Batch(
-            images,
-            torch.from_numpy(self.dataset.labels[indices]),
+            pixels,
+            torch.from_numpy(self.dataset.labels[np.array(indices) % images]),
             torch.tensor(indices),
             dict(zip(self.views, views, strict=True)),
             cached,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from ghosttrain.errors import UserError
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of splitmix64
 _ORDER = 1  # keeps these seeds apart from what others mix from the same (seed, epoch)
+_BALANCE = 7  # the streams of augment.py lie between
 
 
 def mix(*ints: int) -> int:
@@ -44,6 +46,38 @@ def mix(*ints: int) -> int:
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """Return this epoch's permutation (n,); the global random state is neither read nor moved."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(mix(_ORDER, seed, epoch)))
+
+
+def balanced_order(labels: np.ndarray, balance: str, seed: int, epoch: int) -> Tensor:
+    """Return this epoch's samples (N,) where classes are drawn by `data.balance`.
+
+    Number s stands for image s mod N, drawn for the (s div N)-th time: a rare image that is drawn
+    twice in an epoch is augmented in two ways. A class of q draws an epoch goes through its images
+    in one permutation after the other, so that all of them are seen equally often.
+
+    Args:
+        labels: (N,) class of every image.
+        balance: `uniform`, or `sqrt`: in proportion to the root of a class's number of images.
+        seed: the run's `seed`.
+        epoch: from 0.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    n = len(labels)
+    weights = np.ones(len(counts)) if balance == "uniform" else np.sqrt(counts)
+    shares = n * weights / weights.sum()
+    draws = np.floor(shares).astype(int)
+    draws[np.argsort(draws - shares, kind="stable")[: n - draws.sum()]] += 1
+    samples = []
+    for label, count, quota in zip(classes.tolist(), counts.tolist(), draws.tolist(), strict=True):
+        images = torch.from_numpy(np.flatnonzero(labels == label))
+        first, last = divmod(epoch * quota, count)[0], -(-((epoch + 1) * quota) // count)
+        rounds = [
+            images[epoch_order(count, mix(_BALANCE, seed, label), turn)] + n * (turn - first)
+            for turn in range(first, last)
+        ]
+        begin = epoch * quota - first * count
+        samples.append(torch.cat(rounds)[begin : begin + quota] if rounds else images[:0])
+    return torch.cat(samples)[epoch_order(n, seed, epoch)]
 
 
 def steps_per_epoch(
@@ -89,6 +123,7 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     start_step: int = 0,
+    order: Tensor | None = None,
 ) -> Iterator[list[int]]:
     """Return this rank's micro-batches of one epoch, from global step `start_step` on.
 
@@ -101,6 +136,7 @@ def train_batches(
         rank: this process, in [0, world).
         world: processes.
         start_step: global steps of this epoch already done.
+        order: the samples of this epoch (n,); None: `epoch_order`.
 
     Raises:
         UserError: `global_batch` exceeds `n`.
@@ -110,7 +146,7 @@ def train_batches(
     if global_batch % chunk:
         raise ValueError(f"{global_batch=} is no multiple of {micro_batch=} x {world=}")
     stop = steps_per_epoch(n, global_batch) * global_batch
-    order = epoch_order(n, seed, epoch)
+    order = epoch_order(n, seed, epoch) if order is None else order
     starts = range(start_step * global_batch + rank * micro_batch, stop, chunk)
     return (order[start : start + micro_batch].tolist() for start in starts)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghosttrain.config import losses
@@ -19,6 +18,7 @@ from ghosttrain.data.loader import Batch
 from ghosttrain.distill.losses import LossInputs, agreement, at, evaluate_loss
 from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.engine.evaluate import evaluate
+from ghosttrain.engine.label_loss import label_loss
 from ghosttrain.engine.teacher_source import TeacherSource
 from ghosttrain.engine.train import Task
 
@@ -32,6 +32,7 @@ def loss_terms(
     classes: Sequence[str],
     epoch: int,
     progress: float,
+    class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the terms of one micro-batch: mix it, ask the teacher, compare (`objective`).
 
@@ -43,10 +44,11 @@ def loss_terms(
         classes: names of the K classes.
         epoch: from 0; Mixup and CutMix draw anew in each.
         progress: share of the run that is done, in [0, 1].
+        class_weights: (K,), of the labels' term; None: all are 1.
     """
     images, views, targets = mixed(batch, len(classes), config.augment, epoch)
     teacher_output = teacher(images, views, batch.cached)
-    return objective(config, progress, network, teacher_output, images, targets)
+    return objective(config, progress, network, teacher_output, images, targets, class_weights)
 
 
 def objective(
@@ -56,6 +58,7 @@ def objective(
     teacher_output: TeacherOutput | None,
     images: Tensor,
     targets: Tensor,
+    class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return every term of the loss by name, weighted, and their sum as "loss".
 
@@ -69,13 +72,14 @@ def objective(
         teacher_output: for these images, or None.
         images: (B, C, H, W) as the student sees them.
         targets: (B, K) class probabilities of the labels.
+        class_weights: (K,), of the labels' term; None: all are 1.
     """
     distill = config.distill
     logits, student_BF = network(images)
     # At least float32, whatever autocast says; a network in float64 keeps its precision.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.to(logits.dtype)
-    label = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
+    label = label_loss(config.train, logits, targets, class_weights)
     terms = {"label": at(distill.label_weight, progress) * label}
     if teacher_output is None:
         return terms | {"loss": terms["label"]}

@@ -1,16 +1,20 @@
-"""Exact top-1 and top-5 of several models over one pass of the held-out images.
+"""Exact accuracy of several models over one pass of the held-out images: what is counted. What is
+made of the counts: `metrics.py`.
 
-Legend: B batch, K classes. Every image is counted once, whatever the number of ranks: ranks may
-hold different numbers of images, and counts are added as integers.
+Legend: B batch, K classes, T true class, P predicted class. Every image is counted
+once, whatever the number of ranks: ranks may hold different numbers of images, and counts are added
+as integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config
@@ -18,10 +22,22 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import Batch, eval_loader
 from ghosttrain.data.order import eval_batches, eval_indices
 from ghosttrain.engine import distributed
+from ghosttrain.engine.metrics import BINS, MOST_CONFUSED, UNIT, Counts, row_of
 from ghosttrain.models.reparam import using_forward
 
 Table = dict[str, dict[str, float]]
-"""Name of a model -> "top1" and "top5" in per cent, "n" images."""
+"""Name of a model -> accuracies in per cent, by `metrics.row_of`; "n" images."""
+
+
+class Evaluation(NamedTuple):
+    """What was measured of several models on the held-out images."""
+
+    table: Table
+    difference: float
+    """Largest absolute difference between a logit of "ema" and of "fused"; 0 where one is
+    missing."""
+    counts: dict[str, Counts]
+    """Name of a model -> what was counted."""
 
 
 class HeldOutImages:
@@ -59,17 +75,33 @@ def try_first_batch(model: nn.Module, held_images: HeldOutImages) -> None:
     Raises:
         UserError: an image is broken.
     """
-    training = model.training
-    model.eval()
-    for batch in held_images.first_batch():
-        model(batch.images)
-    model.train(training)
+    with evaluating(model):
+        for batch in held_images.first_batch():
+            model(batch.images)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode within the block, and every module of them back as it was: some may
+    be frozen while the others train.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.inference_mode()
 def evaluate(
-    models: Mapping[str, nn.Module], batches: Iterable[Batch], device: torch.device
-) -> tuple[Table, float]:
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    device: torch.device,
+    num_classes: int,
+) -> Evaluation:
     """Evaluate all models on the same batches, in float32 and eval mode.
 
     Args:
@@ -77,36 +109,63 @@ def evaluate(
             compared.
         batches: images (B, C, H, W), labels (B,), ... of this rank.
         device: where the models are.
-
-    Returns:
-        name -> {"top1": per cent, "top5": per cent, "n": images}, and the largest absolute
-        difference between a logit of "ema" and of "fused" (0 when either is missing).
+        num_classes: K.
     """
-    modes = {name: model.training for name, model in models.items()}
-    for model in models.values():
-        model.eval()
-    counts = torch.zeros(len(models), 3, dtype=torch.int64, device=device)
+    tallies = {name: _Tally(num_classes, device) for name in models}
     largest = torch.zeros((), device=device)
     # Branch by branch beside the fused weights: one fold against another would prove nothing.
     together = nn.ModuleList(models.values())
-    with using_forward(together, "branches") if "fused" in models else nullcontext():
+    branches = using_forward(together, "branches") if "fused" in models else nullcontext()
+    with evaluating(*models.values()), branches:
         for images, labels, *_ in batches:
             logits = {name: model(images).float() for name, model in models.items()}
-            for row, logits_BK in zip(counts, logits.values(), strict=True):
-                better = classes_before(logits_BK, labels)
-                row[0] += (better < 1).sum()
-                row[1] += (better < 5).sum()
-                row[2] += len(labels)
+            for name, logits_BK in logits.items():
+                tallies[name].add(logits_BK, labels)
             if "ema" in logits and "fused" in logits:
                 largest = torch.maximum(largest, (logits["ema"] - logits["fused"]).abs().max())
-    for name, model in models.items():
-        model.train(modes[name])
-    distributed.all_sum(counts)
+    counts = {name: tally.counts() for name, tally in tallies.items()}
     distributed.all_max(largest)
-    table = {}
-    for name, (first, five, n) in zip(models, counts.tolist(), strict=True):
-        table[name] = {"top1": 100 * first / max(n, 1), "top5": 100 * five / max(n, 1), "n": n}
-    return table, largest.item()
+    table = {name: row_of(each) for name, each in counts.items()}
+    return Evaluation(table, largest.item(), counts)
+
+
+class _Tally:
+    """Counts of one model, on the device: no batch waits for them."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        K = num_classes
+        self.K, self.pairs = K, K * K if K <= MOST_CONFUSED else 0
+        self.sizes = (K, K, K, 2, BINS, BINS, BINS, self.pairs)
+        self.all = torch.zeros(sum(self.sizes), dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (B, K), labels (B,)."""
+        images, predicted, hits, sums, *bins, pairs = self.all.split(self.sizes)
+        before = classes_before(logits, labels)
+        hit = before < 1
+        best = torch.where(hit, labels, logits.argmax(dim=1))
+        loss = F.cross_entropy(logits.double(), labels, reduction="none")
+        confidence = logits.double().softmax(dim=1).amax(dim=1).nan_to_num(0)
+        units = (confidence * UNIT).round().long()
+        which = (units * BINS // UNIT).clamp(max=BINS - 1)
+        one = torch.ones_like(labels)
+        images.index_add_(0, labels, one)
+        predicted.index_add_(0, best, one)
+        hits.index_add_(0, labels, hit.long())
+        sums[0] += (before < 5).sum()
+        sums[1] += (loss.nan_to_num(0, 0, 0).clamp(max=2**20) * UNIT).round().long().sum()
+        for total, values in zip(bins, (one, hit.long(), units), strict=True):
+            total.index_add_(0, which, values)
+        if self.pairs:
+            pairs.index_add_(0, labels * self.K + best, one)
+
+    def counts(self) -> Counts:
+        """Return the counts of all ranks."""
+        whole = distributed.all_sum(self.all).cpu()
+        images, predicted, hits, sums, *bins, pairs = (x.numpy() for x in whole.split(self.sizes))
+        top5, loss = sums.tolist()
+        confusion = pairs.reshape(self.K, self.K) if self.pairs else None
+        return Counts(images, predicted, hits, top5, loss, np.stack(bins), confusion)
 
 
 def classes_before(logits: Tensor, labels: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from typing import Any
 
 from ghosttrain.config.identity import run_name, run_settings, settings_hash
 from ghosttrain.config.schema import Config
+from ghosttrain.engine.metrics import WORDS, class_lines, table_lines, verdict
 from ghosttrain.engine.run_files import (
     read_config,
     read_provenance,
@@ -271,13 +272,15 @@ def made_by_other_code(folder: Path) -> str | None:
 
 def result_lines(result: dict[str, Any]) -> list[str]:
     """Return the final table of a run, one string per line."""
-    lines = [f"{'weights':<10}{'top-1 %':>9}{'top-5 %':>9}"]
-    for name, row in result["weights"].items():
-        mark = "   <- the result" if name == result["headline"] else ""
-        lines.append(f"{name:<10}{row['top1']:>9.2f}{row['top5']:>9.2f}{mark}")
-    best, form = result["best"], result["model"]
+    classes, best, form = result["classes"], result["best"], result["model"]
+    lines = table_lines(
+        result["weights"], len(classes["names"]), {result["headline"]: "   <- the result"}
+    )
+    lines += class_lines(classes)
+    lines.append(verdict(result["weights"][result["headline"]]["top1"], classes))
+    by = "balanced" if "balanced" in best else "top1"
     lines.append(
-        f"best EMA on the way: {best['top1']:.2f} % top-1 after epoch {best['epoch']} "
+        f"best EMA on the way: {best[by]:.2f} % {WORDS[by]} after epoch {best['epoch']} "
         "(not the result: the held-out set chose it)"
     )
     sizes = f"{form['params_train'] / 1e6:.3f} M parameters, {form['macs_train'] / 1e6:.1f} M MACs"
@@ -291,7 +294,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     lines.append(
         f"time {clock(result['seconds'])}; {result['images_per_second']:.0f} images/s in training"
     )
-    return lines
+    return lines + result["notes"]
 
 
 def _version(name: str) -> str | None:

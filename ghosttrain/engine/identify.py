@@ -13,15 +13,18 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ghosttrain.config.schema import NAMED_SOURCES, Config
+from ghosttrain.config.compose import Composed
+from ghosttrain.config.schema import NAMED_SOURCES, Config, DataConfig
 from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.data.datasets.splitting import SPLIT_SETTINGS, is_split_here
 from ghosttrain.errors import UserError
 from ghosttrain.files import Damaged, expanded, file_digest, read_json, write_json
 
@@ -29,6 +32,60 @@ YOUNG_NS = 2_000_000_000
 """Nanoseconds: a folder changed so shortly before it was listed may change again unseen."""
 LARGEST = 256_000_000
 """Bytes of what is kept of a listing: a million folders take 100 MB."""
+
+
+def settled(composed: Composed) -> Config:
+    """Return the settings of a run as it is trained: what the weights it starts from say of their
+    images, and digests in the place of paths.
+    """
+    return identified(with_view_of_weights(composed.config, composed.free))
+
+
+def with_view_of_weights(config: Config, free: Collection[str]) -> Config:
+    """Return the settings with the image size and normalisation of `model.weights`, where nothing
+    in `free` was set: a pretrained network sees images as it was trained to.
+
+    The embedded digits and IDX files keep theirs, which are measured.
+    """
+    model, data = config.model, config.data
+    if model.weights is None or data.name not in ("folder", "table", "imagenet"):
+        return config
+    about = _about_weights(config)
+    size, chans = about["input_size"], data.in_chans
+    values: dict[str, Any] = {"interpolation": about["interpolation"]}
+    values |= {"train_size": size, "eval_size": size}
+    values |= {k: about[k] for k in ("mean", "std") if about[k] and len(about[k]) == chans}
+    taken = {k: v for k, v in values.items() if v is not None and f"data.{k}" in free}
+    if "train_size" not in taken or "eval_size" not in taken:  # one of them is set: both are
+        taken = {k: v for k, v in taken.items() if not k.endswith("_size")}
+    return config.model_copy(update={"data": DataConfig(**{**data.model_dump(), **taken})})
+
+
+def _about_weights(config: Config) -> dict[str, Any]:
+    """Return size, mean, std and interpolation of the images that weights were trained on; None for
+    what is not known.
+    """
+    weights, name = str(config.model.weights), config.model.name
+    keys = ("input_size", "mean", "std", "interpolation")
+
+    def find() -> tuple[dict[str, Any], Iterable[Path]]:
+        from ghosttrain.models.weights.sources import about_weights, timm_info, weights_path
+
+        if weights in NAMED_SOURCES:
+            about, files = timm_info(name), []
+        else:
+            about, files = about_weights(weights), [weights_path(weights, None, "model.weights")]
+        return {key: getattr(about, key) for key in keys}, files
+
+    kept = expanded(config.run.root) / ".listed"
+    try:
+        return _remembered(kept, f"about {weights} {name} {_timm_version()}", find)
+    except (UserError, OSError):  # said when the weights are read
+        return dict.fromkeys(keys)
+
+
+def _timm_version() -> str:
+    return metadata.version("timm")
 
 
 def identified(config: Config) -> Config:
@@ -76,11 +133,16 @@ def data_listing(config: Config) -> dict[str, Any]:
     def listing() -> tuple[dict[str, Any], Iterable[Path]]:
         halves = build_datasets(data)
         train, held_out = (_half(half) for half in halves)
-        text = json.dumps([halves[0].classes, *(each.pop("counts") for each in (train, held_out))])
+        counts = [each.pop("counts") for each in (train, held_out)]
+        if is_split_here(data):  # folds of one set are the same data
+            counts = [[sum(both) for both in zip(*counts, strict=True)]]
+        text = json.dumps([halves[0].classes, *counts])
         found = {"digest": _short(text), "train": train, "held_out": held_out}
         return found, [Path(os.fsdecode(path)) for half in halves for path in half.listed]
 
-    name = [data.name, _real(str(data.root)), data.train_split, data.val_split]
+    table = data.table and _real(data.table)
+    decide = {*SPLIT_SETTINGS, "path_column", "label_column"}
+    name = [data.name, _real(str(data.root)), table, data.model_dump(mode="json", include=decide)]
     return _remembered(kept, json.dumps(name), listing)
 
 

@@ -20,7 +20,7 @@ from ghosttrain.engine.folder import (
     result_lines,
     run_folder,
 )
-from ghosttrain.engine.identify import identified
+from ghosttrain.engine.identify import settled
 from ghosttrain.engine.run_files import damaged_products, read_result, without_remedy, write_config
 from ghosttrain.engine.same_data import validate_result
 from ghosttrain.engine.spawn import spawn
@@ -30,7 +30,7 @@ from ghosttrain.terminal import go_on_without
 
 def launch(composed: Composed) -> int:
     """Train, finish or show this run; return the exit code."""
-    config, notes = identified(composed.config), replaced_lines(composed)
+    config, notes = settled(composed), replaced_lines(composed)
     folder = run_folder(config)
     result = None if config.run.fresh else _finished(folder, config, notes)
     if result is not None:

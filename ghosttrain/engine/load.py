@@ -7,8 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from ghosttrain.config.schema import Config
+from ghosttrain.data.datasets import Dataset
 from ghosttrain.engine.checkpoint import Checkpoint, newest_checkpoint
+from ghosttrain.engine.predict import give_predictions
 from ghosttrain.engine.run_files import read_config
+from ghosttrain.engine.same_data import renamed
 from ghosttrain.engine.state import fit_saved, student_weights
 from ghosttrain.engine.student import build_student, has_fused_form
 from ghosttrain.engine.weights_file import WeightsKind, read_weights
@@ -19,6 +22,9 @@ from ghosttrain.models.reparam import fuse
 
 def load_run(folder: str | Path, weights: WeightsKind = "ema") -> nn.Module:
     """Return the model of a run in eval mode, on the CPU.
+
+    It has `classes`, the names in the order of the logits; `transform`, image -> (C, S, S) as the
+    network takes it; and `predict(images, top=5)` (`predict.predict`).
 
     Args:
         folder: a run folder.
@@ -41,11 +47,11 @@ def load_run(folder: str | Path, weights: WeightsKind = "ema") -> nn.Module:
         state, about = read_weights(final)
         model = build_student(without_start(config), about["classes"])
         fit_saved(model, state, final)
-        return model.eval()
+        return give_predictions(model.eval(), config.data, about["classes"])
     saved = _last(folder)
     model = build_student(without_start(config), saved["classes"])
     fit_saved(model, student_weights(saved, weights), folder)
-    return model.eval()
+    return give_predictions(model.eval(), config.data, saved["classes"])
 
 
 def _last(folder: Path) -> Checkpoint:
@@ -60,6 +66,19 @@ def without_start(config: Config) -> Config:
     from.
     """
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
+
+
+def validate_classes(folder: Path, held_out: Dataset) -> None:
+    """Refuse images of other classes than those of the run in `folder`.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if (classes := classes_of(folder)) != held_out.classes:
+        raise UserError(
+            f"{held_out.source} has other classes than {folder} was trained on "
+            f"({renamed(classes, held_out.classes)}): type data.root=/the/data/it/was/trained/on"
+        )
 
 
 def classes_of(folder: Path) -> list[str]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from ghosttrain.config.compose import batch_split
 from ghosttrain.config.schema import Config, ScheduleConfig
-from ghosttrain.data.order import steps_per_epoch, train_batches
+from ghosttrain.data.order import balanced_order, steps_per_epoch, train_batches
 from ghosttrain.optim.schedule import lr_at, scaled_lr
 
 
@@ -38,6 +40,9 @@ class Plan:
     schedule: ScheduleConfig
     eval_every: int
     """Epochs between two evaluations."""
+    labels: np.ndarray | None = None
+    """Class of every training image (N,), where `data.balance` draws by class."""
+    balance: str = "none"
 
     @property
     def epochs(self) -> int:
@@ -84,6 +89,9 @@ class Plan:
         the end of its epoch.
         """
         epoch = self.epoch_of(step)
+        order = None
+        if self.labels is not None:
+            order = balanced_order(self.labels, self.balance, self.seed, epoch)
         return train_batches(
             self.images,
             self.seed,
@@ -93,6 +101,7 @@ class Plan:
             rank=rank,
             world=self.ranks,
             start_step=step - epoch * self.steps_per_epoch,
+            order=order,
         )
 
     def long_warmup(self) -> str | None:
@@ -107,8 +116,9 @@ class Plan:
         )
 
 
-def make_plan(config: Config, n_train: int, ranks: int) -> Plan:
-    """Return the plan for `n_train` training images on `ranks` processes.
+def make_plan(config: Config, n_train: int, ranks: int, labels: np.ndarray | None = None) -> Plan:
+    """Return the plan for `n_train` training images, of which these are the labels (needed by
+    `data.balance` only), on `ranks` processes.
 
     Raises:
         UserError: the global batch is larger than the training set, or does not divide.
@@ -134,4 +144,6 @@ def make_plan(config: Config, n_train: int, ranks: int) -> Plan:
         peak_lr=scaled_lr(config.optim, train.global_batch),
         schedule=config.schedule,
         eval_every=train.eval_every,
+        labels=None if config.data.balance == "none" else labels,
+        balance=config.data.balance,
     )

@@ -24,7 +24,7 @@ from ghosttrain.text import first_fault, one_line
 LARGEST = 1_000_000
 """Bytes that a small file may have."""
 SIGNED = "# sha256 of the lines above: "
-PRODUCTS = ("model.safetensors", "curves.png", "card.md")
+PRODUCTS = ("model.safetensors", "curves.png", "confusion.png", "card.md")
 """What a finished run leaves; it can be made anew from the last checkpoint."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -41,11 +41,24 @@ class _Record(BaseModel):
 class _Row(_Record):
     top1: Percent
     top5: Percent
+    balanced: Percent
+    macro_f1: Percent
+    ece: Percent
+    loss: Finite
 
 
 class _Best(_Record):
-    top1: Annotated[float, Field(ge=-1, le=100)]
+    top1: Annotated[float, Field(ge=-1, le=100)] | None = None
+    balanced: Annotated[float, Field(ge=-1, le=100)] | None = None
     epoch: Count
+
+
+class _Classes(_Record):
+    names: list[str]
+    images: list[Count]
+    recall: list[Percent | None]
+    precision: list[Percent | None]
+    confusion: list[list[Count]] | None
 
 
 class _Sizes(_Record):
@@ -73,6 +86,8 @@ class Result(_Record):
     headline: str
     weights: dict[str, _Row]
     """Kind of weights -> accuracy in per cent."""
+    classes: _Classes
+    """Of the headline's weights."""
     best: _Best
     fuse_max_diff: Finite
     model: _Sizes
@@ -83,6 +98,8 @@ class Result(_Record):
     settings: str
     """`identity.settings_hash`."""
     seed: Count
+    notes: list[str] = []
+    """What the course of the run teaches (`advice.py`)."""
     files: dict[str, str]
     """Name of a product -> SHA-256."""
 

@@ -8,14 +8,19 @@ both are compared.
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ghosttrain.config.schema import Config
-from ghosttrain.data.datasets import Dataset
+from ghosttrain.config.schema import Config, DataConfig
+from ghosttrain.data.datasets import Dataset, FileDataset
+from ghosttrain.data.datasets.splitting import is_split_here
 from ghosttrain.engine.identify import data_listing
 from ghosttrain.errors import UserError
+from ghosttrain.files import write_text
+from ghosttrain.terminal import printable
 from ghosttrain.text import listed
 
 DataRecord = dict[str, Any]
@@ -79,6 +84,24 @@ def validate_same_data(
         )
     line = f"data changed after step {saved['step']}: {found}"
     return now | {"accepted": [*before["accepted"], line]}
+
+
+def write_split(folder: Path, data: DataConfig, train_set: Dataset, held_out: Dataset) -> None:
+    """Write which images are held out into split.csv, where one set was split here or by a table:
+    `data=table data.table=split.csv data.split_column=split` reads it.
+    """
+    if not (is_split_here(data) or data.split_column):
+        return
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["path", "label", "split"])
+    for half, word in ((train_set, data.train_split), (held_out, data.val_split)):
+        assert isinstance(half, FileDataset)
+        rows.writerows(
+            [printable(half.relative_path(i)), half.classes[half.labels[i]], word]
+            for i in range(len(half))
+        )
+    write_text(folder / "split.csv", text.getvalue())
 
 
 def without_classes(data: Mapping[str, Any]) -> DataRecord:

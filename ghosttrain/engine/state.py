@@ -48,7 +48,8 @@ class TrainState:
     seconds: float = 0.0
     """Time spent, over all processes that worked on this run."""
     best: dict[str, float] = field(default_factory=lambda: dict(NO_BEST))
-    """Best held-out top-1 of the average in per cent, and the epoch after which it was measured."""
+    """Best held-out accuracy of the average in per cent, by the name of `train.best_by`, and the
+    epoch after which it was measured."""
 
     def snapshot(self, teacher: Mapping[str, Any]) -> Checkpoint | None:
         """Return a copy of everything on the CPU, on rank 0; the others take part, and return None.

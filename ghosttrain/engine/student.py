@@ -13,8 +13,10 @@ from torch import nn
 from ghosttrain.config.losses import compares_features
 from ghosttrain.config.schema import Config
 from ghosttrain.distill.features import Network, pooled_width
+from ghosttrain.engine.freeze import frozen_throughout
 from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model, create_timm_model
+from ghosttrain.models.depth import block_depths
 from ghosttrain.models.sync_bn import synchronize
 from ghosttrain.models.timm_limits import validate_timm_sides
 from ghosttrain.models.weights.files import other_input_stride, other_normalisation
@@ -97,6 +99,22 @@ def build_student(config: Config, classes: Sequence[str]) -> nn.Module:
         notes.append(other_normalisation(about, config.data.mean, config.data.std))
         student.weights_note = "; ".join(filter(None, notes))
     return student
+
+
+def trained_depths(student: nn.Module, config: Config) -> dict[str, int] | None:
+    """Leave what is frozen for the whole run without gradients; return how deep each parameter
+    lies, by its name in the network that is trained, where `optim.layer_decay` needs it.
+
+    Raises:
+        UserError: the network does not say how deep its layers are, or has fewer stages than
+            `model.freeze` names.
+    """
+    frozen = frozen_throughout(student, config.model.freeze)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if config.optim.layer_decay == 1:
+        return None
+    return {f"student.{name}": depth for name, depth in block_depths(student).items()}
 
 
 def has_fused_form(config: Config) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,23 @@ from torch import nn
 
 from ghosttrain.config.identity import run_name, settings_hash
 from ghosttrain.config.schema import Config
-from ghosttrain.data.datasets import Dataset, notes_on
+from ghosttrain.data.datasets import (
+    Dataset,
+    classes_note,
+    duplicates_note,
+    notes_on,
+    unusual_notes,
+)
+from ghosttrain.engine.evaluate import Evaluation
 from ghosttrain.engine.folder import result_lines, run_folder
+from ghosttrain.engine.label_loss import class_weights
+from ghosttrain.engine.metrics import class_record
 from ghosttrain.engine.plan import Plan
 from ghosttrain.engine.same_data import without_classes
 from ghosttrain.engine.state import TrainState
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.depthwise import compiled
+from ghosttrain.text import listed
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,8 @@ class Description:
 class Measured:
     """What was measured when a run ended."""
 
-    table: Mapping[str, Mapping[str, float]]
-    """Kind of weights -> top-1, top-5 in per cent, number of images."""
-    fuse_difference: float
-    """Largest absolute difference between a logit of the average and of its fused form."""
+    evaluation: Evaluation
+    """Of every kind of weights, on the held-out images."""
     models: Mapping[str, nn.Module]
     """Kind of weights -> network."""
     seconds: float
@@ -56,13 +65,17 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
     config, plan, train_set, held_out = run.config, run.plan, run.train_set, run.held_out
     data, optim, ranks = config.data, config.optim, plan.ranks
     lines = [f"run folder: {run_folder(config)}"]
-    lines.append(f"data: {train_set.describe()}; held out {len(held_out)}")
+    lines.append(f"data: {train_set.describe()}; held out {len(held_out):,}")
+    lines.append(f"classes: {classes_note(train_set, held_out)}")
     if data.name == "digits":
         lines.append(
             "  no other data was named, so this is the embedded set; ImageNet: type data=imagenet "
             "data.root=/path"
         )
     lines += [f"  {note}" for note in (*notes_on(train_set), *notes_on(held_out))]
+    if data.name in ("folder", "table"):
+        lines += [f"  {note}" for note in unusual_notes(data, train_set)]
+    lines += [f"  {note}" for note in duplicates_note(data, train_set, held_out)]
     lines += notes
     lines.append(
         f"student: {config.model.name}, {count_params(student) / 1e6:.3f} M parameters in training "
@@ -71,6 +84,7 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
     if config.model.weights:
         known = (getattr(student, "weights_dialect", "timm"), getattr(student, "weights_note", ""))
         lines.append(f"weights: {config.model.weights} ({'; '.join(filter(None, known))})")
+    lines += training_notes(config, train_set)
     lines.append(f"teacher: {run.teacher}")
     seen = "seen by batch norm" + (", of all ranks together" if config.train.sync_bn else "")
     lines.append(
@@ -92,6 +106,25 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
     return [*lines, *filter(None, [plan.long_warmup()])]
 
 
+def training_notes(config: Config, train_set: Dataset) -> list[str]:
+    """Return lines about what does not learn and about how classes are weighed."""
+    freeze, train, lines = config.model.freeze, config.train, []
+    if freeze != "none":
+        points = freeze if not isinstance(freeze, str) else ((0.0, freeze),)
+        parts = (f"{what} from {100 * share:g} % of the run" for share, what in points)
+        lines.append(f"frozen: {freeze if isinstance(freeze, str) else ', '.join(parts)}")
+    weighed = []
+    if config.data.balance != "none":
+        weighed.append(f"drawn by data.balance={config.data.balance}")
+    weights_K = class_weights(train, train_set.labels, len(train_set.classes))
+    if weights_K is not None:
+        named = zip(train_set.classes, weights_K.tolist(), strict=True)
+        weighed.append(f"weights {listed((f'{name} {w:.2f}' for name, w in named), most=6)}")
+    if train.focal_gamma:
+        weighed.append(f"focal loss, gamma {train.focal_gamma:g}")
+    return lines + ([f"classes are {'; '.join(weighed)}"] if weighed else [])
+
+
 def result(run: Description, state: TrainState, measured: Measured) -> dict[str, Any]:
     """Return what `result.json` holds: accuracy, sizes and times of a finished run."""
     models, size, chans = measured.models, run.config.data.eval_size, run.config.data.in_chans
@@ -99,9 +132,10 @@ def result(run: Description, state: TrainState, measured: Measured) -> dict[str,
     fused = models.get("fused", average)  # a timm model has no other form
     return {
         "headline": "ema",
-        "weights": measured.table,
+        "weights": measured.evaluation.table,
+        "classes": class_record(measured.evaluation.counts["ema"], state.classes),
         "best": state.best,
-        "fuse_max_diff": measured.fuse_difference,
+        "fuse_max_diff": measured.evaluation.difference,
         "model": {
             "name": run.config.model.name,
             "params_train": count_params(average),
@@ -128,6 +162,10 @@ def card(run: Description, result: dict[str, Any], notes: Sequence[str]) -> str:
     bullets = "\n".join(note.replace("  ", "- ", 1) if note[:2] == "  " else note for note in notes)
     asked = config.teacher.networks.values()
     teacher = " + ".join(str(network.name or network.weights or "none") for network in asked)
+    data, classes = config.data, result["classes"]["names"]
+    first, shown_classes = classes[0], listed(classes, most=1000)
+    size = data.eval_size
+    resized = math.floor(data.eval_size / data.crop_pct)
     mixed = " Mixup/CutMix were on." if policy == "with_mixup" else ""
     return f"""# {run_name(config)}
 
@@ -147,8 +185,14 @@ Teacher: {teacher} ({config.distill.name}). Augmentation: `{policy}`.{mixed}
 ```python
 import ghosttrain
 
-model = ghosttrain.load_run("this/folder", weights="ema")  # or "raw", "fused"
+model = ghosttrain.load_run("this/folder")  # EMA; or weights="raw", "fused"
+model.predict(["image.jpg"])  # [[({first!r}, 0.98), ...]]
 ```
+
+`python -m ghosttrain predict this/folder image.jpg` does the same. An image is resized to
+{resized} px (shorter side, {data.interpolation}), cropped to {size} x {size}, and normalised:
+mean {list(data.mean)}, std {list(data.std)}, of pixels in [0, 1].
+Classes: {shown_classes}.
 
 All settings: `config.yaml`; versions, commit, command: `provenance.json`.
 """

@@ -24,15 +24,18 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import train_loader
 from ghosttrain.data.order import mix
 from ghosttrain.engine import distributed, folder, same_data, summary, track
+from ghosttrain.engine.advice import advice
 from ghosttrain.engine.checkpoint import newest_checkpoint, set_damaged_aside
 from ghosttrain.engine.conditions import changed_conditions, conditions
 from ghosttrain.engine.cuda_graph import record
-from ghosttrain.engine.evaluate import HeldOutImages, Table, try_first_batch
+from ghosttrain.engine.evaluate import Evaluation, HeldOutImages, try_first_batch
+from ghosttrain.engine.freeze import freeze_at, freeze_network
+from ghosttrain.engine.label_loss import class_weights
 from ghosttrain.engine.plan import make_plan
 from ghosttrain.engine.run_files import write_result
 from ghosttrain.engine.saving import Saver, validate_room
 from ghosttrain.engine.state import TrainState
-from ghosttrain.engine.student import build_network, has_fused_form
+from ghosttrain.engine.student import build_network, has_fused_form, trained_depths
 from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.weights_file import describe_weights, weights_bytes, write_weights
 from ghosttrain.errors import UserError
@@ -52,9 +55,9 @@ class Task:
     loss_terms: Callable[..., dict[str, Tensor]]
     """(config, network, teacher, batch, classes=, epoch=, progress=) -> every term of the loss by
     name, weighted, and "loss", their sum. `progress` is the share of the run that is done."""
-    evaluate: Callable[..., tuple[Table, float]]
-    """(models by name, held-out batches, device) -> a row of numbers for each model, in it "top1"
-    (higher is better), and the largest difference between outputs of "ema" and "fused"."""
+    evaluate: Callable[..., Evaluation]
+    """(models by name, held-out batches, device, number of classes) -> a row of numbers for each
+    model, in it "top1" and every choice of `train.best_by` (higher is better), and more."""
 
 
 def train(task: Task, config: Config | None, notes: list[str]) -> None:
@@ -90,7 +93,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     data_record = same_data.validate_same_data(
         saved, same_data.describe_data(train_set, held_out), config.data.changed
     )
-    plan = make_plan(config, len(train_set), ranks)
+    plan = make_plan(config, len(train_set), ranks, train_set.labels)
+    weights_K = class_weights(config.train, train_set.labels, len(classes))
     teacher = build_teacher_source(config, train_set, device)
     train_images = train_loader(
         train_set,
@@ -109,7 +113,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     torch.manual_seed(config.seed)
     network = build_network(config, classes, teacher.num_features, plan.micro_batch, device)
     student = network.student
-    optimizer = build_optimizer(config.optim, network)
+    trained = trained_depths(student, config)
+    optimizer = build_optimizer(config.optim, network, trained)
     ema = Ema(student, config.ema.decay, config.ema.warmup)
     state = TrainState(
         network, optimizer, ema, classes, data_record, settings=run_settings(config),
@@ -127,6 +132,9 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     tracker = track.Tracker(config, plan, state.step, run if rank == 0 else None)
     about = summary.Description(config, plan, train_set, held_out, data_record, teacher.about)
     kind = describe_weights(config, classes, "ema")
+    network.train()
+    frozen = freeze_at(config.model.freeze, state.step / plan.total_steps)
+    freeze_network(student, frozen)
     autocast = mixed_precision(config.train.precision, device)
     if config.train.compile:
         network.compile()
@@ -136,6 +144,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     if rank == 0:
         validate_room(checkpoints, state.bytes())
         set_damaged_aside(checkpoints, found)
+        same_data.write_split(run, config.data, train_set, held_out)
     saver = Saver(config.train, checkpoints, state.step, device, tracker.sync, tracker.say)
     started, meter = time.perf_counter() - state.seconds, track.Meter()
 
@@ -143,22 +152,22 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
         state.seconds = time.perf_counter() - started
         saver.save(state.step, lambda: state.snapshot(teacher.state()))
 
-    network.train()
     with train_images, held_images, tracker, saver:
         if rank == 0:
             tracker.say(*summary.head(about, student, notes), *tracker.about())
         try_first_batch(student, held_images)
         row: track.Row = {}
+        by = config.train.best_by
         while True:
             # -------------------------------------------------------- Evaluate what was saved
             words = [track.describe(row), f"ETA {tracker.eta(state.step)}"] if row else []
             if plan.is_evaluated(state.step):
-                table, _ = task.evaluate({"raw": student, "ema": ema.model}, held_images, device)
-                top1 = {name: table[name]["top1"] for name in table}
-                tracker.log("eval", state.step, {f"{k}_top1": value for k, value in top1.items()})
-                words.append(f"held-out top-1: EMA {top1['ema']:.2f} %, raw {top1['raw']:.2f} %")
-                if top1["ema"] > state.best["top1"]:
-                    state.best = {"top1": top1["ema"], "epoch": plan.epochs_after(state.step)}
+                both = {"raw": student, "ema": ema.model}
+                table = task.evaluate(both, held_images, device, len(classes)).table
+                tracker.log("eval", state.step, track.eval_row(table))
+                words.append(track.describe_eval(table, by))
+                if table["ema"][by] > state.best.get(by, -1):
+                    state.best = {by: table["ema"][by], "epoch": plan.epochs_after(state.step)}
                     if rank == 0:
                         saver.add(checkpoints / "best.safetensors", weights_bytes(ema.model, kind))
             if words:
@@ -177,6 +186,10 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                 set_lr(optimizer, lr)
                 torch.manual_seed(mix(config.seed, state.step, rank))
                 progress = state.step / plan.total_steps
+                if (now := freeze_at(config.model.freeze, progress)) != frozen:
+                    frozen = now
+                    freeze_network(student, frozen)
+                    replica = distributed.parallel(network, device)
                 for part in range(plan.accumulation):
                     batch = next(batches)
                     with distributed.no_sync(replica, part + 1 < plan.accumulation):
@@ -184,6 +197,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                             terms = task.loss_terms(
                                 config, replica, teacher, batch,
                                 classes=classes, epoch=epoch, progress=progress,
+                                class_weights=weights_K,
                             )  # fmt: skip
                         (terms["loss"] / plan.accumulation).backward()
                     meter.add(terms, len(batch.images) * ranks)
@@ -212,14 +226,16 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
         models: dict[str, nn.Module] = {"raw": student, "ema": ema.model}
         if has_fused_form(config):
             models["fused"] = fuse(ema.model)
-        table, difference = task.evaluate(models, held_images, device)
+        found_last = task.evaluate(models, held_images, device, len(classes))
         if rank == 0:
-            measured = summary.Measured(table, difference, models, time.perf_counter() - started)
+            measured = summary.Measured(found_last, models, time.perf_counter() - started)
             result = summary.result(about, state, measured)
+            result["notes"] = advice(config, track.read_metrics(run), result, plan.steps_per_epoch)
             saver.finish()
             tracker.say(f"checkpoints: training waited {saver.waited:.2f} s for them")
             write_weights(run / "model.safetensors", ema.model, kind)
             tracker.draw_curves(folder.run_name(config))
+            tracker.draw_confusion(result["classes"], folder.run_name(config))
             tracker.summarize(result)
             write_text(run / "card.md", summary.card(about, result, notes))
             tracker.sync()

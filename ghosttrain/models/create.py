@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from ghosttrain.config.schema import FULL, PLAIN, ReparamConfig
 from ghosttrain.config.students import FAMILIES, STUDENTS
 from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.models.layers import start_small
 from ghosttrain.models.reparam import fuse
 from ghosttrain.models.weights.dialects import detect, telltales
 from ghosttrain.models.weights.files import part_of
-from ghosttrain.models.weights.fit import load_student_weights, load_timm_weights, same_widths
+from ghosttrain.models.weights.fit import (
+    STARTS_ANEW,
+    ends_of,
+    load_student_weights,
+    load_timm_weights,
+    same_widths,
+)
 from ghosttrain.models.weights.sources import Weights, open_weights
 
 REPARAM = {"full": FULL, "none": PLAIN}
@@ -80,6 +87,8 @@ def create_model(
         )
         model.weights_dialect, model.weights_about = dialect, given.about
         model.weights_note = "; ".join(filter(None, (given.note, note, lacks)))
+        if STARTS_ANEW in lacks:
+            start_small(model.classifier)
 
     if holds_branches:
         load(model)
@@ -165,7 +174,17 @@ def create_timm_model(
         )
         model.weights_note = "; ".join(filter(None, (given.note, lacks)))
         model.weights_about = given.about
+        if STARTS_ANEW in lacks:
+            _start_classifiers_small(model)
     return model
+
+
+def _start_classifiers_small(model: nn.Module) -> None:
+    """Let a new classifier on pretrained features begin at a loss of ln K."""
+    for path in ends_of(model).classifier:
+        layer = model.get_submodule(path)
+        if isinstance(layer, nn.Linear):
+            start_small(layer)
 
 
 def _validate_network(given: Weights, name: str) -> None:

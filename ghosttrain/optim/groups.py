@@ -6,6 +6,7 @@ of modules never decide: a convolution called "norm" is decayed, a batch norm ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -45,6 +46,26 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def layered(
+    groups: list[dict[str, Any]], model: nn.Module, depths: Mapping[str, int], decay: float
+) -> list[dict[str, Any]]:
+    """Cut groups by depth; each gets `lr_scale`, decay^(deepest - depth): the share of the learning
+    rate that it is trained with. Parameters without a depth count as the deepest.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    deepest = max(depths.values())
+    cut: list[dict[str, Any]] = []
+    for group in groups:
+        by_depth: dict[int, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            by_depth.setdefault(depths.get(names[p], deepest), []).append(p)
+        cut += [
+            group | {"params": by_depth[depth], "lr_scale": decay ** (deepest - depth)}
+            for depth in sorted(by_depth)
+        ]
+    return cut
 
 
 def is_norm(module: nn.Module) -> bool:

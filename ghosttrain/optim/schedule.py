@@ -23,9 +23,13 @@ def lr_at(
     Linear from `warmup_lr_ratio * peak` at step 0 to `peak` at step `warmup_steps`; from there half
     a cosine down to `min_lr_ratio * peak` at the last step, or constant. A warm-up as long as the
     run or longer ends at the last step, so that a short run reaches its peak too; a single step is
-    at the peak. Steps after the last keep its value.
+    at the peak. Steps after the last keep its value. `exponential` has no warm-up: from
+    `warmup_lr_ratio * peak` (which must be above 0) to `peak`, by the same factor in every step.
     """
     last = max(total_steps - 1, 0)
+    if cfg.name == "exponential":
+        share = min(step, last) / last if last else 1
+        return peak * cfg.warmup_lr_ratio ** (1 - share)
     warmup = min(warmup_steps, last)
     step = min(step, last)
     if step < warmup:
@@ -50,6 +54,6 @@ def scaled_lr(cfg: OptimConfig, global_batch: int) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Give every parameter group this learning rate, or its share of it (`groups.layered`)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1)

@@ -33,7 +33,7 @@ from omegaconf import DictConfig
 from ghosttrain.config.compose import Composed, as_mistakes, compose
 from ghosttrain.config.names import Cells, Names
 from ghosttrain.engine.folder import run_folder
-from ghosttrain.engine.identify import identified
+from ghosttrain.engine.identify import settled
 from ghosttrain.engine.launch import launch
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError, mistake
@@ -123,7 +123,7 @@ def run_cell(given: DictConfig) -> float:
     folder, top1 = None, float("nan")
     try:
         composed = compose(words, context["config_dir"])
-        folder = run_folder(identified(composed.config))
+        folder = run_folder(settled(composed))
         code = launch(composed)
     except Exception as error:  # the other cells still run
         message = mistake(error)

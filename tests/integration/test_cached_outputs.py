@@ -73,9 +73,9 @@ def seen(monkeypatch) -> list[dict[str, torch.Tensor]]:
     passes: list[dict[str, torch.Tensor]] = []
     real = classification.objective
 
-    def spy(config, progress, forward, output, images, targets):
+    def spy(config, progress, forward, output, images, targets, *more):
         passes.append({"images": images.clone(), "logits": output.logits.clone()})
-        return real(config, progress, forward, output, images, targets)
+        return real(config, progress, forward, output, images, targets, *more)
 
     monkeypatch.setattr(classification, "objective", spy)
     return passes

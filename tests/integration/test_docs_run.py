@@ -43,11 +43,15 @@ def test_the_python_of_readme_runs(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run of two steps and a cache of two draws."""
+def finished(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Path:
+    """A folder with finished runs of two steps, on digits and on photos (`teacher`), and a cache of
+    two draws.
+    """
     folder = tmp_path_factory.mktemp("docs")
     words = ["+recipe=compact_kd", "model=ghostnetv3_050", *SMALL]
     assert run([*words, "run.name=RUN"], folder).returncode == 0
+    teacher = ["+recipe=baseline", "model=mobilenetv2_050", f"data.root={photo_folder}", *PHOTOS]
+    assert run([*teacher, *SMALL, "run.name=teacher"], folder).returncode == 0
     cache = ["cache", *words, "cache.dir=teacher_cache", "cache.draws=5"]
     assert run(cache, folder).returncode == 0
     return folder
@@ -57,8 +61,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> None:
     words = shlex.split(command, comments=True)
-    if words[0] in ("eval", "fuse"):
+    if words[0] in ("eval", "fuse", "wrong", "predict"):
         words[1] = "runs/RUN"
+        words = [str(photo_folder / "val") if w in ("photo.jpg", "folder") else w for w in words]
     elif words[0] == "bench":
         extra = ["--images", "16"] if words[1] == "distill" else []
         words = [
@@ -68,16 +73,20 @@ def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> Non
             *extra,
         ]
     elif words[0] not in ("report", "cache") or words[1].startswith("+"):
-        verb = [word for word in words if word == "cache"]
-        words = [re.sub(r"^data.root=.*", f"data.root={photo_folder}", w) for w in words]
+        verb = [word for word in words if word in ("cache", "lr_find")]
+        one_set = any(word.startswith(("data.split", "data.fold")) for word in words)
+        root = photo_folder / "train" if one_set else photo_folder
+        words = [re.sub(r"^data.root=.*", f"data.root={root}", w) for w in words]
         words = [re.sub(r"(=[\w.]+),.*", r"\1", w) if w.startswith("seed") else w for w in words]
         words = [w for w in words if w.partition("=")[0] not in ("data", "launch.nproc")]
         own = {word.partition("=")[0] for word in words}
         if "data.root" in own:
             words += PHOTOS
-            taught = not any("baseline" in word for word in words)
+            taught = any("compact_kd" in word for word in words)
             words += ["teacher=efficientnet_lite0"] * (taught and "teacher" not in own)
         words += [word for word in SMALL if word.partition("=")[0] not in own or "train." in word]
-        words = verb + [word for word in words if word != "cache"]
+        words = verb + [word for word in words if word not in verb]
+        if "lr_find" in verb:
+            words += ["--steps", "10"]
     done = run(words, finished)
     assert done.returncode == 0, f"{words}\n{done.stderr[-2000:]}"

@@ -76,6 +76,7 @@ def trained(images: Path, root: Path, *settings: str) -> Run:
             [
                 "+recipe=compact_kd",
                 "data=folder",
+                "budget=full",
                 f"data.root={images}",
                 f"data.train_size={CROP}",
                 f"data.eval_size={CROP}",

@@ -62,7 +62,12 @@ def test_losses_rates_weights_averages_and_accuracies(images, dropout, tmp_path)
     result = json.loads((run / "result.json").read_text())
     weights = {"raw": raw, "ema": average, "fused": average}
     expected = {name: by_hand.accuracy(images, state) for name, state in weights.items()}
-    assert result["weights"] == expected
+    assert result["weights"].keys() == expected.keys()
+    for name, row in expected.items():
+        assert result["weights"][name] == pytest.approx(row, rel=1e-5, abs=1e-4)
+        for key in ("top1", "top5", "n"):
+            assert result["weights"][name][key] == row[key]
+    assert result["classes"]["images"] == [by_hand.HELD_OUT] * by_hand.CLASSES
     assert dropout or expected["raw"] != expected["ema"]
     assert (result["steps"], result["headline"]) == (by_hand.STEPS, "ema")
     last = rows(run, "eval")[-1]
@@ -104,12 +109,13 @@ def test_the_best_average_is_kept_with_its_epoch(images, tmp_path, monkeypatch) 
     tops = iter([(50, 10), (20, 60), (80, 60), (10, 30), (70, 40)])  # raw and EMA, epoch by epoch
     task, averages = classification.CLASSIFICATION, []
 
-    def evaluate(models, batches, device):
-        table, difference = task.evaluate(models, batches, device)
+    def evaluate(models, *others):
+        found = task.evaluate(models, *others)
+        table = found.table
         if "fused" not in models:
             averages.append({k: v.clone() for k, v in models["ema"].state_dict().items()})
             table["raw"]["top1"], table["ema"]["top1"] = next(tops)
-        return table, difference
+        return found
 
     monkeypatch.setattr(classification, "CLASSIFICATION", replace(task, evaluate=evaluate))
     assert by_hand.run(images, tmp_path) == 0

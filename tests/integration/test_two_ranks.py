@@ -131,7 +131,10 @@ def outputs_of(rank: int) -> dict[str, Any]:
     batches = list(held_images)
     outputs["images"] = [numbers.tolist() for numbers, _ in batches]
     models = {"ema": Table(), "fused": Table(wrong_at=3)}  # image 3 is rank 1's
-    outputs["table"], outputs["difference"] = evaluate(models, batches, torch.device("cpu"))
+    found = evaluate(models, batches, torch.device("cpu"), 5)
+    tops = ("top1", "top5", "n")
+    outputs["table"] = {k: {key: row[key] for key in tops} for k, row in found.table.items()}
+    outputs["difference"] = found.difference
     return outputs
 
 

@@ -70,7 +70,10 @@ def test_values_of_options():
         ("fuse a --out", "--out needs a value: --out FILE"),
         ("fuse a --to --out", "--to needs a value: --to timm"),
         ("--cfg", "--cfg needs a value: --cfg job"),
-        ("--out f", "--out does not belong to train, but to fuse; see python -m ghosttrain train"),
+        (
+            "--out f",
+            "--out does not belong to train, but to fuse and wrong; see python -m ghosttrain",
+        ),
         ("eval a -m", "-m does not belong to eval, but to train; see python -m ghosttrain eval"),
         ("--dryrun cache", "unknown option '--dryrun'. Did you mean '--dry-run'?"),
         ("--cfg yes", "--cfg yes: choose job, hydra or all"),

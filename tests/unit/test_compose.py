@@ -11,6 +11,7 @@ from ghosttrain.commands.help import help_text
 from ghosttrain.config.compose import batch_split, cells, compose, override_saved
 from ghosttrain.config.identity import result_settings, run_name, settings_hash
 from ghosttrain.config.schema import Config, OptimConfig, Section
+from ghosttrain.engine.run_files import write_config
 from ghosttrain.errors import UserError, did_you_mean
 
 KD = "+recipe=compact_kd"
@@ -146,7 +147,7 @@ def test_an_own_folder_adds_groups_recipes_and_budgets(tmp_path):
         ("model.name=ghostnetv3_131", "Did you mean 'ghostnetv3_130'?"),
         ("+recipe=compact_kdd", "Did you mean 'compact_kd'?"),
         ("+recipe=[compact_kd,ablation/no_emma]", "Did you mean 'ablation/no_ema'?"),
-        ("budget=small", "no budget is called 'small'"),
+        ("budget=little", "no budget is called 'little'"),
         ("optim.lr=nan", "optim.lr=nan is not a finite number"),
         ("optim.lr=-1", "greater than 0"),
         ("optim.lr=fast", "optim.lr=fast is not a valid number"),
@@ -353,7 +354,10 @@ def test_did_you_mean():
     assert did_you_mean("x", []) == ""
 
 
-def test_every_file_in_conf_composes():
+def test_every_file_in_conf_composes(tmp_path, photo_folder):
+    run, table = tmp_path, tmp_path / "table.csv"
+    write_config(run, Config())
+    table.write_text("path,label\na.png,a\n")
     for group in (p for p in (ROOT / "conf").iterdir() if p.is_dir()):
         for file in group.glob("*.yaml"):
             extra = {
@@ -361,8 +365,11 @@ def test_every_file_in_conf_composes():
                 "teacher": ["distill=kl"] * (file.stem != "none")
                 + ["teacher.name=resnet18"] * (file.stem == "timm")
                 + ["teacher.weights=runs/x"] * (file.stem == "file")
+                + [f"teacher.run={run}"] * (file.stem == "run")
                 + LITE * (file.stem == "ensemble"),
-                "data": [f"data.root={ROOT}"] * (file.stem != "digits"),
+                "data": [f"data.root={ROOT}"] * (file.stem != "digits")
+                + [f"data.table={table}", "data.split=0.5"] * (file.stem == "table"),
+                "budget": ["data=folder", f"data.root={photo_folder}"] * (file.stem == "small"),
                 "distill": ["teacher=digits"] * (file.stem != "none"),
             }.get(group.name, [])
             choice = f"{group.name}={file.stem}"

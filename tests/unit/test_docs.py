@@ -12,7 +12,9 @@ from helpers import load_script
 
 from ghosttrain.cli import VERBS, find_verb, parse
 from ghosttrain.config.compose import cells, compose
+from ghosttrain.config.schema import Config
 from ghosttrain.engine.launch import replaced_lines
+from ghosttrain.engine.run_files import write_config
 from ghosttrain.study.bench import DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,11 @@ def test_there_are_commands_and_no_placeholders() -> None:
     assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 150
 
 
+def finished_run(folder: Path) -> Path:
+    write_config(folder, Config())
+    return folder
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_composes(command: str, tmp_path: Path) -> None:
     words = shlex.split(command, comments=True)
@@ -50,11 +57,18 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
     if words[0] == "cache":
         compose(words[1:])
         return
+    if words[0] in ("lr_find", "predict", "report"):
+        verb, rest = find_verb(words)
+        options = parse(importlib.import_module(f"ghosttrain.commands.{verb}").ARGUMENTS, rest)
+        words = options.words if verb == "lr_find" else []
+        compose([word.replace("/path", str(tmp_path)) for word in words], trains=False)
+        return
     if words[0] in VERBS:
         assert len([word for word in words if word not in ("--to", "timm")]) == 2
         return
     sweep = "-m" in words
     words = [w.replace("/path", str(tmp_path)) for w in words if w != "-m"]
+    words = [w.replace("runs/teacher", str(finished_run(tmp_path))) for w in words]
     words = [re.sub(r"data.root=/usr/.*", f"data.root={tmp_path}", w) for w in words]
     for cell in cells(words) if sweep else [words]:
         compose(cell)

@@ -32,6 +32,10 @@ def batches(labels: list[int], *sizes: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(numbers.split(sizes), all_labels.split(sizes), strict=True)
 
 
+def counted(table: dict) -> dict:
+    return {name: {k: row[k] for k in ("top1", "top5", "n")} for name, row in table.items()}
+
+
 def test_seven_classes_by_hand() -> None:
     rows = [
         [9, 0, 0, 0, 0, 0, 0],  # label 0: first
@@ -44,31 +48,35 @@ def test_seven_classes_by_hand() -> None:
         [-1, -9, -9, -2, -8, -9, -9],  # label 0: first
     ]
     labels = [0, 6, 5, 2, 1, 6, 3, 0]
-    table, difference = evaluate({"it": Table(rows)}, batches(labels, 3, 3, 2), CPU)
-    assert table == {"it": {"top1": 100 * 3 / 8, "top5": 100 * 6 / 8, "n": 8}}
+    table, difference, _ = evaluate({"it": Table(rows)}, batches(labels, 3, 3, 2), CPU, 7)
+    assert counted(table) == {"it": {"top1": 100 * 3 / 8, "top5": 100 * 6 / 8, "n": 8}}
     assert difference == 0
 
 
 def test_counts_are_kept_where_the_models_are_whatever_the_default_device() -> None:
     model, given = Table([[0.0, 1.0], [1.0, 0.0]]), list(batches([1, 1], 2))
     with torch.device("meta"):
-        table, difference = evaluate({"ema": model, "fused": model}, given, CPU)
-    assert table["ema"] == {"top1": 50, "top5": 100, "n": 2} and difference == 0
+        table, difference, _ = evaluate({"ema": model, "fused": model}, given, CPU, 2)
+    assert counted(table)["ema"] == {"top1": 50, "top5": 100, "n": 2} and difference == 0
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 5])
 def test_up_to_five_classes_all_are_among_the_five_best(classes: int) -> None:
     rows = [[float(k == (i + 1) % classes) for k in range(classes)] for i in range(4)]
     labels = [0, 1 % classes, 0, 1 % classes]
-    table, _ = evaluate({"it": Table(rows)}, batches(labels, 4), CPU)
+    table = evaluate({"it": Table(rows)}, batches(labels, 4), CPU, classes).table
     hits = sum((i + 1) % classes == label for i, label in enumerate(labels))
-    assert table["it"] == {"top1": 25 * hits, "top5": 100, "n": 4}
+    assert counted(table)["it"] == {"top1": 25 * hits, "top5": 100, "n": 4}
 
 
 def test_of_equal_logits_the_class_of_the_lower_number_is_first() -> None:
     same = [[0.0] * 7] * 7
-    table, _ = evaluate({"same": Table(same)}, batches(list(range(7)), 7), CPU)
-    assert table["same"] == {"top1": 100 / 7, "top5": 500 / 7, "n": 7}  # labels 0 and 0 to 4
+    table = evaluate({"same": Table(same)}, batches(list(range(7)), 7), CPU, 7).table
+    assert counted(table)["same"] == {
+        "top1": 100 / 7,
+        "top5": 500 / 7,
+        "n": 7,
+    }  # labels 0 and 0 to 4
     pair = [[0.0, 5.0, 5.0, 1.0]]
     for label, place in enumerate([3, 0, 1, 2]):
         assert classes_before(torch.tensor(pair), torch.tensor([label])).tolist() == [place]
@@ -92,10 +100,10 @@ def test_places_are_those_of_sorting() -> None:
 
 def test_each_model_has_its_own_row_and_no_image_no_hit() -> None:
     right, wrong = Table([[0.0, 1.0]]), Table([[1.0, 0.0]])
-    table, _ = evaluate({"right": right, "wrong": wrong}, batches([1], 1), CPU)
+    table = evaluate({"right": right, "wrong": wrong}, batches([1], 1), CPU, 2).table
     assert (table["right"]["top1"], table["wrong"]["top1"]) == (100, 0)
-    table, _ = evaluate({"it": right}, [], CPU)
-    assert table == {"it": {"top1": 0, "top5": 0, "n": 0}}
+    table = evaluate({"it": right}, [], CPU, 2).table
+    assert counted(table) == {"it": {"top1": 0, "top5": 0, "n": 0}}
 
 
 def test_modes_are_evaluated_in_eval_mode_and_given_back() -> None:
@@ -108,9 +116,11 @@ def test_modes_are_evaluated_in_eval_mode_and_given_back() -> None:
     x = torch.randn(30, 4)
     statistics = training[1].running_mean.clone()
     labels = averaged(x).argmax(dim=1)
-    table, _ = evaluate({"raw": training, "ema": averaged}, [(x, labels)], CPU)
+    training[1].eval()  # a frozen part
+    table = evaluate({"raw": training, "ema": averaged}, [(x, labels)], CPU, 3).table
     assert table["ema"]["top1"] == 100
     assert training.training and not averaged.training
+    assert not training[1].training and training[2].training
     assert torch.equal(training[1].running_mean, statistics)
     assert all(p.grad is None for p in training.parameters())
 
@@ -136,8 +146,8 @@ def test_the_difference_is_the_largest_of_all_batches_branch_by_branch() -> None
     x = torch.randn(6, 3, 5, 5)
     x[1, 0, 0, 0] = 99
     parts = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in x.split([4, 2])]
-    _, difference = evaluate(models, parts, CPU)
+    difference = evaluate(models, parts, CPU, 8).difference
     assert difference == pytest.approx(3, rel=1e-4)
     assert modes == ["branches", "fused"] * 2 and convolution.forward_mode == "auto"
-    _, difference = evaluate({"ema": models["ema"]}, parts, CPU)
+    difference = evaluate({"ema": models["ema"]}, parts, CPU, 8).difference
     assert difference == 0

@@ -401,7 +401,12 @@ def read(path: Path) -> dict:
 
 def test_every_student_has_its_file_and_every_file_its_student():
     files = {path.stem for path in (CONF / "model").glob("*.yaml")}
-    assert files == {*STUDENTS, "timm"}
+    pretrained = {f"efficientnet_lite{size}" for size in range(3)}
+    assert files == {*STUDENTS, "timm", *pretrained}
+    for name in pretrained:
+        settings = ModelConfig(**read(CONF / "model" / f"{name}.yaml"))
+        assert (settings.source, settings.weights) == ("timm", "efficientnet-lite")
+        assert settings.name == f"tf_{name}"
     for name in STUDENTS:
         settings = ModelConfig(**read(CONF / "model" / f"{name}.yaml"))
         published = 0.2 if name.startswith(("ghostnetv2", "mobilenetv2")) else 0.0

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from helpers import some_result
 
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.run_files import write_config
+from ghosttrain.errors import UserError
 from ghosttrain.files import write_json
 from ghosttrain.study.report import report
 
 
-def leave_run(folder: Path, result: dict | None) -> Path:
+def leave_run(folder: Path, result: dict | None, config: Config | None = None) -> Path:
     folder.mkdir(parents=True)
-    write_config(folder, Config())
+    write_config(folder, config or Config())
     write_json(folder / "provenance.json", {})
     if result is not None:
         write_json(folder / "result.json", result)
@@ -35,10 +37,35 @@ def test_what_is_damaged_is_named_below_the_table_and_starts_are_counted(tmp_pat
         leave_run(tmp_path / f"start{number}", None)
     lines = report([tmp_path]).splitlines()
     assert "12.50" in lines[2] and "1:01" in lines[2]
-    below = sorted(lines[3:])
+    assert "not better than that" in lines[-1]
+    below = sorted(lines[3:-1])
     assert below[0].startswith(f"damaged: {torn / 'result.json'} is damaged (")
     assert below[1].startswith(f"damaged: {unread / 'config.yaml'} cannot be read (")
     assert below[2:] == [
         "left out: 3 starts of which no step was kept",
         f"not finished: {stopped}",
     ]
+
+
+def test_swept_values_image_size_and_chosen_metrics_are_columns(tmp_path):
+    for lr in (0.001, 0.002):
+        for seed in (0, 1):
+            config = Config(seed=seed, optim=Config().optim.model_copy(update={"lr": lr}))
+            leave_run(tmp_path / f"{lr}-{seed}", some_result(config), config)
+    head, _, first, second, note = report([tmp_path]).splitlines()[:5]
+    cells = [cell.strip() for cell in head.strip("|").split("|")]
+    assert cells[:6] == ["recipe", "data", "model", "px", "settings", "seeds"]
+    assert "EMA top-5 %" not in cells and "balanced %" in cells
+    assert {"optim.lr=0.001", "optim.lr=0.002"} == {
+        r.split("|")[5].strip() for r in (first, second)
+    }
+    assert "2 (0, 1)" in first and " 224 " in first
+    assert note.startswith("none digits ghostnetv3_100: note: always 'a' would reach 75.00 %")
+    chosen = report([tmp_path], ["ece", "recall:b", "precision:zebra"]).splitlines()
+    assert [c.strip() for c in chosen[0].strip("|").split("|")][6:] == [
+        "ECE %", "recall % of b", "precision % of zebra", "time",
+    ]  # fmt: skip
+    cells = [cell.strip() for cell in chosen[2].split("|")]
+    assert cells[7:10] == ["5.00 ± 0.00", "50.00 ± 0.00", "-"]
+    with pytest.raises(UserError, match="there is no 'top2'.*Did you mean"):
+        report([tmp_path], ["top2"])

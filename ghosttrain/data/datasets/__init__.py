@@ -1,4 +1,5 @@
-"""Sample number -> (image, label): embedded digits, class folders (ImageNet too), IDX files.
+"""Sample number -> (image, label): embedded digits, class folders (ImageNet too), tables
+of paths, IDX files.
 
 Owns what exists on disk and its checks: everything wrong with the data as a whole is said here,
 before training starts, in one line. Broken single files show when they are decoded. Knows nothing
@@ -14,15 +15,36 @@ from pathlib import Path
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import ArrayDataset, Dataset
 from ghosttrain.data.datasets.digits import read_digits
-from ghosttrain.data.datasets.folder import FolderDataset, read_folders
+from ghosttrain.data.datasets.folder import FileDataset, FolderDataset, read_folders
 from ghosttrain.data.datasets.idx import read_idx
-from ghosttrain.data.datasets.inspection import notes_on
+from ghosttrain.data.datasets.inspection import (
+    classes_note,
+    duplicates_note,
+    notes_on,
+    unusual_notes,
+)
+from ghosttrain.data.datasets.table import read_table
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
 
-__all__ = ["ArrayDataset", "Dataset", "FolderDataset", "build_datasets", "notes_on"]
+__all__ = [
+    "ArrayDataset",
+    "Dataset",
+    "FileDataset",
+    "FolderDataset",
+    "build_datasets",
+    "classes_note",
+    "duplicates_note",
+    "notes_on",
+    "unusual_notes",
+]
 
-READERS = {"folder": read_folders, "imagenet": read_folders, "idx": read_idx}
+READERS = {
+    "folder": read_folders,
+    "imagenet": read_folders,
+    "idx": read_idx,
+    "table": read_table,
+}
 """`data.name` -> what reads both halves of data that lie in a folder."""
 
 
@@ -53,6 +75,7 @@ def _root(data: DataConfig) -> Path:
         "idx": f"{data.train_split}-images-idx3-ubyte[.gz]",
         "folder": f"{data.train_split}/<class>/*.jpg",
         "imagenet": f"{data.train_split}/<class>/*.JPEG",
+        "table": "the images of data.table",
     }[data.name]
     if not root:
         raise UserError(

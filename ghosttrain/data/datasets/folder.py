@@ -1,12 +1,14 @@
-"""Image files in one folder per class, ImageNet's too: `root/train/<class>/...`, at any depth."""
+"""Image files in one folder per class, ImageNet's too: `root/train/<class>/...`, at any depth; or
+`root/<class>/...`, of which a part is held out here (`splitting.py`).
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from PIL import Image
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset, splits
+from ghosttrain.data.datasets.duplicates import near_duplicates
+from ghosttrain.data.datasets.splitting import held_out_mask, is_split_here
 from ghosttrain.data.decode import MAX_PIXELS, open_image, read_file, suffixes
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.text import listed
@@ -23,13 +27,13 @@ DIGEST_FILES = 1024  # whose content a digest covers
 
 
 @dataclass(frozen=True, eq=False)
-class FolderDataset(Dataset):
-    """Image files in one folder per class: `source/<class>/<name>`."""
+class FileDataset(Dataset):
+    """Image files: `source/<name>`."""
 
     names: np.ndarray
-    """File names, relative to the class folder: (N,) bytes of fixed width. One array instead of a
-    million Python strings: worker processes share its memory, where counting references to strings
-    would copy them into every worker."""
+    """File names, relative to `source`: (N,) bytes of fixed width. One array instead of a million
+    Python strings: worker processes share its memory, where counting references to strings would
+    copy them into every worker."""
     _: KW_ONLY
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
@@ -40,8 +44,16 @@ class FolderDataset(Dataset):
 
     def path(self, index: int) -> str:
         """Return where image `index` lies."""
-        folder, name = self.classes[self.labels[index]], os.fsdecode(self.names[index])
-        return os.path.join(self.source, folder, name)
+        return os.path.join(self.source, self.relative_path(index))
+
+    def relative_path(self, index: int) -> str:
+        """Return where image `index` lies below `source`."""
+        return os.fsdecode(self.names[index])
+
+    def part(self, mask: np.ndarray, left_out: tuple[str, ...] = ()) -> FileDataset:
+        """Return the images where `mask` (N,) is true."""
+        labels, names = self.labels[mask], self.names[mask]
+        return replace(self, labels=labels, names=names, left_out=left_out)
 
     def name_of(self, index: int) -> str:
         """Return the path of image `index`."""
@@ -60,12 +72,25 @@ class FolderDataset(Dataset):
         return self.names.tobytes()
 
 
+@dataclass(frozen=True, eq=False)
+class FolderDataset(FileDataset):
+    """Image files in one folder per class: `source/<class>/<name>`; `names` are relative to the
+    class folder.
+    """
+
+    def relative_path(self, index: int) -> str:
+        """Return where image `index` lies below `source`."""
+        return os.path.join(self.classes[self.labels[index]], os.fsdecode(self.names[index]))
+
+
 def read_folders(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     """Return the two halves of a tree of class folders; of ImageNet with all its classes.
 
     Raises:
         UserError: a split or a class is missing, empty, or cannot be listed.
     """
+    if is_split_here(data):
+        return _split_folder(data, root)
     train_dir, val_dir = (_split(root, split, key) for split, key in splits(data))
     left_out = _LeftOut(), _LeftOut()
     classes, val_classes = _classes(train_dir, left_out[0]), _classes(val_dir, left_out[1])
@@ -74,22 +99,47 @@ def read_folders(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
             f"{train_dir} has {len(classes):,} class folders, ImageNet has {IMAGENET_CLASSES:,}: "
             f"for other images type data=folder data.root={root}"
         )
-    if classes != val_classes:
-        missing, unknown = set(classes) - set(val_classes), set(val_classes) - set(classes)
+    missing, unknown = set(classes) - set(val_classes), set(val_classes) - set(classes)
+    if unknown or (missing and data.val_classes == "all"):
         differ = [f"lacks {listed(map(repr, sorted(missing)))}"] if missing else []
         differ += [f"adds {listed(map(repr, sorted(unknown)))}"] if unknown else []
         raise UserError(
             f"{val_dir} must have the class folders of {train_dir}, but it {' and '.join(differ)}"
+            + ("; type data.val_classes=subset where it may lack some" * (not unknown))
         )
     train = _scan(train_dir, classes, data, left_out[0])
-    return train, _scan(val_dir, classes, data, left_out[1])
+    return train, _scan(val_dir, classes, data, left_out[1], only=val_classes)
+
+
+def _split_folder(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
+    """Return the two halves of one folder of classes."""
+    left_out = _LeftOut()
+    classes = _classes(root, left_out)
+    if {data.train_split, data.val_split} <= set(classes):
+        raise UserError(
+            f"data.root={root} holds {data.train_split}/ and {data.val_split}/: it is split "
+            "already; leave data.split and data.fold out, or name the folder of the classes "
+            f"(data.root={root / data.train_split})"
+        )
+    return split_here(data, _scan(root, classes, data, left_out))
+
+
+def split_here(data: DataConfig, whole: FileDataset) -> tuple[FileDataset, FileDataset]:
+    """Return the training and the held-out part of one set (`splitting.held_out_mask`)."""
+    paths = [os.fsencode(whole.relative_path(i)) for i in range(len(whole))]
+    alike = near_duplicates(whole) if data.near_duplicates == "together" else ()
+    held = held_out_mask(data, paths, whole.labels, whole.classes, alike)
+    return whole.part(~held, whole.left_out), whole.part(held)
 
 
 def _split(root: Path, split: str, key: str) -> Path:
     folder = root / split
     if not folder.is_dir():
         hint = did_you_mean(split, [name for name, is_dir in entries(root) if is_dir])
-        raise UserError(f"there is no folder {split!r} in {root}: type data.{key}=NAME.{hint}")
+        raise UserError(
+            f"there is no folder {split!r} in {root}: type data.{key}=NAME, or, if its folders are "
+            f"the classes, data.split=0.2 to hold a fifth of each out.{hint}"
+        )
     return folder
 
 
@@ -145,12 +195,23 @@ def _classes(folder: Path, left_out: _LeftOut) -> list[str]:
     return sorted(classes, key=os.fsencode)
 
 
-def _scan(folder: Path, classes: list[str], data: DataConfig, left_out: _LeftOut) -> Dataset:
-    """List the images of all classes, at any depth, as torchvision's ImageFolder does."""
+def _scan(
+    folder: Path,
+    classes: list[str],
+    data: DataConfig,
+    left_out: _LeftOut,
+    only: Sequence[str] | None = None,
+) -> FileDataset:
+    """List the images of all classes, at any depth, as torchvision's ImageFolder does; with `only`,
+    of these classes.
+    """
     names: list[bytes] = []
     counts = []
     known = suffixes()
     for label in classes:
+        if only is not None and label not in only:
+            counts.append(0)
+            continue
         top = os.fsencode(folder / label)
         paths = sorted(path[len(top) + 1 :] for path in _images(top, known, left_out))
         if not paths:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset
+from ghosttrain.data.datasets.duplicates import near_duplicates
+from ghosttrain.data.datasets.splitting import is_split_here
 from ghosttrain.data.decode import is_deep_colour, reduction, stated_depth, to_pixels
 from ghosttrain.errors import UserError
+from ghosttrain.text import listed
 
+MOST_COMPARED = 50_000
+"""Images up to which near-duplicates are counted: each is decoded for it."""
+WIDE, FEW = 2.0, 20
+"""Length through height of images that are said to be wide; images of a class that are few."""
+MOST_LISTED = 12
+"""Classes up to which all are named."""
 LOOKED_AT = 64
 """Images of each split that are decoded before training starts."""
 
@@ -17,6 +27,82 @@ def notes_on(dataset: Dataset) -> tuple[str, ...]:
     look at a few images shows.
     """
     return dataset.left_out + inspect_images(dataset)
+
+
+def duplicates_note(data: DataConfig, train_set: Dataset, held_out: Dataset) -> tuple[str, ...]:
+    """Return a line about held-out images of which the training images hold a near-duplicate, where
+    the split was made here; else nothing.
+    """
+    many = len(train_set) + len(held_out) > MOST_COMPARED
+    if not is_split_here(data) or data.near_duplicates != "count" or many:
+        return ()
+    n, halves = len(train_set), (train_set, held_out)
+    apart = [pair for pair in near_duplicates(*halves) if (pair[0] < n) != (pair[1] < n)]
+    if not apart:
+        return ()
+    first, other = (halves[i >= n].name_of(i - n * (i >= n)) for i in apart[0])
+    alike = len({max(pair) for pair in apart})
+    return (
+        f"note: {alike:,} held-out images look like a training image (first: {other}, {first}), so "
+        "the held-out accuracy may be too high; data.near_duplicates=together keeps them in one "
+        "half, ignore does not look",
+    )
+
+
+def unusual_notes(data: DataConfig, train_set: Dataset) -> tuple[str, ...]:
+    """Return advice where the training images are unusual: grey, much smaller than what the network
+    sees, very wide or tall, or few of a class. Looks at up to `LOOKED_AT` of them.
+    """
+    sides, ratios, grey, looked = [], [], 0, 0
+    for index in np.unique(np.linspace(0, len(train_set) - 1, LOOKED_AT).round().astype(int)):
+        try:
+            image = train_set.open(int(index))
+            pixels = np.asarray(to_pixels(image, 3, reduction(image, (64, 64)), data.bit_depth))
+        except UserError:
+            continue
+        looked += 1
+        sides.append(min(image.size))
+        ratios.append(max(image.size) / min(image.size))
+        grey += bool((pixels[..., :1] == pixels).all())
+    if not looked:
+        return ()
+    notes, side, ratio = [], float(np.median(sides)), float(np.median(ratios))
+    if grey == looked and data.in_chans == 3:
+        notes.append(
+            "note: the images are grey: a network that starts from random weights may take one "
+            "channel (data.in_chans=1 data.mean=[M] data.std=[S]); a pretrained one keeps three"
+        )
+    if side <= data.train_size / 2:
+        notes.append(
+            f"note: the images are about {side:.0f} px high or wide, and are enlarged to "
+            f"{data.train_size}: a smaller data.train_size and data.eval_size cost less"
+        )
+    if ratio >= WIDE:
+        notes.append(
+            f"note: the images are about {ratio:.1f} times as long as high (or wide): evaluation "
+            "sees their centre only; cut them into squares where the object may lie outside"
+        )
+    counts = np.bincount(train_set.labels, minlength=len(train_set.classes))
+    few = [f"{train_set.classes[k]} {counts[k]}" for k in np.flatnonzero(counts < FEW).tolist()]
+    if few:
+        notes.append(
+            f"note: few images of {listed(few)}: recipe=tiny is made for 6 to 100 of a class"
+        )
+    return tuple(notes)
+
+
+def classes_note(train_set: Dataset, held_out: Dataset) -> str:
+    """Return how many training images each class has, and what always naming the class that has
+    the most would reach on the held-out images.
+    """
+    names = train_set.classes
+    counts, held = (np.bincount(d.labels, minlength=len(names)) for d in (train_set, held_out))
+    text = listed((f"{n} {c:,}" for n, c in zip(names, counts, strict=True)), most=MOST_LISTED)
+    if len(names) > MOST_LISTED:
+        text = f"{len(names):,}, of {counts.min():,} to {counts.max():,} images"
+    most, whole = int(held.argmax()), max(int(held.sum()), 1)
+    share = 100 * int(held[most]) / whole
+    return f"{text}; always {names[most]!r} = {share:.2f} % of the held-out images"
 
 
 def inspect_images(dataset: Dataset) -> tuple[str, ...]:

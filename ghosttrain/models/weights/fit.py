@@ -53,6 +53,8 @@ class Ends(NamedTuple):
     """What makes the logits; several where a network has several heads."""
 
 
+STARTS_ANEW = "starts near 0"
+"""In the note of weights whose classifier was left out: the new one begins at a loss of ln K."""
 STUDENT_ENDS = Ends(("stem",), ("classifier",))
 
 
@@ -185,13 +187,13 @@ def _with_new_classifier(
     if new is None:
         return dict(state), ""
     if not theirs:
-        return {**state, **mine}, f"it has no classifier, one of {new} starts at random"
+        return {**state, **mine}, f"it has no classifier, one of {new} starts near 0"
     old = _classes(theirs, classifier)
     if old is None:
         return dict(state), ""
     rest = {key: value for key, value in state.items() if key not in theirs}
     if old != new:
-        note = f"its classifier of {old} classes is left out, one of {new} starts at random"
+        note = f"its classifier of {old} classes is left out, one of {new} starts near 0"
         return {**rest, **mine}, note
     named = known is not None and len(known) == len(classes) == new
     if known is None or not named or list(known) == list(classes):
@@ -199,7 +201,7 @@ def _with_new_classifier(
     if set(known) != set(classes):
         note = (
             f"its classifier of other classes ({listed(known)}) is left out, one of "
-            f"{listed(classes)} starts at random"
+            f"{listed(classes)} starts near 0"
         )
         return {**rest, **mine}, note
     rows = [list(known).index(name) for name in classes]

@@ -1,0 +1,55 @@
+"""`wrong RUN`: the held-out images that a run is most certain of and wrong about."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from ghosttrain.commands.arguments import (
+    Arguments,
+    folders_and_overrides,
+    one_folder,
+    validate_counts,
+)
+from ghosttrain.terminal import go_on_without, printable
+
+ARGUMENTS = Arguments(
+    "wrong",
+    "RUN [key=value ...] [options]",
+    "Show the held-out images that a run is most certain of and wrong about, most often wrong\n"
+    "labels: RUN/wrong.png, and a line for each. data.root may differ from the run's.",
+    takes_folders=True,
+)
+ARGUMENTS.add_argument("--top", metavar="N", type=int, default=20, help="how many (20)")
+ARGUMENTS.add_argument("--out", metavar="FILE", help="draw the picture elsewhere")
+
+
+def run(options: Namespace) -> int:
+    """Print and draw them; return 0."""
+    from ghosttrain.config.compose import override_saved
+    from ghosttrain.engine.run_files import read_config
+
+    validate_counts(top=options.top)
+    folders, overrides = folders_and_overrides(options.words)
+    folder = one_folder("wrong", folders)
+    config = override_saved(read_config(folder), overrides, "eval")
+
+    from ghosttrain.data.datasets import build_datasets
+    from ghosttrain.engine.load import load_run, validate_classes
+    from ghosttrain.engine.wrong import draw_mistakes, find_mistakes
+
+    held_out = build_datasets(config.data)[1]
+    validate_classes(folder, held_out)
+    model = load_run(folder)
+    go_on_without()
+    batch = config.train.eval_batch or config.train.micro_batch or config.train.global_batch
+    mistakes = find_mistakes(model, held_out, config, batch)
+    shown = mistakes[: options.top]
+    for each in shown:
+        print(printable(each.line()))
+    print(f"{len(mistakes):,} of {len(held_out):,} held-out images are wrong")
+    if shown:
+        path = Path(options.out) if options.out else folder / "wrong.png"
+        draw_mistakes(shown, held_out, path, str(folder))
+        print(path)
+    return 0

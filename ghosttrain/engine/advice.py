@@ -1,0 +1,96 @@
+"""What the course of a run teaches for the next one, in a line each. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ghosttrain.config.schema import Config
+from ghosttrain.engine.run_files import read_result
+from ghosttrain.errors import UserError
+from ghosttrain.files import expanded
+
+LEAST = 6
+"""Evaluations from which a course is judged."""
+RISE = 1.1
+"""Held-out loss as a share of its lowest, from which it has risen."""
+
+
+def advice(
+    config: Config, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], per_epoch: int
+) -> list[str]:
+    """Return notes on a finished run.
+
+    Args:
+        config: its settings.
+        rows: of its metrics.
+        result: what `result.json` holds.
+        per_epoch: optimizer steps of an epoch.
+    """
+    held = [row for row in rows if row["kind"] == "eval" and "ema_loss" in row]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    found = [_overfit(held, losses, per_epoch), _too_short(held, result), _teacher(config, result)]
+    return [line for line in found if line]
+
+
+def _overfit(
+    held: Sequence[Mapping[str, Any]], losses: Sequence[float], per_epoch: int
+) -> str | None:
+    if len(held) < LEAST or len(losses) < LEAST:
+        return None
+    best = min(held, key=lambda row: row["ema_loss"])
+    last, early = held[-1], statistics.mean(losses[: len(losses) // 2])
+    late = statistics.mean(losses[-max(len(losses) // 5, 1) :])
+    if best["step"] > 0.8 * last["step"] or last["ema_loss"] < RISE * best["ema_loss"]:
+        return None
+    if late >= early:
+        return None
+    return (
+        f"note: the held-out loss was lowest after epoch {best['step'] // per_epoch} "
+        f"({best['ema_loss']:.3f}) and rose to {last['ema_loss']:.3f} while the training loss "
+        "fell: the network learns its images by heart; fewer train.epochs, a larger "
+        "optim.weight_decay or more augmentation may help"
+    )
+
+
+def _too_short(held: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> str | None:
+    if len(held) < LEAST:
+        return None
+    tops = [row["ema_top1"] for row in held]
+    fifth = max(len(tops) // 5, 1)
+    before, after = statistics.mean(tops[-2 * fifth : -fifth]), statistics.mean(tops[-fifth:])
+    share, n = after / 100, sum(result["classes"]["images"])
+    error = 100 * math.sqrt(max(share * (1 - share), 0) / max(n, 1))
+    still_falling = held[-1]["ema_loss"] == min(row["ema_loss"] for row in held)
+    if after - before <= max(error, 0.5) or not still_falling:
+        return None
+    return (
+        f"note: the run was still getting better at its end (held-out top-1 {before:.2f} -> "
+        f"{after:.2f} % in its last fifth): more train.epochs may help"
+    )
+
+
+def _teacher(config: Config, result: Mapping[str, Any]) -> str | None:
+    """Compare with the run that taught, where it was evaluated on the same images."""
+    weights = config.teacher.weights
+    if config.distill.name == "none" or weights is None:
+        return None
+    folder: Path = expanded(weights)
+    try:
+        taught = read_result(folder if folder.is_dir() else folder.parent)
+    except (UserError, OSError):
+        return None
+    same = taught and taught["data"]["held_out"]["digest"] == result["data"]["held_out"]["digest"]
+    if not taught or not same:
+        return None
+    student, teacher = (each["weights"]["ema"]["top1"] for each in (result, taught))
+    line = f"on the same images its teacher reaches {teacher:.2f} % top-1"
+    if teacher >= student:
+        return line
+    return (
+        f"note: {line}, less than this network: it may hold it back; try a smaller distill.weight, "
+        "or a better teacher"
+    )
