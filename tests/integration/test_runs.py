@@ -120,7 +120,7 @@ def test_every_recipe_runs_two_steps(ghosttrain, recipe, tmp_path):
     if recipe == "kd":
         teacher = ["+recipe=baseline", "model=mobilenetv2_050", "train.max_steps=1"]
         assert ghosttrain(*teacher, f"run.root={tmp_path}/t", "run.name=t").code == 0
-        small.append(f"teacher.run={tmp_path}/t/t")
+        small += [f"teacher.run={tmp_path}/t/t", "teacher.trust=true"]
         tmp_path = tmp_path / "taught"
     outcome = ghosttrain(
         f"+recipe=[{','.join([*base, recipe])}]",
