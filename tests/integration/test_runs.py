@@ -231,14 +231,14 @@ def test_a_sweep_runs_what_is_missing_and_reports(ghosttrain, tiny, tmp_path):
     assert ghosttrain("report", tmp_path / "absent").code == 2
 
 
-def test_report_says_which_settings_tell_rows_apart_in_their_order(ghosttrain, tiny, tmp_path):
+def test_report_says_which_settings_tell_rows_apart(ghosttrain, tiny, tmp_path):
     for lr in ("0.003", "0.001"):
         assert ghosttrain(*tiny, "train.max_steps=1", f"optim.lr={lr}").code == 0
     table = ghosttrain("report", tmp_path).out.splitlines()
     rows = [line for line in table if line.startswith("| compact_kd")]
-    order = table[-1].split("in order: ")[1].split(" | ")
-    for row, message in zip(rows, order, strict=True):
-        value = message.removeprefix("optim.lr=")
+    assert len(rows) == 2
+    for row in rows:
+        value = row.split("optim.lr=")[1].split()[0]
         (run,) = [f for f in tmp_path.rglob("config.yaml") if f"lr: {value}\n" in f.read_text()]
         top1 = json.loads((run.parent / "result.json").read_text())["weights"]["raw"]["top1"]
         assert f"{top1:.2f}" in row
