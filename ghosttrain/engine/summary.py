@@ -84,6 +84,11 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
     if config.model.weights:
         known = (getattr(student, "weights_dialect", "timm"), getattr(student, "weights_note", ""))
         lines.append(f"weights: {config.model.weights} ({'; '.join(filter(None, known))})")
+        mean, std = (", ".join(f"{x:g}" for x in values) for values in (data.mean, data.std))
+        lines.append(
+            f"images: {data.train_size} px in training, {data.eval_size} px held out; mean {mean}, "
+            f"std {std}"
+        )
     lines += training_notes(config, train_set)
     lines.append(f"teacher: {run.teacher}")
     seen = "seen by batch norm" + (", of all ranks together" if config.train.sync_bn else "")

@@ -72,10 +72,19 @@ def test_a_timm_student_starts_from_other_classes(
     outcome = ghosttrain(*student, f"model.weights={path}")
     assert outcome.code == 0, outcome.err
     assert line_of(outcome.out, "weights: ") == (
-        f"weights: {path} (timm; its classifier of 1000 classes is left out, one of 3 starts at "
-        "random; they were trained with another normalisation than data.mean=[0.485,0.456,0.406] "
-        "data.std=[0.229,0.224,0.225]: type data.mean=[0.5,0.5,0.5] data.std=[0.5,0.5,0.5] for "
-        "theirs)"
+        f"weights: {path} (timm; its classifier of 1000 classes is left out, one of 3 starts near "
+        "0)"
+    )
+    shown = line_of(outcome.out, "images: ")
+    assert (
+        shown == "images: 64 px in training, 64 px held out; mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"
+    )
+    typed = ghosttrain(*student, f"model.weights={path}", "data.mean=[0.4,0.4,0.4]",
+                       f"run.root={tmp_path / 'typed'}")  # fmt: skip
+    assert typed.code == 0, typed.err
+    assert line_of(typed.out, "weights: ").endswith(
+        "they were trained with another normalisation than data.mean=[0.4,0.4,0.4] "
+        "data.std=[0.5,0.5,0.5]: type data.mean=[0.5,0.5,0.5] data.std=[0.5,0.5,0.5] for theirs)"
     )
     run = only_run(tmp_path / "runs")
     with safe_open(run / "model.safetensors", framework="pt") as file:
