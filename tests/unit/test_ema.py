@@ -212,3 +212,19 @@ def test_state_continues_bit_for_bit() -> None:
 def test_a_state_of_another_model_is_refused() -> None:
     with pytest.raises(RuntimeError, match="Missing key"):
         Ema(small_model(), decay=0.9).load_state_dict(Ema(nn.Linear(2, 2), 0.9).state_dict())
+
+
+def test_after_a_short_run_nothing_is_left_of_the_start() -> None:
+    """100 steps of fine-tuning: the average is of the last tenth or so, not of where it began."""
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.ones_(model.weight)
+    ema = Ema(model, 0.9999, warmup=True)
+    for step in range(100):
+        with torch.no_grad():
+            model.weight.fill_(0.0 if step < 90 else 1.0)
+        ema.update(model)
+    assert ema.model.weight.item() == pytest.approx(1 - 0.9**9, abs=0.05)
+    only_start = 1.0
+    for step in range(100):
+        only_start *= decay_at(step, 0.9999, warmup=True)
+    assert only_start < 1e-12
