@@ -49,22 +49,20 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
 
         return spawn(("eval", str(folder), *overrides), config.launch.nproc)
 
-    from ghosttrain.data.datasets import build_datasets, notes_on
+    from ghosttrain.data.datasets import notes_on
     from ghosttrain.engine import distributed
     from ghosttrain.engine.evaluate import HeldOutImages, evaluate
-    from ghosttrain.engine.load import load_run, validate_classes
+    from ghosttrain.engine.load import held_out_of, load_run
     from ghosttrain.engine.student import has_fused_form
     from ghosttrain.engine.weights_file import WeightsKind
 
     code = 0
     distributed.start()
     device = distributed.pick_device(config.launch.device)
-    held_out = build_datasets(config.data)[1]
-    validate_classes(folder, held_out)
+    held_out, batch = held_out_of(folder, config)
     classes = held_out.classes
     kinds: list[WeightsKind] = ["raw", "ema", *(("fused",) if has_fused_form(config) else ())]
     models = {str(kind): load_run(folder, kind).to(device) for kind in kinds}
-    batch = config.train.eval_batch or config.train.micro_batch or config.train.global_batch
     with HeldOutImages(held_out, config, device, batch) as held_images:
         found = evaluate(models, held_images, device, len(classes))
     if distributed.rank() == 0:

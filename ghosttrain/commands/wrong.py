@@ -34,15 +34,12 @@ def run(options: Namespace) -> int:
     folder = one_folder("wrong", folders)
     config = override_saved(read_config(folder), overrides, "eval")
 
-    from ghosttrain.data.datasets import build_datasets
-    from ghosttrain.engine.load import load_run, validate_classes
+    from ghosttrain.engine.load import held_out_of, load_run
     from ghosttrain.engine.wrong import draw_mistakes, find_mistakes
 
-    held_out = build_datasets(config.data)[1]
-    validate_classes(folder, held_out)
+    held_out, batch = held_out_of(folder, config)
     model = load_run(folder)
     go_on_without()
-    batch = config.train.eval_batch or config.train.micro_batch or config.train.global_batch
     mistakes = find_mistakes(model, held_out, config, batch)
     shown = mistakes[: options.top]
     for each in shown:

@@ -145,9 +145,8 @@ def compose(
         config = config.model_copy(update={"reparam": PLAIN})
     replaced = _replaced(budget, before, flatten(tree) | chosen)
     arguments = (*overrides, *(("--config-dir", config_dir) if config_dir else ()))
-    set_by = {*named, *(key for layer in layers for key in flatten(layer.values)),
-              *(key for key in flatten(budget.values))}  # fmt: skip
-    free = frozenset(key for key in KEYS if key not in set_by)
+    set_by = named.union(*(flatten(layer.values) for layer in layers))
+    free = frozenset(KEYS) - set_by
     return Composed(config, replaced, chosen, arguments, passed, free)
 
 

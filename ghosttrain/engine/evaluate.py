@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config
@@ -144,8 +143,9 @@ class _Tally:
         before = classes_before(logits, labels)
         hit = before < 1
         best = torch.where(hit, labels, logits.argmax(dim=1))
-        loss = F.cross_entropy(logits.double(), labels, reduction="none")
-        confidence = logits.double().softmax(dim=1).amax(dim=1).nan_to_num(0)
+        log_p = logits.double().log_softmax(dim=1)
+        loss = -log_p.gather(1, labels[:, None])[:, 0]
+        confidence = log_p.amax(dim=1).exp().nan_to_num(0)
         units = (confidence * UNIT).round().long()
         which = (units * BINS // UNIT).clamp(max=BINS - 1)
         one = torch.ones_like(labels)

@@ -69,8 +69,8 @@ def frozen_throughout(network: nn.Module, freeze: Freeze) -> set[str]:
     return set.intersection(*(frozen_parameters(network, what) for what in every))
 
 
-def freeze_network(network: nn.Module, what: str) -> int:
-    """Put a network into training mode with `what` of it frozen; return how many parameters are."""
+def freeze_network(network: nn.Module, what: str) -> None:
+    """Put a network into training mode with `what` of it frozen."""
     network.train()
     frozen = frozen_parameters(network, what)
     for name, parameter in network.named_parameters():
@@ -79,4 +79,3 @@ def freeze_network(network: nn.Module, what: str) -> int:
         own = [f"{path}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters()]
         if own and frozen.issuperset(own):
             module.eval()
-    return sum(p.numel() for p in network.parameters() if not p.requires_grad)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from ghosttrain.data.decode import to_pixels
-from ghosttrain.files import replacing
+from ghosttrain.engine.figures import new_figure, save_figure
 from ghosttrain.terminal import printable
 
 MOST = 40
@@ -27,13 +26,9 @@ def draw_gallery(
         path: of the PNG.
         title: above all.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = shown[:MOST]
     rows = max(-(-len(shown) // COLUMNS), 1)
-    figure = Figure(figsize=(2.4 * COLUMNS, 2.8 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.4 * COLUMNS, 2.8 * rows + 0.4)
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
     for axis in axes:
         axis.set_axis_off()
@@ -43,7 +38,4 @@ def draw_gallery(
         axis.imshow(image)
         axis.set_title(printable(words), fontsize=8, parse_math=False)
     figure.suptitle(printable(title), fontsize=9, parse_math=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
-        with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=100)
+    save_figure(figure, path, dpi=100)

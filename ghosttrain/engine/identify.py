@@ -79,13 +79,9 @@ def _about_weights(config: Config) -> dict[str, Any]:
 
     kept = expanded(config.run.root) / ".listed"
     try:
-        return _remembered(kept, f"about {weights} {name} {_timm_version()}", find)
+        return _remembered(kept, f"about {weights} {name} {metadata.version('timm')}", find)
     except (UserError, OSError):  # said when the weights are read
         return dict.fromkeys(keys)
-
-
-def _timm_version() -> str:
-    return metadata.version("timm")
 
 
 def identified(config: Config) -> Config:

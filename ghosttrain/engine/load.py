@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from ghosttrain.config.schema import Config
-from ghosttrain.data.datasets import Dataset
+from ghosttrain.data.datasets import Dataset, build_datasets
 from ghosttrain.engine.checkpoint import Checkpoint, newest_checkpoint
 from ghosttrain.engine.predict import give_predictions
 from ghosttrain.engine.run_files import read_config
@@ -68,17 +68,19 @@ def without_start(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
 
 
-def validate_classes(folder: Path, held_out: Dataset) -> None:
-    """Refuse images of other classes than those of the run in `folder`.
+def held_out_of(folder: Path, config: Config) -> tuple[Dataset, int]:
+    """Return the held-out images of a run, and how many of them to look at in one forward pass.
 
     Raises:
-        UserError: naming what differs.
+        UserError: the data are not there, or have other classes than the run.
     """
+    held_out, train = build_datasets(config.data)[1], config.train
     if (classes := classes_of(folder)) != held_out.classes:
         raise UserError(
             f"{held_out.source} has other classes than {folder} was trained on "
             f"({renamed(classes, held_out.classes)}): type data.root=/the/data/it/was/trained/on"
         )
+    return held_out, train.eval_batch or train.micro_batch or train.global_batch
 
 
 def classes_of(folder: Path) -> list[str]:

@@ -13,7 +13,6 @@ import re
 import secrets
 import sys
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,10 +27,11 @@ from tqdm import tqdm
 from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import distributed
+from ghosttrain.engine.figures import new_figure, save_figure
 from ghosttrain.engine.metrics import LISTED_CLASSES
 from ghosttrain.engine.plan import Plan
 from ghosttrain.errors import UserError
-from ghosttrain.files import replacing, write_text
+from ghosttrain.files import write_text
 from ghosttrain.terminal import failures, printable, reason
 from ghosttrain.text import clock, counted
 
@@ -392,14 +392,10 @@ def draw_curves(folder: Path, title: str, steps_per_epoch: int) -> None:
     """Draw losses, learning rate and held-out accuracy of metrics.jsonl by epochs into
     curves.png.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_metrics(folder)
     train = [r for r in rows if r["kind"] == "train"]
     held = [r for r in rows if r["kind"] == "eval"]
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 3.6)
     losses, rate, accuracy = figure.subplots(1, 3)
 
     def epochs(rows: list[dict[str, Any]]) -> list[float]:
@@ -438,22 +434,18 @@ def draw_curves(folder: Path, title: str, steps_per_epoch: int) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     figure.suptitle(printable(title), fontsize=10, parse_math=False)
-    _save(figure, folder / "curves.png")
+    save_figure(figure, folder / "curves.png", dpi=130)
 
 
 def draw_confusion(folder: Path, classes: Mapping[str, Any], title: str) -> None:
     """Draw the confusion matrix of the held-out images into confusion.png: a row for each true
     class, its cells the share that was taken for each class.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = [printable(name) for name in classes["names"]]
     counts_TP = np.array(classes["confusion"], dtype=float)
     shares_TP = counts_TP / np.maximum(counts_TP.sum(1, keepdims=True), 1)
     side = min(12.0, 3 + 0.3 * len(names))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side + 1, side)
     axis = figure.subplots()
     axis.imshow(shares_TP, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= LISTED_CLASSES:
@@ -466,14 +458,7 @@ def draw_confusion(folder: Path, classes: Mapping[str, Any], title: str) -> None
     axis.set_xlabel("taken for")
     axis.set_ylabel("is")
     figure.suptitle(printable(title), fontsize=9, parse_math=False)
-    _save(figure, folder / "confusion.png")
-
-
-def _save(figure: Any, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
-        with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=130)
+    save_figure(figure, folder / "confusion.png", dpi=130)
 
 
 def wandb_mode(config: Config) -> Mode:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ghosttrain.config.compose import compose
+from ghosttrain.engine.figures import new_figure, save_figure
 from ghosttrain.engine.launch import launch
 from ghosttrain.engine.track import read_metrics
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded, replacing
+from ghosttrain.files import expanded
 
 HIGHEST = {"lamb": 1.0, "adamw": 1.0, "sgd": 10.0}
 """Optimizer -> learning rate at the end of the test."""
@@ -96,11 +97,7 @@ def _draw(
     best: float,
     title: str,
 ) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 4)
     axis = figure.subplots()
     axis.plot(rates, [row["loss"] for row in rows], color="0.8", linewidth=1)
     axis.plot(rates, losses, linewidth=1.6)
@@ -113,5 +110,4 @@ def _draw(
     axis.set_title(title, fontsize=9)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path, dpi=110)

@@ -1,5 +1,5 @@
-"""Sample number -> (image, label): embedded digits, class folders (ImageNet too), tables
-of paths, IDX files.
+"""Sample number -> (image, label): embedded digits, class folders (ImageNet too), tables of
+paths, IDX files.
 
 Owns what exists on disk and its checks: everything wrong with the data as a whole is said here,
 before training starts, in one line. Broken single files show when they are decoded. Knows nothing
