@@ -1,0 +1,91 @@
+"""Statistics of a study: the difference of an arm to its control over the same seeds.
+
+A seed draws the first weights, the order of the images and their augmentation; two arms of one seed
+share them where they can. So the differences of pairs are what is tested, not two separate means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Difference(NamedTuple):
+    """An arm less its control, in the unit of the metric."""
+
+    pairs: int
+    """Seeds that both have."""
+    mean: float
+    low: float
+    """Lower end of the interval; NaN with fewer than two pairs."""
+    high: float
+    p: float
+    """Probability of a mean difference this far from 0 or farther where there is none; NaN with
+    fewer than two pairs."""
+
+
+def paired_difference(
+    arm: Mapping[int, float], control: Mapping[int, float], level: float = 0.95
+) -> Difference:
+    """Compare an arm with its control over the seeds that both have, by the paired t-test.
+
+    Args:
+        arm: seed -> metric.
+        control: seed -> metric.
+        level: how often such an interval holds the true difference, for normal differences.
+
+    Raises:
+        ValueError: they share no seed.
+    """
+    seeds = sorted(arm.keys() & control.keys())
+    if not seeds:
+        raise ValueError(f"no common seed: {sorted(arm)} and {sorted(control)}")
+    differences = np.array([arm[seed] - control[seed] for seed in seeds])
+    mean = float(differences.mean())
+    if len(seeds) < 2:
+        return Difference(len(seeds), mean, math.nan, math.nan, math.nan)
+    if np.ptp(differences) == 0:  # scipy's t is 0/0 or x/0 here
+        return Difference(len(seeds), mean, mean, mean, float(mean == 0))
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = test.confidence_interval(level)
+    return Difference(len(seeds), mean, float(low), float(high), float(test.pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number (Holm, Scand. J. Statist. 6, 1979): where no arm
+    differs, the chance that any falls below .05 is at most .05. NaN is not counted and stays.
+    """
+    corrected, largest = list(p_values), 0.0
+    tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    for rank, (p, i) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        corrected[i] = largest
+    return corrected
+
+
+def power(seeds: int, difference: float, deviation: float, level: float = 0.95) -> float:
+    """Return how often a paired t-test over so many seeds finds a true difference.
+
+    Args:
+        seeds: pairs; 2 or more.
+        difference: the true one.
+        deviation: standard deviation of the differences of pairs, in the same unit.
+        level: 1 - the chance to find one where there is none.
+    """
+    freedom = seeds - 1
+    bound = stats.t.ppf((1 + level) / 2, freedom)
+    shift = difference / deviation * math.sqrt(seeds)
+    return float(stats.nct.sf(bound, freedom, shift) + stats.nct.cdf(-bound, freedom, shift))
+
+
+def seeds_needed(
+    difference: float, deviation: float, chance: float = 0.8, most: int = 1000
+) -> int | None:
+    """Return how many seeds find a true difference with this chance; None above `most`."""
+    if deviation == 0:
+        return 2
+    return next((n for n in range(2, most + 1) if power(n, difference, deviation) >= chance), None)
