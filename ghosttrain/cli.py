@@ -28,6 +28,7 @@ VERBS = {
     "predict": "classify images by the network of a run",
     "wrong": "the held-out images a run is most certain of and wrong about",
     "report": "results side by side",
+    "study": "run a declared study, and report what it shows",
     "lr_find": "try learning rates in a short run",
     "cache": "store the teacher's outputs once",
     "bench": "time training steps, optimizers, distillation",
@@ -97,14 +98,16 @@ def find_verb(args: list[str]) -> tuple[str, list[str]]:
     if not places:
         return "train", args
     verb, rest = args[places[0]], [*args[: places[0]], *args[places[0] + 1 :]]
+    arguments = importlib.import_module(f"ghosttrain.commands.{verb}").ARGUMENTS
+    if rest[places[0] : places[0] + 1] and rest[places[0]] in arguments.actions:
+        places = [i for i in places if i != places[0] + 1]
     others = [args[i] for i in places[1:]]
     if "help" in (verb, *others):
         return "help", [word for word in args if word not in ("help", "-h", "--help")]
     if asks_for_help:
         return "help", [verb]
-    takes_folders = importlib.import_module(f"ghosttrain.commands.{verb}").ARGUMENTS.takes_folders
     for word in others:
-        if not (takes_folders and Path(word).exists()):
+        if not (arguments.takes_folders and Path(word).exists()):
             raise UserError(f"two verbs, {verb!r} and {word!r}: type one")
     return verb, rest
 

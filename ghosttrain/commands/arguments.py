@@ -14,7 +14,7 @@ from ghosttrain.errors import UserError, did_you_mean
 OPTIONS_WITH_VALUE = (
     *("-c", "--cfg", "-p", "--package", "--info", "-cd", "--config-dir", "--out", "--to"),
     *("-sc", "--shell-completion"),
-    *("--rounds", "--threads", "--forwards", "--images", "--steps"),
+    *("--rounds", "--threads", "--forwards", "--images", "--steps", "--difference"),
     *("--top", "--batch", "--csv", "--json", "--picture", "--weights"),
 )
 """Options that take the next word: it is no verb, even where it is called like one."""
@@ -28,10 +28,16 @@ class Arguments(argparse.ArgumentParser):
         words: what stands on the command line besides options, for the usage line.
         description: what the verb does.
         takes_folders: whether its words may be folders.
+        actions: what its first word may be; it is no verb, even where it is called like one.
     """
 
     def __init__(
-        self, verb: str, words: str, description: str, takes_folders: bool = False
+        self,
+        verb: str,
+        words: str,
+        description: str,
+        takes_folders: bool = False,
+        actions: Sequence[str] = (),
     ) -> None:
         super().__init__(
             prog=f"python -m ghosttrain {verb}",
@@ -40,7 +46,7 @@ class Arguments(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.verb, self.takes_folders = verb, takes_folders
+        self.verb, self.takes_folders, self.actions = verb, takes_folders, actions
         self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
@@ -56,8 +62,9 @@ class Arguments(argparse.ArgumentParser):
             action = next(a for a in self._actions if name in a.option_strings)
             *most, last = map(str, action.choices or ())
             raise UserError(f"{name} {choice[2]}: choose {', '.join(most)} or {last}")
-        if number := re.match(r"argument (\S+): invalid int value: (.*)", message):
-            raise UserError(f"{number[1]} {number[2]} is no whole number")
+        if number := re.match(r"argument (\S+): invalid (int|float) value: (.*)", message):
+            kind = {"int": "whole number", "float": "number"}[number[2]]
+            raise UserError(f"{number[1]} {number[3]} is no {kind}")
         raise UserError(f"{message}; see {self.prog} --help")
 
 

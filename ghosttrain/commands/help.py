@@ -27,7 +27,8 @@ ARGUMENTS = with_config_dir(
     )
 )
 VERB_NAMES = (
-    "train", "eval", "fuse", "predict", "wrong", "report", "lr_find", "cache", "bench", "version",
+    "train", "eval", "fuse", "predict", "wrong", "report", "study", "lr_find", "cache",
+    "bench", "version",
 )  # fmt: skip
 ALSO_SECTIONS = ("train", "cache")
 """Verbs that a section of settings is called like: their help shows both."""
@@ -51,6 +52,8 @@ verbs (python -m ghosttrain VERB --help: all about one)
   wrong RUN         the held-out images it is most certain of and wrong about: wrong.png
   report RUN...     results side by side: mean and standard deviation over seeds
                     (report.metrics=top1,balanced,ece,recall:CLASS: the columns)
+  study run NAME    run what is missing of a declared comparison and report it (study report,
+                    study power, study list)
   lr_find           a short run in which the learning rate rises: a picture, and which to take
   cache             store the teacher's outputs once (cache.dir=D cache.draws=E); --dry-run only
                     measures; cache D --repair, cache D --inspect
@@ -194,7 +197,7 @@ def help_text(config_dir: str | None = None) -> str:
         recipes.append(folder / "recipe")
     parts = [_HEAD, "groups (GROUP=CHOICE; * is the default)"]
     chosen = dict(_default_choices(conf[0] / "config.yaml"))
-    groups = {p.name for root in conf for p in root.iterdir() if p.is_dir()} - {"recipe"}
+    groups = {p.name for root in conf for p in root.iterdir() if p.is_dir()} - {"recipe", "study"}
     for group in sorted(groups):
         names = {f.stem for root in conf for f in (root / group).glob("*.yaml")}
         starred = [name + "*" * (chosen.get(group) == name) for name in sorted(names)]

@@ -62,6 +62,8 @@ class Cells:
     """The words of every run, the last setting fastest; None where a search chooses."""
     corners: list[list[str]]
     """The words of two runs: the first values of all settings, and the last."""
+    lines: list[list[str]]
+    """Whole command lines, of which Hydra gets the numbers; none where it gets settings."""
 
 
 def merged(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class Names:
             )
             for root in self.conf
             for group in root.iterdir()
-            if group.is_dir() and group.name not in ("budget", "recipe")
+            if group.is_dir() and group.name not in ("budget", "recipe", "study")
         }
 
     def hydra(self) -> Any:
@@ -200,7 +202,19 @@ class Names:
                 swept.append(f"++{name}={text}")
             listed = None if search else [list(cell) for cell in itertools.product(*values)]
             corners = [[texts[end] for texts in values] for end in (0, -1)]
-            return Cells(tuple(words), tuple(swept), names, listed, corners)
+            return Cells(tuple(words), tuple(swept), names, listed, corners, [])
+
+    def lines(self, lines: list[list[str]], hydra_words: Sequence[str] = ()) -> Cells:
+        """Return the runs of a sweep over whole command lines.
+
+        Raises:
+            UserError: a launcher that is not installed.
+        """
+        with self.hydra():
+            for word in hydra_words:
+                _validate_plugin(word)
+        numbers = f"++line={','.join(map(str, range(len(lines))))}"
+        return Cells(("",), (numbers,), {"line": (0, "line")}, lines, [lines[0], lines[-1]], lines)
 
     def _listed(self, parser: OverridesParser, o: Override, search: bool) -> Override:
         """Turn `model=glob(ghost*)` into `model=choice(...)` of the names that match; refuse a

@@ -71,12 +71,12 @@ def report(folders: list[Path], metrics: Sequence[str] = ()) -> str:
     shown = metrics or default_metrics([result for _, result in finished])
     told_apart = _differences([group[0][0] for group in rows])
     head = ["recipe", "data", "model", "px", *(["settings"] if any(told_apart) else []), "seeds"]
-    table = [[*head, *(_title(name) for name in shown), "time"]]
+    table = [[*head, *(title_of(name) for name in shown), "time"]]
     for group, settings in zip(rows, told_apart, strict=True):
         config, results = group[0][0], [result for _, result in group]
         label = [config.recipe, config.data.name, config.model.name, str(config.data.eval_size)]
         label += [settings] if any(told_apart) else []
-        numbers = [_spread([_value(result, name) for result in results]) for name in shown]
+        numbers = [_spread([value_of(result, name) for result in results]) for name in shown]
         seconds = statistics.mean(result["seconds"] for result in results)
         table.append([*label, _seeds([each for each, _ in group]), *numbers, clock(seconds)])
         below += _no_better(config, results)
@@ -130,12 +130,13 @@ def validate_metrics(names: Sequence[str]) -> None:
             )
 
 
-def _title(name: str) -> str:
+def title_of(name: str) -> str:
+    """Return the head of a column."""
     kind, _, of_class = name.partition(":")
     return f"{kind} % of {of_class}" if of_class else METRICS[name]
 
 
-def _value(result: Mapping[str, Any], name: str) -> float | None:
+def value_of(result: Mapping[str, Any], name: str) -> float | None:
     """Return the number of a column; None where this run has none."""
     kind, _, of_class = name.partition(":")
     classes, weights = result["classes"], result["weights"]

@@ -55,6 +55,35 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
     """
     cells = Names(config_dir).cells(overrides, hydra_words)
     composed = _all_composed(cells, overrides, config_dir)
+    done, failed = run_cells(cells, composed, hydra_words, config_dir)
+    if done:
+        print(f"\n=== {len(done)} of {len(done) + len(failed)} runs finished\n" + report(done))
+    return name_failures(failed)
+
+
+def name_failures(failed: Sequence[str]) -> int:
+    """Print the cells that failed; return the exit code."""
+    for line in failed:
+        print(f"ghosttrain: failed: {line}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def run_cells(
+    cells: Cells, composed: Sequence[Composed], hydra_words: list[str], config_dir: str | None
+) -> tuple[list[Path], list[str]]:
+    """Let Hydra's launcher run all cells; return the folders of the finished ones, and a line about
+    each of the others.
+
+    Args:
+        cells: what Hydra gets.
+        composed: every cell that can be listed, else some of them.
+        hydra_words: overrides of Hydra's launcher, sweeper and sweep folder.
+        config_dir: the user's own groups and recipes.
+
+    Raises:
+        UserError: the folder of the sweep cannot be written.
+        KeyboardInterrupt: Ctrl-C ends the sweep, not only the cell that runs.
+    """
     root = expanded(composed[0].config.run.root)
     try:
         folder = _new_folder(root / ".sweeps" / time.strftime("%Y-%m-%d_%H-%M-%S"))
@@ -65,9 +94,10 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
     context = {
         "words": cells.words,
         "names": cells.names,
+        "lines": cells.lines,
         "config_dir": config_dir,
         "folder": str(folder.resolve()),
-        "group": f"sweep-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:8]}",
+        "group": f"sweep-{_group(cells)}",
         "total": len(composed) if cells.listed is not None else None,
     }
     try:
@@ -88,11 +118,13 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
             failed.append(f"{' '.join(outcome['words'])} (exit code {outcome['exit_code']})")
         else:
             done.append(Path(outcome["run"]))
-    if done:
-        print(f"\n=== {len(done)} of {len(done) + len(failed)} runs finished\n" + report(done))
-    for line in failed:
-        print(f"ghosttrain: failed: {line}", file=sys.stderr)
-    return int(bool(failed))
+    return done, failed
+
+
+def _group(cells: Cells) -> str:
+    """Return eight hexadecimal digits: the same for the same sweep."""
+    text = " ".join([*cells.words, *cells.swept, *map(" ".join, cells.lines)])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _new_folder(path: Path) -> Path:
@@ -118,6 +150,8 @@ def run_cell(given: DictConfig) -> float:
         key, _, value = word.removeprefix("++").partition("=")
         place, name = context["names"][key]
         words[place] = f"{name}={value}"
+        if context["lines"]:
+            words = context["lines"][int(value)]
     of = f"/{context['total']}" if context["total"] else ""
     print(f"\n=== {job.job.num + 1}{of}: {' '.join(words)}", flush=True)
     folder, top1 = None, float("nan")

@@ -72,6 +72,8 @@ def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> Non
             *BENCH,
             *extra,
         ]
+    elif words[0] == "study":
+        words += [*SMALL, "seed=0,1"] if words[1] != "list" else []
     elif words[0] not in ("report", "cache") or words[1].startswith("+"):
         verb = [word for word in words if word in ("cache", "lr_find")]
         words = [w.replace("runs/teacher", "runs/photos") for w in words]

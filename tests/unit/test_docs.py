@@ -11,11 +11,13 @@ import pytest
 from helpers import load_script
 
 from ghosttrain.cli import VERBS, find_verb, parse
+from ghosttrain.commands.study import ACTIONS
 from ghosttrain.config.compose import cells, compose
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.launch import replaced_lines
 from ghosttrain.engine.run_files import write_config
 from ghosttrain.study.bench import DEFAULTS
+from ghosttrain.study.studies import load_study, study_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,6 +58,12 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
         return
     if words[0] == "cache":
         compose(words[1:])
+        return
+    if words[0] == "study":
+        options = parse(importlib.import_module("ghosttrain.commands.study").ARGUMENTS, words[1:])
+        assert options.words[0] in ACTIONS
+        if options.words[0] != "list":
+            study_cells(load_study(options.words[1]), [*options.words[2:], "seed=0"], None)
         return
     if words[0] in ("lr_find", "predict", "report"):
         verb, rest = find_verb(words)

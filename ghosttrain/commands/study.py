@@ -1,0 +1,54 @@
+"""`study run|report|power|list`: a declared comparison, run and reported."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ghosttrain.commands.arguments import Arguments, with_config_dir
+from ghosttrain.errors import UserError
+
+ACTIONS = ("run", "report", "power", "list")
+ARGUMENTS = with_config_dir(
+    Arguments(
+        "study",
+        "run|report|power NAME [key=value ...] | list",
+        "run     run what is missing of a study, then report; seed=0,1 chooses other seeds\n"
+        "report  the finished runs: mean, difference to the control, 95 % interval\n"
+        "power   how many seeds find a difference, from the spread so far\n"
+        "list    the studies there are\n"
+        "A study is a file: conf/study/NAME.yaml, or study/NAME.yaml in your --config-dir.",
+        actions=ACTIONS,
+    )
+)
+ARGUMENTS.add_argument(
+    "--difference", type=float, default=0.3, metavar="0.3", help="power: in the metric's unit"
+)
+
+
+def run(options: Namespace) -> int:
+    """Run, report, or list; return the exit code."""
+    from ghosttrain.config.hydra_words import split_words
+    from ghosttrain.study import studies
+
+    names = [word for word in options.words if "=" not in word]
+    action, *rest = names or [""]
+    if action not in ACTIONS:
+        raise UserError(f"study {action}: type study {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}")
+    if action == "list":
+        print(studies.list_studies(options.config_dir))
+        return 0
+    if len(rest) != 1:
+        raise UserError(f"study {action} needs one name: python -m ghosttrain study list")
+    words = [word for word in options.words if "=" in word]
+    overrides, hydra_words = split_words(words, multirun=True)
+    if action == "run":
+        return studies.run_study(rest[0], overrides, hydra_words, options.config_dir)
+    study = studies.load_study(rest[0], options.config_dir)
+    cells = studies.study_cells(study, overrides, options.config_dir)
+    if action == "report":
+        print(studies.study_report(rest[0], study, cells))
+    elif options.difference <= 0:
+        raise UserError(f"--difference {options.difference:g}: give a number above 0")
+    else:
+        print(studies.study_power(study, cells, options.difference))
+    return 0

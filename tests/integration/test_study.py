@@ -1,0 +1,180 @@
+"""A declared study: what runs, what is reported, what is said of what is missing."""
+
+import json
+import statistics
+
+import pytest
+from helpers import refusal, some_result
+from scipy import stats
+
+from ghosttrain.config.names import Names
+from ghosttrain.engine.folder import run_folder
+from ghosttrain.engine.identify import settled
+from ghosttrain.engine.run_files import write_config, write_result
+from ghosttrain.study import sweep
+from ghosttrain.study.studies import load_study, study_cells, study_names
+
+STUDY = """
+about: Does a higher learning rate help?
+overrides: [+recipe=baseline, model=shufflenetv2_050, train.epochs=1]
+axes:
+  rate:
+    low: [optim.lr=0.001]
+    high: [optim.lr=0.01]
+  order:
+    once: []
+    twice: [train.epochs=2]
+control: low + once
+seeds: [0, 1, 2]
+"""
+ARMS = ["low + once", "low + twice", "high + once", "high + twice"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a user's own folder with the study `rates`."""
+    (tmp_path / "own" / "study").mkdir(parents=True)
+    (tmp_path / "own" / "study" / "rates.yaml").write_text(STUDY)
+    return str(tmp_path / "own")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Let every run end at once with a top-1 made of its settings; some fail. Keep what ran."""
+    ran, failing = [], set()
+
+    def top1(config):
+        jitter = (config.seed * 7 + round(config.optim.lr * 1000) * 3 + config.train.epochs) % 5
+        return 50.0 + 3 * config.seed + 200 * config.optim.lr + config.train.epochs + jitter / 10
+
+    def launch(composed):
+        config = settled(composed)
+        ran.append((config.optim.lr, config.train.epochs, config.seed))
+        if ran[-1] in failing:
+            return 137
+        run = run_folder(config)
+        run.mkdir(parents=True)
+        write_config(run, config)
+        (run / "provenance.json").write_text("{}")
+        result = some_result(config)
+        result["weights"]["ema"]["top1"] = top1(config)
+        write_result(run, result)
+        return 0
+
+    monkeypatch.setattr(sweep, "launch", launch)
+    return ran, failing, top1
+
+
+def table(text):
+    """Return arm -> its cells in the last table printed."""
+    rows = [
+        [c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+    ]
+    return {row[0]: row[1:] for row in rows[-len(ARMS) :]}
+
+
+def test_what_is_missing_runs_and_the_report_is_right(ghosttrain, folder, launched, tmp_path):
+    ran, failing, _ = launched
+    where = ["--config-dir", folder, f"run.root={tmp_path / 'runs'}"]
+    failing.add((0.01, 1, 1))
+    first = ghosttrain("study", "run", "rates", *where)
+    assert first.code == 1 and len(ran) == 12
+    assert [seed for *_, seed in ran] == [0] * 4 + [1] * 4 + [2] * 4  # whole pairs first
+    assert "runs: 12 = 4 arms x 3 seeds (0, 1, 2); 0 finished, 12 to run" in first.out
+    assert "failed: " in first.err and "optim.lr=0.01" in first.err and "exit code 137" in first.err
+    assert "- not run: high + once, seed 1" in first.out
+    assert table(first.out)["high + once"][0] == "2"
+
+    failing.clear()
+    second = ghosttrain("study", "run", "rates", *where)
+    assert second.code == 0 and ran[12:] == [(0.01, 1, 1)]
+    report = ghosttrain("study", "report", "rates", *where)
+    assert report.code == 0 and report.out in second.out and len(ran) == 13
+    assert "# rates: data digits, model shufflenetv2_050, budget digits" in report.out
+
+    study = load_study("rates", folder)
+    values = {arm: [] for arm in ARMS}
+    for cell in study_cells(study, [f"run.root={tmp_path / 'runs'}"], folder):
+        result = json.loads((cell.folder / "result.json").read_text())
+        values[cell.arm].append(result["weights"]["ema"]["top1"])
+    p = {arm: stats.ttest_rel(values[arm], values["low + once"]).pvalue for arm in ARMS[1:]}
+    smallest = min(p, key=p.get)
+    shown = table(report.out)
+    for arm in ARMS:
+        mean, deviation = statistics.mean(values[arm]), statistics.stdev(values[arm])
+        assert shown[arm][:2] == ["3", f"{mean:.2f} ± {deviation:.2f}"]
+    for arm in ARMS[1:]:
+        differences = [a - b for a, b in zip(values[arm], values["low + once"], strict=True)]
+        mean, spread = statistics.mean(differences), statistics.stdev(differences)
+        half = stats.t.ppf(0.975, 2) * spread / 3**0.5
+        assert shown[arm][2:4] == [f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"]
+    assert shown[smallest][4] == f"{min(1, 3 * p[smallest]):.3f}"
+
+    power = ghosttrain("study", "power", "rates", "--difference", "0.5", *where)
+    assert power.code == 0 and "difference of 0.5 with a chance of 80 %" in power.out
+    assert power.out.count("| 3 ") == 3
+
+
+def test_damaged_and_other_seeds_are_in_no_mean(ghosttrain, folder, launched, tmp_path):
+    where = ["--config-dir", folder, f"run.root={tmp_path / 'runs'}"]
+    assert ghosttrain("study", "run", "rates", "seed=5,6", *where).code == 0
+    assert {seed for *_, seed in launched[0]} == {5, 6}
+    cells = study_cells(load_study("rates", folder), ["seed=5,6", where[-1]], folder)
+    file = cells[0].folder / "result.json"
+    file.write_bytes(file.read_bytes()[:-40])
+    report = ghosttrain("study", "report", "rates", "seed=5,6", *where)
+    assert report.code == 0 and table(report.out)["low + once"][0] == "1"
+    assert "- damaged: " in report.out and ": low + once, seed 5" in report.out
+    assert table(report.out)["high + once"][3] == "n < 2"  # one pair is left
+    assert ghosttrain("study", "report", "rates", *where).out.count("- not run: ") == 4
+
+
+@pytest.mark.parametrize("name", study_names(Names(None)))
+def test_every_shipped_study_composes_and_its_arms_differ(name):
+    study = load_study(name)
+    cells = study_cells(study, ["model=mobilenetv2_050", "seed=0"], None)
+    assert len({cell.folder for cell in cells}) == len(cells) > 1
+    assert study.about.endswith("?")
+
+
+def test_refusals(ghosttrain, folder, tmp_path):
+    def line(*words):
+        outcome = ghosttrain("study", *words)
+        assert outcome.code == 2 and outcome.err.count("\n") == 1
+        return outcome.err
+
+    assert "type study run, report, power or list" in line()
+    assert "type study run, report, power or list" in line("rnu", "ladder")
+    assert "there is no study 'lader'" in line("run", "lader")
+    assert "Did you mean 'ladder'?" in line("report", "lader")
+    assert "study run needs one name" in line("run")
+    assert "whole numbers, such as seed=0,1,2" in line("run", "ladder", "seed=a")
+    assert "a seed stands twice" in line("run", "ladder", "seed=1,1")
+    assert "are the same run" in line("run", "ladder", "ema=none")
+    assert "arm 'baseline': " in line("run", "ladder", "optim.rl=1")
+    assert "--difference 'x' is no number" in line("power", "ladder", "--difference", "x")
+    assert "give a number above 0" in line("power", "ladder", "--difference", "0")
+    runs = f"run.root={tmp_path / 'runs'}"
+    assert "no arm has two finished seeds" in line("power", "ladder", runs)
+    assert "no launcher of this name" in line("run", "ladder", runs, "hydra/launcher=nowhere")
+    file = tmp_path / "own" / "study" / "rates.yaml"
+    for old, new, said in (
+        ("control: low + once", "control: low", "the control 'low' is no arm"),
+        ("seeds: [0, 1, 2]", "seeds: [0, 0]", "a seed stands twice"),
+        ("seeds: [0, 1, 2]", "seeds: []", "seeds"),
+        ("seeds:", "sedes:", "seeds: Field required"),
+        ("control:", "extra: 1\ncontrol:", "extra"),
+        ("axes:", "axes: [", "is no YAML"),
+        ("seeds:", "metric: top2\nseeds:", "there is no 'top2'"),
+    ):
+        file.write_text(STUDY.replace(old, new))
+        assert said in refusal(lambda: load_study("rates", folder))
+    file.with_name("ladder.yaml").write_text(STUDY)
+    assert "ladder" in line("run", "ladder", "--config-dir", folder)
+
+
+def test_list_names_every_study(ghosttrain, folder):
+    outcome = ghosttrain("study", "list", "--config-dir", folder)
+    assert outcome.code == 0
+    for name in study_names(Names(folder)):
+        assert f"| {name} " in outcome.out
