@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ghosttrain.config.compose import Composed, compose
 from ghosttrain.config.identity import settings_hash
 from ghosttrain.config.names import Names
+from ghosttrain.config.schema import Config, TrainConfig
 from ghosttrain.engine.folder import has_begun, run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.run_files import read_result
@@ -174,7 +175,7 @@ def _later_wins(words: Sequence[str]) -> list[str]:
     return list(last.values())
 
 
-def _outcome(folder: Path, config: Any) -> tuple[Mapping[str, Any] | None, str]:
+def _outcome(folder: Path, config: Config) -> tuple[Mapping[str, Any] | None, str]:
     """Return the result of a run, or why there is none."""
     try:
         result = read_result(folder)
@@ -281,11 +282,15 @@ def _setting(cells: Sequence[Cell]) -> str:
         "data": {config.data.name for config in configs},
         "model": {config.model.name for config in configs},
         "budget": {config.budget for config in configs},
-        "epochs": {f"{config.train.epochs:g}" for config in configs},
+        "length": {_length(config.train) for config in configs},
         "px": {str(config.data.eval_size) for config in configs},
     }
     same = {key: next(iter(found)) for key, found in said.items() if len(found) == 1}
     return ", ".join(f"{key} {text}" for key, text in same.items())
+
+
+def _length(train: TrainConfig) -> str:
+    return f"{train.epochs} epochs" if train.max_steps is None else f"{train.max_steps} steps"
 
 
 def _difference(difference: Difference | None, p: float | None, is_control: bool) -> list[str]:
