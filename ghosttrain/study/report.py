@@ -76,7 +76,7 @@ def report(folders: list[Path], metrics: Sequence[str] = ()) -> str:
         config, results = group[0][0], [result for _, result in group]
         label = [config.recipe, config.data.name, config.model.name, str(config.data.eval_size)]
         label += [settings] if any(told_apart) else []
-        numbers = [_spread([value_of(result, name) for result in results]) for name in shown]
+        numbers = [spread([value_of(result, name) for result in results]) for name in shown]
         seconds = statistics.mean(result["seconds"] for result in results)
         table.append([*label, _seeds([each for each, _ in group]), *numbers, clock(seconds)])
         below += _no_better(config, results)
@@ -178,7 +178,8 @@ def _is_run(folder: Path) -> bool:
     return (folder / "provenance.json").is_file()
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def spread(values: Sequence[float | None]) -> str:
+    """Return `mean ± standard deviation`; `-` where a run has no value."""
     numbers = [value for value in values if value is not None]
     if len(numbers) < len(values):
         return "-"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from ghosttrain.engine.identify import settled
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import read_limited
-from ghosttrain.study.report import title_of, validate_metrics, value_of
+from ghosttrain.study.report import spread, title_of, validate_metrics, value_of
 from ghosttrain.study.stats import Difference, holm, paired_difference, seeds_needed
 from ghosttrain.study.sweep import name_failures, run_cells
 from ghosttrain.study.table import markdown
@@ -232,12 +233,7 @@ def study_report(name: str, study: Study, cells: Sequence[Cell]) -> str:
     95 % interval (paired t), and p corrected for the number of arms (Holm). Runs that did not
     finish are listed below the table and are in no mean.
     """
-    values: dict[str, dict[int, float]] = {}
-    for cell in cells:
-        of_arm = values.setdefault(cell.arm, {})
-        value = None if cell.result is None else value_of(cell.result, study.metric)
-        if value is not None:
-            of_arm[cell.seed] = value
+    values = _values(study, cells)
     control = values[study.control]
     differences = {
         arm: paired_difference(of_arm, control)
@@ -249,7 +245,7 @@ def study_report(name: str, study: Study, cells: Sequence[Cell]) -> str:
     rows = [["arm", "n", metric, "less control", "95 % interval", "p (Holm)"]]
     rows[0] += ["MACs", "parameters", "images/s", "time"]
     for arm, of_arm in values.items():
-        rows.append([arm, str(len(of_arm)), _spread(list(of_arm.values()))])
+        rows.append([arm, str(len(of_arm)), spread(list(of_arm.values()) or [None])])
         rows[-1] += _difference(differences.get(arm), p_values.get(arm), arm == study.control)
         rows[-1] += _cost([c.result for c in cells if c.arm == arm and c.result is not None])
     faults = _faults(cells)
@@ -261,6 +257,17 @@ def study_report(name: str, study: Study, cells: Sequence[Cell]) -> str:
         "parameters after fusing; images/s and time in training, on the machine of each run.",
     ]
     return "\n".join([*heading, *markdown(rows), *note, *(["", *faults] if faults else [])])
+
+
+def _values(study: Study, cells: Sequence[Cell]) -> dict[str, dict[int, float]]:
+    """Return arm -> seed -> metric of the finished runs."""
+    values: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        of_arm = values.setdefault(cell.arm, {})
+        value = None if cell.result is None else value_of(cell.result, study.metric)
+        if value is not None:
+            of_arm[cell.seed] = value
+    return values
 
 
 def _faults(cells: Sequence[Cell]) -> list[str]:
@@ -304,26 +311,12 @@ def _difference(difference: Difference | None, p: float | None, is_control: bool
     return [mean, f"{difference.low:+.2f} to {difference.high:+.2f}", f"{p:.3f}"]
 
 
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.2f}"
-    return f"{mean:.2f} ± {_deviation(values):.2f}"
-
-
-def _deviation(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
 def _cost(results: Sequence[Mapping[str, Any]]) -> list[str]:
     if not results:
         return ["-"] * 4
     sizes = results[0]["model"]
-    speed = sum(result["images_per_second"] for result in results) / len(results)
-    seconds = sum(result["seconds"] for result in results) / len(results)
+    speed = statistics.mean(result["images_per_second"] for result in results)
+    seconds = statistics.mean(result["seconds"] for result in results)
     return [
         f"{sizes['macs_fused'] / 1e6:.1f} M",
         f"{sizes['params_fused'] / 1e6:.2f} M",
@@ -343,19 +336,15 @@ def study_power(study: Study, cells: Sequence[Cell], difference: float) -> str:
     Raises:
         UserError: no arm has two seeds in common with the control yet.
     """
-    finished: dict[str, dict[int, float]] = {}
-    for cell in cells:
-        value = None if cell.result is None else value_of(cell.result, study.metric)
-        if value is not None:
-            finished.setdefault(cell.arm, {})[cell.seed] = value
-    control = finished.pop(study.control, {})
+    finished = _values(study, cells)
+    control = finished.pop(study.control)
     rows = [["arm", "pairs", "deviation of the differences", "seeds needed"]]
     for arm, of_arm in finished.items():
         pairs = [of_arm[seed] - control[seed] for seed in of_arm if seed in control]
         if len(pairs) > 1:
-            needed = seeds_needed(difference, _deviation(pairs))
+            needed = seeds_needed(difference, statistics.stdev(pairs))
             text = "more than 1000" if needed is None else str(needed)
-            rows.append([arm, str(len(pairs)), f"{_deviation(pairs):.2f}", text])
+            rows.append([arm, str(len(pairs)), f"{statistics.stdev(pairs):.2f}", text])
     if len(rows) == 1:
         raise UserError(
             f"no arm has two finished seeds in common with the control {study.control!r}: run the "
