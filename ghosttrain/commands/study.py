@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 
 from ghosttrain.commands.arguments import Arguments, with_config_dir
 from ghosttrain.errors import UserError
@@ -19,6 +20,9 @@ ARGUMENTS = with_config_dir(
         "A study is a file: conf/study/NAME.yaml, or study/NAME.yaml in your --config-dir.",
         actions=ACTIONS,
     )
+)
+ARGUMENTS.add_argument(
+    "--out", metavar="FOLDER", help="write report.md and runs.csv; its runs count as finished"
 )
 ARGUMENTS.add_argument(
     "--difference", type=float, default=0.3, metavar="0.3", help="power: in the metric's unit"
@@ -41,12 +45,13 @@ def run(options: Namespace) -> int:
         raise UserError(f"study {action} needs one name: python -m ghosttrain study list")
     words = [word for word in options.words if "=" in word]
     overrides, hydra_words = split_words(words, multirun=True)
+    out = None if options.out is None else Path(options.out)
     if action == "run":
-        return studies.run_study(rest[0], overrides, hydra_words, options.config_dir)
+        return studies.run_study(rest[0], overrides, hydra_words, options.config_dir, out)
     study = studies.load_study(rest[0], options.config_dir)
-    cells = studies.study_cells(study, overrides, options.config_dir)
+    cells = studies.study_cells(study, overrides, options.config_dir, out)
     if action == "report":
-        print(studies.study_report(rest[0], study, cells))
+        print(studies.study_report(rest[0], study, cells, out))
     elif options.difference <= 0:
         raise UserError(f"--difference {options.difference:g}: give a number above 0")
     else:

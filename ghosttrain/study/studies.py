@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from ghosttrain.engine.folder import has_begun, run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import read_limited
-from ghosttrain.study.report import spread, title_of, validate_metrics, value_of
+from ghosttrain.files import read_limited, write_text
+from ghosttrain.study.ledger import Numbers, numbers, numbers_of, read_runs, write_runs
+from ghosttrain.study.report import spread, title_of, validate_metrics
 from ghosttrain.study.stats import Difference, holm, paired_difference, seeds_needed
 from ghosttrain.study.sweep import name_failures, run_cells
 from ghosttrain.study.table import markdown
@@ -65,10 +67,15 @@ class Cell:
     """Its command line."""
     composed: Composed
     folder: Path
-    result: Mapping[str, Any] | None
-    """None where it has not ended."""
+    numbers: Numbers | None
+    """Of its run folder, else of `runs.csv`; None where it has not ended."""
     fault: str
-    """Why it has no result; empty where it has one."""
+    """Why it has none; empty where it has some."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What stands for it in `runs.csv`."""
+        return settings_hash(self.composed.config), self.seed
 
 
 def study_names(names: Names) -> list[str]:
@@ -120,17 +127,21 @@ def _arms(study: Study) -> dict[str, list[str]]:
     }
 
 
-def study_cells(study: Study, overrides: Sequence[str], config_dir: str | None) -> list[Cell]:
+def study_cells(
+    study: Study, overrides: Sequence[str], config_dir: str | None, out: Path | None = None
+) -> list[Cell]:
     """Compose every run of a study and look what became of it.
 
     Args:
         study: what to compare.
         overrides: of all runs: the data, a smaller model; `seed=0,1` chooses other seeds.
         config_dir: the user's own groups and recipes.
+        out: folder with the `runs.csv` of runs that count as finished wherever they ran.
 
     Raises:
-        UserError: a run has a mistake; two arms are the same run.
+        UserError: a run has a mistake; two arms are the same run; `runs.csv` is damaged.
     """
+    kept = {} if out is None else read_runs(out / "runs.csv")
     seeds, typed = _seeds(study, overrides)
     cells: list[Cell] = []
     for seed in seeds:  # all arms of a seed first: a study that is stopped early has whole pairs
@@ -149,7 +160,11 @@ def study_cells(study: Study, overrides: Sequence[str], config_dir: str | None) 
                     "study, or leave out of the command what sets both alike"
                 )
             folder = run_folder(config)
-            cells.append(Cell(arm, seed, line, composed, folder, *_outcome(folder, config)))
+            found, fault = _outcome(folder, config, study.metric)
+            row = kept.get((settings_hash(composed.config), seed))
+            if found is None and row is not None:
+                found, fault = numbers(row), ""
+            cells.append(Cell(arm, seed, line, composed, folder, found, fault))
     return cells
 
 
@@ -176,19 +191,23 @@ def _later_wins(words: Sequence[str]) -> list[str]:
     return list(last.values())
 
 
-def _outcome(folder: Path, config: Config) -> tuple[Mapping[str, Any] | None, str]:
-    """Return the result of a run, or why there is none."""
+def _outcome(folder: Path, config: Config, metric: str) -> tuple[Numbers | None, str]:
+    """Return the numbers of a run, or why there are none."""
     try:
         result = read_result(folder)
     except UserError as error:
         return None, f"damaged: {error}"
     if result is not None and result["settings"] == settings_hash(config):
-        return result, ""
+        return numbers_of(result, [metric]), ""
     return None, "not finished" if has_begun(folder) else "not run"
 
 
 def run_study(
-    name: str, overrides: Sequence[str], hydra_words: list[str], config_dir: str | None
+    name: str,
+    overrides: Sequence[str],
+    hydra_words: list[str],
+    config_dir: str | None,
+    out: Path | None = None,
 ) -> int:
     """Run what is missing and print the report; return 0, or 1 when a run failed.
 
@@ -196,21 +215,22 @@ def run_study(
         UserError: a run has a mistake; nothing was started.
     """
     study = load_study(name, config_dir)
-    cells = study_cells(study, overrides, config_dir)
-    missing = [cell for cell in cells if cell.result is None]
+    cells = study_cells(study, overrides, config_dir, out)
+    missing = [cell for cell in cells if cell.numbers is None]
     print(_plan(name, study, cells))
     if not missing:
-        print(study_report(name, study, cells))
+        print(study_report(name, study, cells, out))
         return 0
     lines = Names(config_dir).lines([cell.words for cell in missing], hydra_words)
     _, failed = run_cells(lines, [cell.composed for cell in missing], hydra_words, config_dir)
-    print("\n" + study_report(name, study, study_cells(study, overrides, config_dir)))
+    cells = study_cells(study, overrides, config_dir, out)
+    print("\n" + study_report(name, study, cells, out))
     return name_failures(failed)
 
 
 def _plan(name: str, study: Study, cells: Sequence[Cell]) -> str:
     """Return what will run, and what it will cost as far as the finished runs say."""
-    done = [cell for cell in cells if cell.result is not None]
+    done = [cell.numbers for cell in cells if cell.numbers is not None]
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     seeds = sorted({cell.seed for cell in cells})
     lines = [
@@ -221,13 +241,39 @@ def _plan(name: str, study: Study, cells: Sequence[Cell]) -> str:
     ]
     lines += _faults(cells)
     if done and len(done) < len(cells):
-        mean = sum(c.result["seconds"] for c in done if c.result) / len(done)
+        mean = statistics.mean(found["seconds"] for found in done)
         lines.append(f"time: about {clock(mean * (len(cells) - len(done)))}, one after another")
     return "\n".join(lines)
 
 
-def study_report(name: str, study: Study, cells: Sequence[Cell]) -> str:
-    """Return what the finished runs show, as Markdown.
+def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | None = None) -> str:
+    """Return what the finished runs show, as Markdown; with `out`, write it there as `report.md`
+    and the runs as `runs.csv`, which keeps the rows it has.
+
+    Raises:
+        UserError: `out` cannot be written, or its `runs.csv` is damaged.
+    """
+    text = _markdown(name, study, cells)
+    if out is not None:
+        rows = {cell.key: _row(cell) for cell in cells if cell.numbers is not None}
+        try:
+            write_runs(out / "runs.csv", list({**read_runs(out / "runs.csv"), **rows}.values()))
+            write_text(out / "report.md", text + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror}; type another --out") from None
+    return text
+
+
+def _row(cell: Cell) -> dict[str, Any]:
+    """Return what `runs.csv` keeps of a finished run."""
+    settings, seed = cell.key
+    command = shlex.join(["python", "-m", "ghosttrain", *cell.words])
+    labels = {"arm": cell.arm, "seed": seed, "settings": settings, "command": command}
+    return {**labels, **(cell.numbers or {})}
+
+
+def _markdown(name: str, study: Study, cells: Sequence[Cell]) -> str:
+    """Return the report.
 
     An arm is compared with the control over the seeds that both finished: the mean difference, its
     95 % interval (paired t), and p corrected for the number of arms (Holm). Runs that did not
@@ -247,7 +293,7 @@ def study_report(name: str, study: Study, cells: Sequence[Cell]) -> str:
     for arm, of_arm in values.items():
         rows.append([arm, str(len(of_arm)), spread(list(of_arm.values()) or [None])])
         rows[-1] += _difference(differences.get(arm), p_values.get(arm), arm == study.control)
-        rows[-1] += _cost([c.result for c in cells if c.arm == arm and c.result is not None])
+        rows[-1] += _cost([c.numbers for c in cells if c.arm == arm and c.numbers is not None])
     faults = _faults(cells)
     heading = [f"# {name}: {_setting(cells)}", "", study.about, ""]
     note = [
@@ -264,9 +310,8 @@ def _values(study: Study, cells: Sequence[Cell]) -> dict[str, dict[int, float]]:
     values: dict[str, dict[int, float]] = {}
     for cell in cells:
         of_arm = values.setdefault(cell.arm, {})
-        value = None if cell.result is None else value_of(cell.result, study.metric)
-        if value is not None:
-            of_arm[cell.seed] = value
+        if cell.numbers is not None and study.metric in cell.numbers:
+            of_arm[cell.seed] = cell.numbers[study.metric]
     return values
 
 
@@ -311,17 +356,14 @@ def _difference(difference: Difference | None, p: float | None, is_control: bool
     return [mean, f"{difference.low:+.2f} to {difference.high:+.2f}", f"{p:.3f}"]
 
 
-def _cost(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not results:
+def _cost(runs: Sequence[Numbers]) -> list[str]:
+    if not runs:
         return ["-"] * 4
-    sizes = results[0]["model"]
-    speed = statistics.mean(result["images_per_second"] for result in results)
-    seconds = statistics.mean(result["seconds"] for result in results)
     return [
-        f"{sizes['macs_fused'] / 1e6:.1f} M",
-        f"{sizes['params_fused'] / 1e6:.2f} M",
-        f"{speed:.0f}",
-        clock(seconds),
+        f"{runs[0]['macs'] / 1e6:.1f} M",
+        f"{runs[0]['parameters'] / 1e6:.2f} M",
+        f"{statistics.mean(run['images_per_second'] for run in runs):.0f}",
+        clock(statistics.mean(run["seconds"] for run in runs)),
     ]
 
 

@@ -1,12 +1,15 @@
 """A declared study: what runs, what is reported, what is said of what is missing."""
 
+import csv
 import json
+import shlex
 import statistics
 
 import pytest
 from helpers import refusal, some_result
 from scipy import stats
 
+from ghosttrain.config.compose import compose
 from ghosttrain.config.names import Names
 from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.identify import settled
@@ -63,6 +66,12 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(sweep, "launch", launch)
     return ran, failing, top1
+
+
+def one_line(outcome):
+    """Return the one line of a refusal."""
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    return outcome.err
 
 
 def table(text):
@@ -129,6 +138,46 @@ def test_damaged_and_other_seeds_are_in_no_mean(ghosttrain, folder, launched, tm
     assert ghosttrain("study", "report", "rates", *where).out.count("- not run: ") == 4
 
 
+def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, launched, tmp_path):
+    where = [
+        "--config-dir",
+        folder,
+        "--out",
+        str(tmp_path / "out"),
+        f"run.root={tmp_path / 'runs'}",
+    ]
+    launched[1].add((0.01, 1, 1))
+    assert ghosttrain("study", "run", "rates", *where).code == 1 and len(launched[0]) == 12
+    report = ghosttrain("study", "report", "rates", *where).out
+    assert (tmp_path / "out" / "report.md").read_text() == report
+    launched[1].clear()
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert ghosttrain("study", "report", "rates", *where).out == report
+    assert ghosttrain("study", "run", "rates", *where).code == 0
+    assert launched[0][12:] == [(0.01, 1, 1)]
+    file = tmp_path / "out" / "runs.csv"
+    with file.open(newline="") as text:
+        rows = list(csv.DictReader(text))
+    assert len(rows) == 12 and {row["arm"] for row in rows} == {*ARMS}
+    for row in rows:  # the command of a row is the run that its numbers are of
+        *_, words = row["command"].partition("ghosttrain ")
+        composed = compose(shlex.split(words), folder)
+        assert float(row["top1"]) == launched[2](composed.config)
+    other = ghosttrain("study", "report", "rates", "seed=7", *where)
+    assert other.code == 0 and file.read_text().count("\n") == 13  # other seeds' rows are kept
+
+    whole = file.read_text()
+    file.write_text(whole.replace(",0,", ",x,", 1))
+    damaged = one_line(ghosttrain("study", "run", "rates", *where))
+    assert f"{file}, line 2: damaged" in damaged
+    file.write_text("a,b\n1,2\n")
+    assert "the column 'arm' is missing" in one_line(ghosttrain("study", "run", "rates", *where))
+    file.unlink()
+    (tmp_path / "file").write_text("")
+    where[3] = str(tmp_path / "file")
+    assert "type another --out" in one_line(ghosttrain("study", "report", "rates", *where))
+
+
 @pytest.mark.parametrize("name", study_names(Names(None)))
 def test_every_shipped_study_composes_and_its_arms_differ(name):
     study = load_study(name)
@@ -139,9 +188,7 @@ def test_every_shipped_study_composes_and_its_arms_differ(name):
 
 def test_refusals(ghosttrain, folder, tmp_path):
     def line(*words):
-        outcome = ghosttrain("study", *words)
-        assert outcome.code == 2 and outcome.err.count("\n") == 1
-        return outcome.err
+        return one_line(ghosttrain("study", *words))
 
     assert "type study run, report, power or list" in line()
     assert "type study run, report, power or list" in line("rnu", "ladder")

@@ -1,0 +1,96 @@
+"""`runs.csv` of a study: its finished runs, as they are kept in a repository beside the report.
+
+A row counts as a finished run wherever the file is, also where the run folder is not: so a study
+that was begun on one machine goes on on another.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ghosttrain.errors import UserError
+from ghosttrain.files import read_limited, write_text
+from ghosttrain.study.report import METRICS, value_of
+
+LARGEST = 100_000_000
+"""Bytes that a file may have."""
+LABELS = ("arm", "seed", "settings", "command")
+"""Columns that are no numbers; `settings` is the hash of what was typed and what recipe and budget
+made of it, paths as typed."""
+COSTS = ("macs", "parameters", "images_per_second", "seconds")
+"""After fusing; in training; of the whole run."""
+
+Numbers = Mapping[str, float]
+"""Column -> number of a finished run; a column that it has not is left out."""
+
+
+def numbers_of(result: Mapping[str, Any], metrics: Sequence[str]) -> Numbers:
+    """Return what is kept of a `result.json`.
+
+    Args:
+        result: of a finished run.
+        metrics: columns of `report.metrics` besides `METRICS`.
+    """
+    values = {name: value_of(result, name) for name in [*METRICS, *metrics]}
+    return {
+        **{name: value for name, value in values.items() if value is not None},
+        "macs": result["model"]["macs_fused"],
+        "parameters": result["model"]["params_fused"],
+        "images_per_second": result["images_per_second"],
+        "seconds": result["seconds"],
+    }
+
+
+def read_runs(path: Path) -> dict[tuple[str, int], dict[str, str]]:
+    """Return (settings, seed) -> row as it stands in the file; nothing where there is none.
+
+    Raises:
+        UserError: the file is none of a study, or a row is damaged.
+    """
+    if not path.exists():
+        return {}
+    text = read_limited(path, LARGEST)
+    reader = csv.DictReader(io.StringIO(text.decode(errors="replace")))
+    lacking = [name for name in (*LABELS, *COSTS) if name not in (reader.fieldnames or ())]
+    if lacking:
+        raise UserError(f"{path}: no runs.csv of a study: the column {lacking[0]!r} is missing")
+    rows = {}
+    for row in reader:
+        try:
+            numbers(row)
+            rows[row["settings"], int(row["seed"])] = row
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{path}, line {reader.line_num}: damaged; delete the line, and its run counts as "
+                "not run"
+            ) from None
+    return rows
+
+
+def numbers(row: Mapping[str, str]) -> Numbers:
+    """Return the numbers of a row.
+
+    Raises:
+        TypeError, ValueError: a cell is no finite number, or the row is short or long.
+    """
+    found = {key: float(text) for key, text in row.items() if key not in LABELS and text != ""}
+    if not {*COSTS} <= found.keys() or not all(map(math.isfinite, found.values())):
+        raise ValueError
+    return found
+
+
+def write_runs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of `LABELS`, metrics and `COSTS`; a column that a row has not stays empty."""
+    every = dict.fromkeys(key for row in rows for key in row)
+    metrics = [key for key in every if key not in (*LABELS, *COSTS)]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*LABELS[:2], *metrics, *COSTS, *LABELS[2:]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, file.getvalue())
