@@ -22,7 +22,9 @@ ARGUMENTS = with_config_dir(
     )
 )
 ARGUMENTS.add_argument(
-    "--out", metavar="FOLDER", help="write report.md and runs.csv; its runs count as finished"
+    "--out",
+    metavar="FOLDER",
+    help="write report.html, report.md and runs.csv; its runs count as finished",
 )
 ARGUMENTS.add_argument(
     "--difference", type=float, default=0.3, metavar="0.3", help="power: in the metric's unit"
@@ -32,7 +34,7 @@ ARGUMENTS.add_argument(
 def run(options: Namespace) -> int:
     """Run, report, or list; return the exit code."""
     from ghosttrain.config.hydra_words import split_words
-    from ghosttrain.study import studies
+    from ghosttrain.study import studies, study_report, study_run
 
     names = [word for word in options.words if "=" not in word]
     action, *rest = names or [""]
@@ -47,13 +49,13 @@ def run(options: Namespace) -> int:
     overrides, hydra_words = split_words(words, multirun=True)
     out = None if options.out is None else Path(options.out)
     if action == "run":
-        return studies.run_study(rest[0], overrides, hydra_words, options.config_dir, out)
+        return study_run.run_study(rest[0], overrides, hydra_words, options.config_dir, out)
     study = studies.load_study(rest[0], options.config_dir)
     cells = studies.study_cells(study, overrides, options.config_dir, out)
     if action == "report":
-        print(studies.study_report(rest[0], study, cells, out))
+        print(study_report.study_report(rest[0], study, cells, out))
     elif options.difference <= 0:
         raise UserError(f"--difference {options.difference:g}: give a number above 0")
     else:
-        print(studies.study_power(study, cells, options.difference))
+        print(study_report.study_power(study, cells, options.difference))
     return 0

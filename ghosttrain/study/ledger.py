@@ -19,9 +19,9 @@ from ghosttrain.study.report import METRICS, value_of
 
 LARGEST = 100_000_000
 """Bytes that a file may have."""
-LABELS = ("arm", "seed", "settings", "command")
+LABELS = ("arm", "seed", "settings", "command", "curve")
 """Columns that are no numbers; `settings` is the hash of what was typed and what recipe and budget
-made of it, paths as typed."""
+made of it, paths as typed; `curve` is `STEP:TOP1 STEP:TOP1 ...`, held out, averaged weights."""
 COSTS = ("macs", "parameters", "images_per_second", "seconds")
 """After fusing; in training; of the whole run."""
 
@@ -46,6 +46,26 @@ def numbers_of(result: Mapping[str, Any], metrics: Sequence[str]) -> Numbers:
     }
 
 
+def learning_curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return step -> held-out top-1 % of the averaged weights, of the rows of `metrics.jsonl`."""
+    return {row["step"]: row["ema_top1"] for row in rows if "ema_top1" in row}
+
+
+def curve_text(curve: Mapping[int, float]) -> str:
+    """Return a curve as `runs.csv` keeps it, rounded to .01 %."""
+    return " ".join(f"{step}:{value:.2f}" for step, value in curve.items())
+
+
+def read_curve(text: str) -> dict[int, float]:
+    """Undo `curve_text`.
+
+    Raises:
+        ValueError: the text is damaged.
+    """
+    points = (point.split(":") for point in text.split())
+    return {int(step): float(value) for step, value in points}
+
+
 def read_runs(path: Path) -> dict[tuple[str, int], dict[str, str]]:
     """Return (settings, seed) -> row as it stands in the file; nothing where there is none.
 
@@ -62,9 +82,9 @@ def read_runs(path: Path) -> dict[tuple[str, int], dict[str, str]]:
     rows = {}
     for row in reader:
         try:
-            numbers(row)
+            numbers(row), read_curve(row["curve"])
             rows[row["settings"], int(row["seed"])] = row
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, AttributeError):
             raise UserError(
                 f"{path}, line {reader.line_num}: damaged; delete the line, and its run counts as "
                 "not run"

@@ -8,13 +8,9 @@ study finds the folder of each by its settings, so runs that are there already c
 from __future__ import annotations
 
 import itertools
-import math
-import shlex
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,18 +18,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ghosttrain.config.compose import Composed, compose
 from ghosttrain.config.identity import settings_hash
 from ghosttrain.config.names import Names
-from ghosttrain.config.schema import Config, TrainConfig
+from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun, run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.run_files import read_result
+from ghosttrain.engine.track import read_metrics
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import read_limited, write_text
-from ghosttrain.study.ledger import Numbers, numbers, numbers_of, read_runs, write_runs
-from ghosttrain.study.report import spread, title_of, validate_metrics
-from ghosttrain.study.stats import Difference, holm, paired_difference, seeds_needed
-from ghosttrain.study.sweep import name_failures, run_cells
+from ghosttrain.files import read_limited
+from ghosttrain.study.ledger import (
+    Numbers,
+    learning_curve,
+    numbers,
+    numbers_of,
+    read_curve,
+    read_runs,
+)
+from ghosttrain.study.report import validate_metrics
+from ghosttrain.study.study_pictures import Curve
 from ghosttrain.study.table import markdown
-from ghosttrain.text import clock, first_fault, listed
+from ghosttrain.text import first_fault, listed
 
 LARGEST = 1_000_000
 """Bytes that a file of a study may have."""
@@ -69,6 +72,8 @@ class Cell:
     folder: Path
     numbers: Numbers | None
     """Of its run folder, else of `runs.csv`; None where it has not ended."""
+    curve: Curve
+    """Held-out accuracy of the averaged weights; of the same source."""
     fault: str
     """Why it has none; empty where it has some."""
 
@@ -161,10 +166,11 @@ def study_cells(
                 )
             folder = run_folder(config)
             found, fault = _outcome(folder, config, study.metric)
+            curve = {} if found is None else learning_curve(read_metrics(folder))
             row = kept.get((settings_hash(composed.config), seed))
             if found is None and row is not None:
-                found, fault = numbers(row), ""
-            cells.append(Cell(arm, seed, line, composed, folder, found, fault))
+                found, curve, fault = numbers(row), read_curve(row["curve"]), ""
+            cells.append(Cell(arm, seed, line, composed, folder, found, curve, fault))
     return cells
 
 
@@ -200,200 +206,6 @@ def _outcome(folder: Path, config: Config, metric: str) -> tuple[Numbers | None,
     if result is not None and result["settings"] == settings_hash(config):
         return numbers_of(result, [metric]), ""
     return None, "not finished" if has_begun(folder) else "not run"
-
-
-def run_study(
-    name: str,
-    overrides: Sequence[str],
-    hydra_words: list[str],
-    config_dir: str | None,
-    out: Path | None = None,
-) -> int:
-    """Run what is missing and print the report; return 0, or 1 when a run failed.
-
-    Raises:
-        UserError: a run has a mistake; nothing was started.
-    """
-    study = load_study(name, config_dir)
-    cells = study_cells(study, overrides, config_dir, out)
-    missing = [cell for cell in cells if cell.numbers is None]
-    print(_plan(name, study, cells))
-    if not missing:
-        print(study_report(name, study, cells, out))
-        return 0
-    lines = Names(config_dir).lines([cell.words for cell in missing], hydra_words)
-    _, failed = run_cells(lines, [cell.composed for cell in missing], hydra_words, config_dir)
-    cells = study_cells(study, overrides, config_dir, out)
-    print("\n" + study_report(name, study, cells, out))
-    return name_failures(failed)
-
-
-def _plan(name: str, study: Study, cells: Sequence[Cell]) -> str:
-    """Return what will run, and what it will cost as far as the finished runs say."""
-    done = [cell.numbers for cell in cells if cell.numbers is not None]
-    arms = list(dict.fromkeys(cell.arm for cell in cells))
-    seeds = sorted({cell.seed for cell in cells})
-    lines = [
-        f"study {name}: {study.about}",
-        f"arms: {', '.join(arms)}; control: {study.control}",
-        f"runs: {len(cells)} = {len(arms)} arms x {len(seeds)} seeds "
-        f"({', '.join(map(str, seeds))}); {len(done)} finished, {len(cells) - len(done)} to run",
-    ]
-    lines += _faults(cells)
-    if done and len(done) < len(cells):
-        mean = statistics.mean(found["seconds"] for found in done)
-        lines.append(f"time: about {clock(mean * (len(cells) - len(done)))}, one after another")
-    return "\n".join(lines)
-
-
-def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | None = None) -> str:
-    """Return what the finished runs show, as Markdown; with `out`, write it there as `report.md`
-    and the runs as `runs.csv`, which keeps the rows it has.
-
-    Raises:
-        UserError: `out` cannot be written, or its `runs.csv` is damaged.
-    """
-    text = _markdown(name, study, cells)
-    if out is not None:
-        rows = {cell.key: _row(cell) for cell in cells if cell.numbers is not None}
-        try:
-            write_runs(out / "runs.csv", list({**read_runs(out / "runs.csv"), **rows}.values()))
-            write_text(out / "report.md", text + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}; type another --out") from None
-    return text
-
-
-def _row(cell: Cell) -> dict[str, Any]:
-    """Return what `runs.csv` keeps of a finished run."""
-    settings, seed = cell.key
-    command = shlex.join(["python", "-m", "ghosttrain", *cell.words])
-    labels = {"arm": cell.arm, "seed": seed, "settings": settings, "command": command}
-    return {**labels, **(cell.numbers or {})}
-
-
-def _markdown(name: str, study: Study, cells: Sequence[Cell]) -> str:
-    """Return the report.
-
-    An arm is compared with the control over the seeds that both finished: the mean difference, its
-    95 % interval (paired t), and p corrected for the number of arms (Holm). Runs that did not
-    finish are listed below the table and are in no mean.
-    """
-    values = _values(study, cells)
-    control = values[study.control]
-    differences = {
-        arm: paired_difference(of_arm, control)
-        for arm, of_arm in values.items()
-        if arm != study.control and of_arm.keys() & control.keys()
-    }
-    p_values = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
-    metric = title_of(study.metric)
-    rows = [["arm", "n", metric, "less control", "95 % interval", "p (Holm)"]]
-    rows[0] += ["MACs", "parameters", "images/s", "time"]
-    for arm, of_arm in values.items():
-        rows.append([arm, str(len(of_arm)), spread(list(of_arm.values()) or [None])])
-        rows[-1] += _difference(differences.get(arm), p_values.get(arm), arm == study.control)
-        rows[-1] += _cost([c.numbers for c in cells if c.arm == arm and c.numbers is not None])
-    faults = _faults(cells)
-    heading = [f"# {name}: {_setting(cells)}", "", study.about, ""]
-    note = [
-        "",
-        f"Control: {study.control}. n: finished seeds; ±: standard deviation over them; the",
-        "difference, its interval and p are paired over the seeds that both finished; MACs and",
-        "parameters after fusing; images/s and time in training, on the machine of each run.",
-    ]
-    return "\n".join([*heading, *markdown(rows), *note, *(["", *faults] if faults else [])])
-
-
-def _values(study: Study, cells: Sequence[Cell]) -> dict[str, dict[int, float]]:
-    """Return arm -> seed -> metric of the finished runs."""
-    values: dict[str, dict[int, float]] = {}
-    for cell in cells:
-        of_arm = values.setdefault(cell.arm, {})
-        if cell.numbers is not None and study.metric in cell.numbers:
-            of_arm[cell.seed] = cell.numbers[study.metric]
-    return values
-
-
-def _faults(cells: Sequence[Cell]) -> list[str]:
-    """Return a line for each arm and reason why runs of it are missing."""
-    missing: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        if cell.fault:
-            missing.setdefault((cell.arm, cell.fault), []).append(cell)
-    return [
-        f"- {fault}: {arm}, seed {', '.join(str(cell.seed) for cell in found)}"
-        for (arm, fault), found in missing.items()
-    ]
-
-
-def _setting(cells: Sequence[Cell]) -> str:
-    """Return data, budget and length: what the numbers hold for."""
-    configs = [cell.composed.config for cell in cells]
-    said: dict[str, set[str]] = {
-        "data": {config.data.name for config in configs},
-        "model": {config.model.name for config in configs},
-        "budget": {config.budget for config in configs},
-        "length": {_length(config.train) for config in configs},
-        "px": {str(config.data.eval_size) for config in configs},
-    }
-    same = {key: next(iter(found)) for key, found in said.items() if len(found) == 1}
-    return ", ".join(f"{key} {text}" for key, text in same.items())
-
-
-def _length(train: TrainConfig) -> str:
-    return f"{train.epochs} epochs" if train.max_steps is None else f"{train.max_steps} steps"
-
-
-def _difference(difference: Difference | None, p: float | None, is_control: bool) -> list[str]:
-    if is_control:
-        return ["control", "", ""]
-    if difference is None:
-        return ["-", "-", "-"]
-    mean = f"{difference.mean:+.2f}"
-    if p is None or math.isnan(p):
-        return [mean, "n < 2", "-"]
-    return [mean, f"{difference.low:+.2f} to {difference.high:+.2f}", f"{p:.3f}"]
-
-
-def _cost(runs: Sequence[Numbers]) -> list[str]:
-    if not runs:
-        return ["-"] * 4
-    return [
-        f"{runs[0]['macs'] / 1e6:.1f} M",
-        f"{runs[0]['parameters'] / 1e6:.2f} M",
-        f"{statistics.mean(run['images_per_second'] for run in runs):.0f}",
-        clock(statistics.mean(run["seconds"] for run in runs)),
-    ]
-
-
-def study_power(study: Study, cells: Sequence[Cell], difference: float) -> str:
-    """Return how many seeds would find this difference, from the spread so far, as Markdown.
-
-    Args:
-        study: what is compared.
-        cells: its runs.
-        difference: the smallest that matters, in the unit of the metric.
-
-    Raises:
-        UserError: no arm has two seeds in common with the control yet.
-    """
-    finished = _values(study, cells)
-    control = finished.pop(study.control)
-    rows = [["arm", "pairs", "deviation of the differences", "seeds needed"]]
-    for arm, of_arm in finished.items():
-        pairs = [of_arm[seed] - control[seed] for seed in of_arm if seed in control]
-        if len(pairs) > 1:
-            needed = seeds_needed(difference, statistics.stdev(pairs))
-            text = "more than 1000" if needed is None else str(needed)
-            rows.append([arm, str(len(pairs)), f"{statistics.stdev(pairs):.2f}", text])
-    if len(rows) == 1:
-        raise UserError(
-            f"no arm has two finished seeds in common with the control {study.control!r}: run the "
-            "study first"
-        )
-    head = f"To find a difference of {difference:g} with a chance of 80 % (paired t-test at 5 %):"
-    return "\n".join([head, "", *markdown(rows)])
 
 
 def list_studies(config_dir: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import statistics
 
@@ -14,8 +15,10 @@ from ghosttrain.config.names import Names
 from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.run_files import write_config, write_result
+from ghosttrain.engine.track import row_line
 from ghosttrain.study import sweep
 from ghosttrain.study.studies import load_study, study_cells, study_names
+from ghosttrain.study.study_pictures import pareto_front
 
 STUDY = """
 about: Does a higher learning rate help?
@@ -62,6 +65,8 @@ def launched(monkeypatch):
         result = some_result(config)
         result["weights"]["ema"]["top1"] = top1(config)
         write_result(run, result)
+        curve = [{"kind": "eval", "step": s, "ema_top1": top1(config) - 9 / s} for s in (1, 2, 3)]
+        (run / "metrics.jsonl").write_text("".join(f"{row_line(row)}\n" for row in curve))
         return 0
 
     monkeypatch.setattr(sweep, "launch", launch)
@@ -149,7 +154,16 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     launched[1].add((0.01, 1, 1))
     assert ghosttrain("study", "run", "rates", *where).code == 1 and len(launched[0]) == 12
     report = ghosttrain("study", "report", "rates", *where).out
-    assert (tmp_path / "out" / "report.md").read_text() == report
+    assert (tmp_path / "out" / "report.md").read_text().startswith(report)
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert pictures == ["effects.png", "learning.png"]  # one model: there is no front to draw
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http-eq", "")
+    assert page.count("<li>") == 13 and "not run: high + once, seed 1" in page
+    links = re.findall(r'href="([^"]+)/"', page)
+    assert len(links) == 11 and all((tmp_path / "out" / link).is_dir() for link in links)
+    assert all(cell in page for row in table(report).values() for cell in row)
+    assert "not ImageNet" in page and "not ImageNet" in report
     launched[1].clear()
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert ghosttrain("study", "report", "rates", *where).out == report
@@ -162,7 +176,9 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     for row in rows:  # the command of a row is the run that its numbers are of
         *_, words = row["command"].partition("ghosttrain ")
         composed = compose(shlex.split(words), folder)
-        assert float(row["top1"]) == launched[2](composed.config)
+        top1 = launched[2](composed.config)
+        assert float(row["top1"]) == top1
+        assert row["curve"] == f"1:{top1 - 9:.2f} 2:{top1 - 4.5:.2f} 3:{top1 - 3:.2f}"
     other = ghosttrain("study", "report", "rates", "seed=7", *where)
     assert other.code == 0 and file.read_text().count("\n") == 13  # other seeds' rows are kept
 
@@ -176,6 +192,18 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     (tmp_path / "file").write_text("")
     where[3] = str(tmp_path / "file")
     assert "type another --out" in one_line(ghosttrain("study", "report", "rates", *where))
+
+
+def test_the_front_is_what_no_other_arm_beats():
+    points = {"a": (3.0, 70.0), "b": (1.0, 60.0), "c": (2.0, 59.0), "d": (3.0, 69.0)}
+    assert pareto_front(points) == ["b", "a"]
+    beaten = {
+        one
+        for one, (macs, value) in points.items()
+        for other, (cost, best) in points.items()
+        if one != other and cost <= macs and best >= value
+    }
+    assert beaten == {"c", "d"}
 
 
 @pytest.mark.parametrize("name", study_names(Names(None)))

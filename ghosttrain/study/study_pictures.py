@@ -1,0 +1,108 @@
+"""The pictures of a study, from plain numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ghosttrain.engine.figures import new_figure, save_figure
+from ghosttrain.study.stats import Difference
+from ghosttrain.terminal import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, DPI = 4.8, 220
+"""Inches; dots per inch: letters can be read on a phone 390 points wide."""
+Curve = Mapping[int, float]
+"""Step -> held-out top-1 in percent."""
+
+
+def draw_effects(
+    path: Path, differences: Mapping[str, Difference], control: str, metric: str
+) -> None:
+    """Draw the difference of each arm to the control with its interval, the first arm on top; an
+    arm with one pair is a hollow point without an interval.
+    """
+    figure = new_figure(WIDTH, 1.1 + 0.34 * len(differences))
+    axis = figure.subplots()
+    for place, each in enumerate(differences.values()):
+        if each.pairs > 1:
+            axis.plot([each.low, each.high], [place, place], color="tab:blue", linewidth=2)
+        style = "full" if each.pairs > 1 else "none"
+        axis.plot(each.mean, place, "o", color="tab:blue", fillstyle=style)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(differences)), [_plain(arm) for arm in differences])
+    axis.set_ylim(len(differences) - 0.4, -0.6)
+    axis.set_xlabel(_plain(f"{metric}, less {control} (95 % interval)"))
+    _finish(axis)
+    save_figure(figure, path, DPI)
+
+
+def draw_learning(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
+    """Draw held-out accuracy by steps: a line for the mean of an arm over its seeds, a band from
+    the lowest to the highest seed.
+    """
+    figure = new_figure(WIDTH, 3.6)
+    axis = figure.subplots()
+    for arm, seeds in curves.items():
+        steps = sorted(set.intersection(*(set(curve) for curve in seeds)))
+        values = [[curve[step] for curve in seeds] for step in steps]
+        (line,) = axis.plot(steps, [statistics.mean(v) for v in values], label=_plain(arm))
+        lowest, highest = [min(v) for v in values], [max(v) for v in values]
+        axis.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set_xlabel("step")
+    axis.set_ylabel("held-out EMA top-1 %")
+    axis.legend(frameon=False, fontsize=8)
+    _finish(axis)
+    save_figure(figure, path, DPI)
+
+
+def draw_pareto(path: Path, points: Mapping[str, tuple[float, float]], metric: str) -> None:
+    """Draw the metric against the MACs after fusing, and the front: the arms that no other beats at
+    the same MACs or fewer.
+
+    Args:
+        path: of the picture.
+        points: arm -> (MACs, mean of the metric).
+        metric: its title.
+    """
+    figure = new_figure(WIDTH, 3.6)
+    axis = figure.subplots()
+    front = pareto_front(points)
+    axis.plot(
+        [points[arm][0] / 1e6 for arm in front],
+        [points[arm][1] for arm in front],
+        color="0.7", drawstyle="steps-post", zorder=0,
+    )  # fmt: skip
+    for arm, (macs, value) in points.items():
+        axis.plot(macs / 1e6, value, "o", color="tab:blue" if arm in front else "0.6")
+        axis.annotate(
+            _plain(arm), (macs / 1e6, value), xytext=(4, 4), textcoords="offset points", fontsize=8
+        )
+    axis.margins(x=0.2, y=0.1)
+    axis.set_xlabel("million MACs after fusing")
+    axis.set_ylabel(_plain(metric))
+    _finish(axis)
+    save_figure(figure, path, DPI)
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the arms that no other reaches at the same cost or less, by rising cost."""
+    front: list[str] = []
+    for arm in sorted(points, key=lambda arm: (points[arm][0], -points[arm][1])):
+        if not front or points[arm][1] > points[front[-1]][1]:
+            front.append(arm)
+    return front
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib does not read as mathematics."""
+    return printable(text).replace("$", r"\$")
+
+
+def _finish(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
