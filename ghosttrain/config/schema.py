@@ -422,15 +422,21 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over the run, changed every optimizer step."""
 
-    name: Literal["cosine", "constant", "exponential"] = "cosine"
-    """`cosine` falls, `constant` stays; `exponential` rises from warmup_lr_ratio over the whole run
-    (`lr_find`)."""
+    name: Literal["cosine", "step", "constant", "exponential"] = "cosine"
+    """`cosine` falls smoothly, `step` at milestones, `constant` stays; `exponential` rises from
+    warmup_lr_ratio over the whole run (`lr_find`)."""
     warmup_epochs: float = Field(5.0, ge=0)
     """Epochs of linear warm-up from warmup_lr_ratio to the peak."""
     warmup_lr_ratio: float = Field(1e-3, ge=0, le=1)
     """First learning rate of the warm-up, as a share of the peak."""
     min_lr_ratio: float = Field(1e-3, ge=0, le=1)
     """Last learning rate of the cosine, as a share of the peak."""
+    milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (
+        1 / 3, 2 / 3, 8 / 9,
+    )  # fmt: skip
+    """`step`: shares of the run (0 to 1) at which the learning rate falls."""
+    milestone_factor: float = Field(0.1, gt=0, lt=1)
+    """`step`: what each milestone multiplies it by."""
 
 
 class EmaConfig(Section):

@@ -21,10 +21,12 @@ def lr_at(
     """Return the learning rate of optimizer step `step`: first 0, last `total_steps - 1`.
 
     Linear from `warmup_lr_ratio * peak` at step 0 to `peak` at step `warmup_steps`; from there half
-    a cosine down to `min_lr_ratio * peak` at the last step, or constant. A warm-up as long as the
-    run or longer ends at the last step, so that a short run reaches its peak too; a single step is
-    at the peak. Steps after the last keep its value. `exponential` has no warm-up: from
-    `warmup_lr_ratio * peak` (which must be above 0) to `peak`, by the same factor in every step.
+    a cosine down to `min_lr_ratio * peak` at the last step; or `peak`, multiplied by
+    `milestone_factor` from each milestone on (a share of `total_steps`); or constant. A warm-up as
+    long as the run or longer ends at the last step, so that a short run reaches its peak too; a
+    single step is at the peak. Steps after the last keep its value. `exponential` has no warm-up:
+    from `warmup_lr_ratio * peak` (which must be above 0) to `peak`, by the same factor in every
+    step.
     """
     last = max(total_steps - 1, 0)
     if cfg.name == "exponential":
@@ -36,6 +38,9 @@ def lr_at(
         return peak * (cfg.warmup_lr_ratio + (1 - cfg.warmup_lr_ratio) * step / warmup)
     if cfg.name == "constant" or step == warmup:
         return peak
+    if cfg.name == "step":
+        passed = sum(step >= share * total_steps for share in cfg.milestones)
+        return peak * cfg.milestone_factor**passed
     cosine = (1 + math.cos(math.pi * (step - warmup) / (last - warmup))) / 2
     return peak * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
 

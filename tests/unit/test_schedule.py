@@ -42,6 +42,20 @@ def test_constant_stays_at_the_peak() -> None:
     assert curve(6, 2, CONSTANT) == pytest.approx([0.2, 1.1, 2.0, 2.0, 2.0, 2.0])
 
 
+def test_step_is_torchs_multi_step_after_the_warmup() -> None:
+    step = ScheduleConfig(name="step", warmup_lr_ratio=0.1, milestones=(0.3, 0.5, 0.9))
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [12, 20, 36], gamma=0.1)
+    expected = []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert curve(40, 5, step)[:5] == curve(40, 5, CONSTANT)[:5]
+    assert curve(40, 5, step)[5:] == pytest.approx(expected[5:], rel=1e-12)
+    assert curve(1, 0, step) == [2.0]
+
+
 def test_no_warmup_starts_at_the_peak() -> None:
     assert curve(3, 0) == pytest.approx([2.0, 2.0 * (0.01 + 0.99 / 2), 0.02])
 
