@@ -28,6 +28,7 @@ VERBS = {
     "predict": "classify images by the network of a run",
     "wrong": "the held-out images a run is most certain of and wrong about",
     "report": "results side by side",
+    "recipes": "list the recipes: what for, what they reach, what they cost",
     "study": "run a declared study, and report what it shows",
     "lr_find": "try learning rates in a short run",
     "cache": "store the teacher's outputs once",

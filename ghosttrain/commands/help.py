@@ -27,8 +27,8 @@ ARGUMENTS = with_config_dir(
     )
 )
 VERB_NAMES = (
-    "train", "eval", "fuse", "predict", "wrong", "report", "study", "lr_find", "cache",
-    "bench", "version",
+    "train", "eval", "fuse", "predict", "wrong", "report", "study", "recipes", "lr_find",
+    "cache", "bench", "version",
 )  # fmt: skip
 ALSO_SECTIONS = ("train", "cache")
 """Verbs that a section of settings is called like: their help shows both."""
@@ -54,6 +54,7 @@ verbs (python -m ghosttrain VERB --help: all about one)
                     (report.metrics=top1,balanced,ece,recall:CLASS: the columns)
   study run NAME    run what is missing of a declared comparison and report it (study report,
                     study power, study list)
+  recipes           all recipes: what for, what they reach, what they cost
   lr_find           a short run in which the learning rate rises: a picture, and which to take
   cache             store the teacher's outputs once (cache.dir=D cache.draws=E); --dry-run only
                     measures; cache D --repair, cache D --inspect

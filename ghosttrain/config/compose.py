@@ -57,7 +57,7 @@ from ghosttrain.config.schema import (
     DataConfig,
     Use,
 )
-from ghosttrain.config.students import STUDENTS, validate_sides
+from ghosttrain.config.students import STUDENTS, validate_drop_path, validate_sides
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import expanded
 from ghosttrain.text import one_line
@@ -440,6 +440,8 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             f"train.sync_bn=true is for this project's students, not for timm's {model.name}; type "
             "train.sync_bn=false"
         )
+    if model.source == "ghosttrain":
+        validate_drop_path(model.name, model.drop_path)
     if model.freeze != "none" and model.weights is None:
         raise UserError(
             f"model.freeze={_shown(model.freeze)} would keep random weights: type "
@@ -490,6 +492,16 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
                 f"cache.dir={config.cache.dir} lies among the images of data.root={data.root}; "
                 "type another folder"
             )
+    if config.optim.weight_decay_end is not None and not config.optim.weight_decay:
+        raise UserError(
+            f"optim.weight_decay_end={config.optim.weight_decay_end:g} with optim.weight_decay=0: "
+            "a decay can change, not begin; type optim.weight_decay=VALUE above 0"
+        )
+    if config.train.label_loss == "bce" and config.train.focal_gamma:
+        raise UserError(
+            f"train.focal_gamma={config.train.focal_gamma:g} is of the cross-entropy: type "
+            "train.label_loss=cross_entropy or train.focal_gamma=0"
+        )
     if data.balance != "none" and config.cache.dir:
         raise UserError(
             f"data.balance={data.balance} draws images more than once in an epoch, of which "

@@ -295,6 +295,10 @@ class Names:
         )
         raise UserError(f"there is no setting {key!r}.{hint}")
 
+    def recipe_file(self, name: str) -> Path:
+        """Return where a recipe is written."""
+        return _find(self.recipe_dirs, name)
+
     def recipes(self, choice: Any) -> list[Layer]:
         """Return the layers of `recipe=NAME` or `recipe=[A,B]`."""
         names = choice if isinstance(choice, list) else [choice] if choice else []
@@ -311,7 +315,7 @@ class Names:
             raise UserError(
                 f"recipes build on each other in a circle: {' -> '.join((*above, name))}"
             )
-        path = _find(self.recipe_dirs, name)
+        path = self.recipe_file(name)
         body = _load_yaml(path)
         lines = body.pop("defaults", [])
         if not isinstance(lines, list):

@@ -112,6 +112,9 @@ class ModelConfig(Section):
     """`ghosttrain`: this project's re-parameterized students; `timm`: `timm.create_model`."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability before the classifier; `conf/model/` has the published one of each."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth (Huang et al., https://arxiv.org/abs/1603.09382): probability that an image
+    skips the last block; it rises linearly from 0 at the first."""
     weights: str | None = None
     """Weights to start from: a file of any known dialect, the folder of a finished run, `hub`, or
     `efficientnet-lite`; null starts from a random initialisation."""
@@ -406,6 +409,8 @@ class OptimConfig(Section):
     linear). null: no scaling."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled for LAMB and AdamW; L2 for SGD."""
+    weight_decay_end: float | None = Field(None, gt=0)
+    """Weight decay of the last step, reached by half a cosine; null: it stays."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """LAMB, AdamW: decay of the first moment. SGD: momentum (Nesterov)."""
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -416,7 +421,11 @@ class OptimConfig(Section):
     """Learning rate of a block as a share of that of the block after it: the classifier has `lr`,
     the first layers the least."""
     clip_grad: float | None = Field(None, gt=0)
-    """Clip the global gradient norm to this value; null is off."""
+    """Clip the gradient to this value, as `clip_mode` says; null is off."""
+    clip_mode: Literal["norm", "agc"] = "norm"
+    """`norm`: the norm of all gradients together; `agc`: that of each unit to this share of the
+    norm of its weights, the classifier left out (Brock et al., https://arxiv.org/abs/2102.06171).
+    """
 
 
 class ScheduleConfig(Section):
@@ -506,7 +515,10 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(None, ge=1)
     """Images per forward pass and rank (what batch norm sees); null: global_batch / ranks."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    """Smoothing of the labels in the cross-entropy."""
+    """Smoothing of the labels in their loss."""
+    label_loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """`bce`: each class a yes or no of its own, mean over images and classes (Wightman et al.,
+    https://arxiv.org/abs/2110.00476)."""
     class_weights: ClassWeights = "none"
     """Weight of each class in the cross-entropy to the labels: `none`, `balanced` (all classes
     weigh the same in sum), or a list in the order of the classes' names."""

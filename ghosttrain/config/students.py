@@ -37,6 +37,8 @@ class Family(NamedTuple):
     that its entry in a state dict tells the family."""
     sides: Mapping[str, Sides]
     """`model.input_stride` -> sides."""
+    has_shortcuts: bool = False
+    """Whether its blocks can be skipped (`model.drop_path`)."""
 
 
 class StudentRow(NamedTuple):
@@ -57,9 +59,14 @@ FAMILIES: dict[str, Family] = {
         "GhostNet",
         "stages.0.0.ghost1.primary",
         {"standard": Sides(33, 96), "small": Sides(17, 48)},
+        has_shortcuts=True,
     ),
     "mobilenetv2": Family(
-        "ghosttrain.models.mobilenetv2", "MobileNetV2", "stages.0.0.project", _CONVOLUTIONS_ONLY
+        "ghosttrain.models.mobilenetv2",
+        "MobileNetV2",
+        "stages.0.0.project",
+        _CONVOLUTIONS_ONLY,
+        has_shortcuts=True,
     ),
     "shufflenetv2": Family(
         "ghosttrain.models.shufflenetv2",
@@ -116,4 +123,17 @@ def validate_sides(model: ModelConfig, data: DataConfig, micro_batch: int) -> No
             f"{model.name} cannot train on batches of 1 at data.train_size={data.train_size}: a "
             "batch norm would see a single value; type train.micro_batch=2 or more, or "
             f"data.train_size={one_value + 1} or more"
+        )
+
+
+def validate_drop_path(name: str, drop_path: float) -> None:
+    """Refuse to skip blocks of a student that has no shortcuts around them.
+
+    Raises:
+        UserError: saying so.
+    """
+    if drop_path and not FAMILIES[STUDENTS[name].family].has_shortcuts:
+        raise UserError(
+            f"model.drop_path={drop_path:g}: {name} has no shortcuts, so no block can be skipped; "
+            "type model.drop_path=0"
         )

@@ -1,4 +1,4 @@
-"""The cross-entropy to the labels: smoothed, weighted by class, focal.
+"""The loss to the labels: cross-entropy or one of each class, smoothed, weighted, focal.
 
 Legend: B batch, K classes.
 """
@@ -21,7 +21,8 @@ def label_loss(
 
     t are the targets, smoothed by `train.label_smoothing`, w the class weights (without any, 1) and
     gamma `train.focal_gamma` (Lin et al., https://arxiv.org/abs/1708.02002, equation 5; 0: the
-    cross-entropy).
+    cross-entropy). With `train.label_loss=bce` it is the mean over images and classes of
+    -w_k (t_k log s_k + (1 - t_k) log(1 - s_k)), s the sigmoid of the logits.
 
     Args:
         train: the settings.
@@ -30,6 +31,9 @@ def label_loss(
         class_weights_K: (K,), or None.
     """
     weight = None if class_weights_K is None else class_weights_K.to(logits)
+    if train.label_loss == "bce":
+        smooth = targets * (1 - train.label_smoothing) + train.label_smoothing / logits.shape[1]
+        return F.binary_cross_entropy_with_logits(logits, smooth.to(logits), weight=weight)
     if train.focal_gamma == 0:
         return F.cross_entropy(
             logits, targets, weight=weight, label_smoothing=train.label_smoothing

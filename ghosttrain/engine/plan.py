@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ghosttrain.config.compose import batch_split
-from ghosttrain.config.schema import Config, ScheduleConfig
+from ghosttrain.config.schema import Config, OptimConfig, ScheduleConfig
 from ghosttrain.data.order import balanced_order, steps_per_epoch, train_batches
-from ghosttrain.optim.schedule import lr_at, scaled_lr
+from ghosttrain.optim.schedule import lr_at, scaled_lr, weight_decay_at
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Plan:
     peak_lr: float
     """Learning rate after the warm-up, scaled to the batch."""
     schedule: ScheduleConfig
+    optim: OptimConfig
     eval_every: int
     """Epochs between two evaluations."""
     labels: np.ndarray | None = None
@@ -83,6 +84,10 @@ class Plan:
     def lr_at(self, step: int) -> float:
         """Return the learning rate of optimizer step `step` (from 0)."""
         return lr_at(step, self.total_steps, self.warmup_steps, self.peak_lr, self.schedule)
+
+    def weight_decay_at(self, step: int) -> float:
+        """Return the weight decay of optimizer step `step` (from 0)."""
+        return weight_decay_at(step, self.total_steps, self.optim)
 
     def batches(self, step: int, rank: int) -> Iterator[list[int]]:
         """Return the sample numbers of every micro-batch of `rank`, from optimizer step `step` to
@@ -143,6 +148,7 @@ def make_plan(config: Config, n_train: int, ranks: int, labels: np.ndarray | Non
         warmup_steps=min(warmup, total // 2),
         peak_lr=scaled_lr(config.optim, train.global_batch),
         schedule=config.schedule,
+        optim=config.optim,
         eval_every=train.eval_every,
         labels=None if config.data.balance == "none" else labels,
         balance=config.data.balance,

@@ -79,6 +79,7 @@ def build_student(config: Config, classes: Sequence[str]) -> nn.Module:
             model.weights,
             new_classifier=True,
             classes=classes,
+            drop_path=model.drop_path,
         )
     else:
         student = create_model(
@@ -91,6 +92,7 @@ def build_student(config: Config, classes: Sequence[str]) -> nn.Module:
             input_stride=model.input_stride,
             new_classifier=True,
             classes=classes,
+            drop_path=model.drop_path,
         )
     if model.weights:
         about, notes = student.weights_about, [student.weights_note]

@@ -42,8 +42,9 @@ from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
 from ghosttrain.models.reparam import fuse
 from ghosttrain.optim.build import build_optimizer
+from ghosttrain.optim.clip import clip_gradients
 from ghosttrain.optim.ema import Ema
-from ghosttrain.optim.schedule import set_lr
+from ghosttrain.optim.schedule import set_lr, set_weight_decay
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             while state.step < plan.end_of(epoch):
                 lr = plan.lr_at(state.step)
                 set_lr(optimizer, lr)
+                set_weight_decay(optimizer, plan.weight_decay_at(state.step))
                 torch.manual_seed(mix(config.seed, state.step, rank))
                 progress = state.step / plan.total_steps
                 if (now := freeze_at(config.model.freeze, progress)) != frozen:
@@ -201,8 +203,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                             )  # fmt: skip
                         (terms["loss"] / plan.accumulation).backward()
                     meter.add(terms, len(batch.images) * ranks)
-                if config.optim.clip_grad is not None:
-                    nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_grad)
+                clip_gradients(config.optim, network, student)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=not config.train.cuda_graph)
                 ema.update(student)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from ghosttrain.config.schema import FULL, PLAIN, ReparamConfig
-from ghosttrain.config.students import FAMILIES, STUDENTS
+from ghosttrain.config.students import FAMILIES, STUDENTS, validate_drop_path
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.models.layers import start_small
 from ghosttrain.models.reparam import fuse
@@ -40,6 +41,7 @@ def create_model(
     input_stride: str = "standard",
     new_classifier: bool = False,
     classes: Sequence[str] = (),
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """Build a student in training mode: images (B, in_chans, H, W) -> logits (B, num_classes).
 
@@ -57,6 +59,8 @@ def create_model(
     - `classes`: names of the classes in the order of the logits. With `new_classifier`, and where
       the file of weights names as many, its classifier is put in this order, or the new one is kept
       where a name differs.
+    - `drop_path`: probability that an image skips the last block, falling linearly to 0 at the
+      first (stochastic depth).
     - `input_stride`: "standard", or "small": the stem keeps the map, for images of 32x32 or so.
 
     Raises UserError for an unknown name or setting and for weights that do not fit.
@@ -79,6 +83,9 @@ def create_model(
             raise _other_network(given, f"of {name}")
         _validate_width(state, name, given.origin)
     model: Any = _build(name, num_classes, in_chans, settings, dropout, input_stride)
+    if drop_path:
+        validate_drop_path(name, drop_path)
+        _drop_paths(model, drop_path)
 
     def load(model: Any) -> None:
         assert given is not None
@@ -97,6 +104,13 @@ def create_model(
     if given is not None and not holds_branches:
         load(model)
     return model
+
+
+def _drop_paths(model: nn.Module, last: float) -> None:
+    """Let images skip blocks in training, the last one with probability `last`."""
+    blocks: list[Any] = [block for block in model.modules() if hasattr(block, "drop_path")]
+    for place, block in enumerate(blocks):
+        block.drop_path = StochasticDepth(last * place / max(len(blocks) - 1, 1), "row")
 
 
 def _build(
@@ -149,6 +163,7 @@ def create_timm_model(
     weights: str | Weights | None = None,
     new_classifier: bool = False,
     classes: Sequence[str] = (),
+    drop_path: float = 0.0,
     **options: Any,
 ) -> Any:
     """Build any timm model, randomly initialised or with weights, in training mode.
@@ -158,6 +173,8 @@ def create_timm_model(
     Raises UserError for a name that timm does not know and for weights that do not fit.
     """
     _validate_numbers(num_classes, in_chans, dropout)
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     import timm
 
     if not timm.is_model(name):

@@ -130,6 +130,7 @@ class GhostBottleneck(nn.Module):
             )
         self.se = SqueezeExcite(mid_channels) if squeeze_excite else None
         self.ghost2 = GhostModule(mid_channels, out_channels, reparam=reparam)
+        self.drop_path: nn.Module = nn.Identity()
         self.shortcut = None
         if stride > 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
@@ -144,7 +145,7 @@ class GhostBottleneck(nn.Module):
             y = self.depthwise(y)
         if self.se is not None:
             y = self.se(y)
-        y = self.ghost2(y)
+        y = self.drop_path(self.ghost2(y))
         y += x if self.shortcut is None else self.shortcut(x)
         return y
 

@@ -57,12 +57,14 @@ class InvertedResidual(nn.Module):
         self.depthwise = RepConv2d(mid, mid, 3, stride, mid, reparam=reparam)
         self.project = RepConv2d(mid, out_channels, 1, reparam=reparam)
         self.has_shortcut = stride == 1 and in_channels == out_channels
+        self.drop_path: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
         y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
         y = self.project(F.relu6(self.depthwise(y), inplace=True))
         if self.has_shortcut:
+            y = self.drop_path(y)
             y += x
         return y
 

@@ -1,7 +1,7 @@
 """Learning rate: how it follows the steps of a run and the size of the batch.
 
-Owns two pure functions and the line that writes a learning rate into an optimizer. Plain numbers:
-it imports no torch.
+The weight decay too. Owns pure functions, and what writes their values into an optimizer. Plain
+numbers: it imports no torch.
 """
 
 from __future__ import annotations
@@ -56,6 +56,23 @@ def scaled_lr(cfg: OptimConfig, global_batch: int) -> float:
         return cfg.lr
     ratio = global_batch / cfg.lr_batch
     return cfg.lr * (ratio if cfg.name == "sgd" else math.sqrt(ratio))
+
+
+def weight_decay_at(step: int, total_steps: int, cfg: OptimConfig) -> float:
+    """Return the weight decay of optimizer step `step` (from 0): half a cosine from `weight_decay`
+    at the first step to `weight_decay_end` at the last, or constant where that is null.
+    """
+    if cfg.weight_decay_end is None:
+        return cfg.weight_decay
+    last = max(total_steps - 1, 1)
+    share = (1 + math.cos(math.pi * min(step, last) / last)) / 2
+    return cfg.weight_decay_end + (cfg.weight_decay - cfg.weight_decay_end) * share
+
+
+def set_weight_decay(optimizer: Optimizer, weight_decay: float) -> None:
+    """Give this weight decay to every parameter group that is decayed."""
+    for group in [each for each in optimizer.param_groups if each["weight_decay"]]:
+        group["weight_decay"] = weight_decay
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -174,6 +174,29 @@ def test_dropout_stands_before_the_classifier(name):
     assert torch.equal(model.eval().forward_head(features), features.flatten(1))
 
 
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "ghostnetv3_050"])
+def test_blocks_are_skipped_in_training_only_the_last_most_often(name):
+    torch.manual_seed(0)
+    model = create_model(name, 5, reparam="none", drop_path=0.4)
+    blocks = [m for m in model.modules() if hasattr(m, "drop_path")]
+    rates = [block.drop_path.p for block in blocks]
+    assert rates == pytest.approx([0.4 * i / (len(blocks) - 1) for i in range(len(blocks))])
+    block = next(b for b in reversed(blocks) if getattr(b, "has_shortcut", True) and
+                 getattr(b, "shortcut", None) is None)  # fmt: skip
+    channels = next(m for m in block.modules() if isinstance(m, torch.nn.Conv2d)).in_channels
+    x_BCHW = torch.randn(400, channels, 2, 2)
+    with torch.no_grad():
+        skipped = (block(x_BCHW) == x_BCHW).flatten(1).all(1).float().mean().item()
+    deviation = (block.drop_path.p * (1 - block.drop_path.p) / 400) ** 0.5
+    assert abs(skipped - block.drop_path.p) < 4 * deviation
+    plain = create_model(name, 5, reparam="none")
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+    with pytest.raises(UserError, match=r"no shortcuts.*model.drop_path=0"):
+        create_model("shufflenetv2_050", drop_path=0.1)
+
+
 def test_a_pointwise_convolution_is_the_same_in_both_memory_formats():
     layer = ConvBN(5, 7).double()
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ghosttrain.config.schema import OptimConfig, ScheduleConfig
-from ghosttrain.optim.schedule import lr_at, scaled_lr, set_lr
+from ghosttrain.optim.schedule import lr_at, scaled_lr, set_lr, set_weight_decay, weight_decay_at
 
 COSINE = ScheduleConfig(name="cosine", warmup_lr_ratio=0.1, min_lr_ratio=0.01)
 CONSTANT = ScheduleConfig(name="constant", warmup_lr_ratio=0.1)
@@ -54,6 +54,21 @@ def test_step_is_torchs_multi_step_after_the_warmup() -> None:
     assert curve(40, 5, step)[:5] == curve(40, 5, CONSTANT)[:5]
     assert curve(40, 5, step)[5:] == pytest.approx(expected[5:], rel=1e-12)
     assert curve(1, 0, step) == [2.0]
+
+
+def test_weight_decay_falls_by_half_a_cosine_on_decayed_groups_only() -> None:
+    cfg = OptimConfig(weight_decay=0.4, weight_decay_end=0.1)
+    values = [weight_decay_at(step, 21, cfg) for step in range(21)]
+    assert values[0] == pytest.approx(0.4) and values[-1] == pytest.approx(0.1)
+    # a + (b - a) cos^2(x / 2): another form of the same half cosine
+    expected = [0.1 + 0.3 * math.cos(math.pi * k / 40) ** 2 for k in range(21)]
+    assert values == pytest.approx(expected, rel=1e-12)
+    assert weight_decay_at(500, 21, cfg) == pytest.approx(0.1)
+    assert weight_decay_at(7, 21, OptimConfig(weight_decay=0.4)) == 0.4
+    groups = [{"params": [torch.zeros(1)], "weight_decay": decay} for decay in (0.4, 0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    set_weight_decay(optimizer, 0.2)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
 
 
 def test_no_warmup_starts_at_the_peak() -> None:

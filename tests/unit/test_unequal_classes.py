@@ -99,6 +99,19 @@ def test_the_loss_is_its_formula(smoothing, gamma, weighted) -> None:
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_of_each_class_of_its_own_is_its_formula(weighted) -> None:
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(6, 3)) * 3, np.array([0, 1, 2, 2, 1, 0])
+    weights = np.array([0.5, 1.0, 4.0]) if weighted else np.ones(3)
+    p, t = 1 / (1 + np.exp(-logits)), 0.9 * np.eye(3)[labels] + 0.1 / 3
+    expected = -(weights * (t * np.log(p) + (1 - t) * np.log(1 - p))).mean()
+    given = torch.tensor(weights) if weighted else None
+    train = TrainConfig(label_loss="bce")
+    loss = label_loss(train, torch.tensor(logits), torch.from_numpy(np.eye(3)[labels]), given)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_focal_loss_of_a_certain_answer_has_a_gradient() -> None:
     logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
     label_loss(TrainConfig(focal_gamma=0.5), logits, torch.eye(2)[:1], None).backward()
