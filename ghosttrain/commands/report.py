@@ -16,6 +16,10 @@ ARGUMENTS = Arguments(
     "balanced, macro_f1, ece, loss, raw_top1, fused_top1, recall:CLASS, precision:CLASS.",
     takes_folders=True,
 )
+ARGUMENTS.add_argument(
+    "--classes", action="store_true", help="also the recall of each class, where they differ most"
+)
+ARGUMENTS.add_argument("--curves", metavar="FILE", help="draw their held-out accuracy (PNG)")
 
 
 def run(options: Namespace) -> int:
@@ -31,5 +35,5 @@ def run(options: Namespace) -> int:
         raise UserError("report needs run folders: python -m ghosttrain report runs/compact_kd/*")
     from ghosttrain.study.report import report
 
-    print(report([Path(folder) for folder in folders], metrics))
+    print(report([Path(folder) for folder in folders], metrics, options.classes, options.curves))
     return 0

@@ -46,11 +46,6 @@ def numbers_of(result: Mapping[str, Any], metrics: Sequence[str]) -> Numbers:
     }
 
 
-def learning_curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Return step -> held-out top-1 % of the averaged weights, of the rows of `metrics.jsonl`."""
-    return {row["step"]: row["ema_top1"] for row in rows if "ema_top1" in row}
-
-
 def curve_text(curve: Mapping[int, float]) -> str:
     """Return a curve as `runs.csv` keeps it, rounded to .01 %."""
     return " ".join(f"{step}:{value:.2f}" for step, value in curve.items())

@@ -8,19 +8,40 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ghosttrain.config.identity import result_settings, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun
 from ghosttrain.engine.metrics import TOPS, verdict
 from ghosttrain.engine.run_files import read_config, read_result
+from ghosttrain.engine.track import read_metrics
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.study.table import markdown
 from ghosttrain.text import clock
 
-Finished = tuple[Config, dict[str, Any]]
-"""Settings and result of a run."""
+MOST_CLASSES = 30
+"""Lines of the table of classes."""
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    folder: Path
+    config: Config
+    result: dict[str, Any]
+
+
+class Row(NamedTuple):
+    """Runs that differ only in their seed."""
+
+    runs: list[Run]
+    label: list[str]
+    """Recipe, data, model, image size."""
+    settings: str
+    """What tells it from the rows of the same recipe, data and model."""
+
+
 METRICS = {
     "top1": "EMA top-1 %",
     "top5": "EMA top-5 %",
@@ -36,51 +57,159 @@ OF_A_CLASS = ("recall", "precision")
 """`report.metrics=recall:NAME`."""
 
 
-def report(folders: list[Path], metrics: Sequence[str] = ()) -> str:
-    """Return a Markdown table, one row per group of runs that differ only in their seed; below it
-    the runs that are not finished or cannot be read.
+def report(
+    folders: list[Path],
+    metrics: Sequence[str] = (),
+    classes: bool = False,
+    curves: str | None = None,
+) -> str:
+    """Return a Markdown table, one row per group of runs that differ only in their seed, ordered by
+    their settings; below it the runs that are not finished or cannot be read.
 
     Args:
         folders: runs, or folders that hold some.
         metrics: columns, of `METRICS` or `recall:CLASS`; none: `default_metrics`.
+        classes: also a table of the recall of each class, and its difference to the first row.
+        curves: a file: draw held-out accuracy by steps, a line for each row.
 
     Raises:
-        UserError: a folder that is no run and holds none; an unknown column.
+        UserError: a folder that is no run and holds none; an unknown column; no finished run to
+            draw, or a file that cannot be written.
     """
     validate_metrics(metrics)
-    runs = sorted({run.resolve() for folder in folders for run in _runs(folder)})
+    finished, below = _collect(folders)
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in finished:
+        groups.setdefault((run.config.recipe, _hash_of_row(run.config)), []).append(run)
+    rows = _ordered(list(groups.values()))
+    shown = metrics or default_metrics([run.result for run in finished])
+    told_apart = [row.settings for row in rows]
+    head = ["recipe", "data", "model", "px", *(["settings"] if any(told_apart) else []), "seeds"]
+    table = [[*head, *(title_of(name) for name in shown), "time"]]
+    for row in rows:
+        label = [*row.label, *([row.settings] if any(told_apart) else [])]
+        results = [run.result for run in row.runs]
+        numbers = [spread([value_of(result, name) for result in results]) for name in shown]
+        seconds = statistics.mean(result["seconds"] for result in results)
+        table.append([*label, _seeds([r.config for r in row.runs]), *numbers, clock(seconds)])
+        below += _no_better(row.runs[0].config, results)
+    lines = [*markdown(table), *below]
+    if classes and rows:
+        lines += ["", *_classes(rows)]
+    if curves is not None:
+        lines.append(_draw(rows, curves))
+    return "\n".join(lines)
+
+
+def _collect(folders: list[Path]) -> tuple[list[Run], list[str]]:
+    """Return the finished runs, and a line about each other one."""
+    found = sorted({run.resolve() for folder in folders for run in _runs(folder)})
     finished, below, starts = [], [], 0
-    for run in runs:
+    for run in found:
         try:
             config, result = read_config(run), read_result(run)
         except UserError as error:
             below.append(f"damaged: {error}")
             continue
         if result is not None and result["settings"] == settings_hash(config):
-            finished.append((config, result))
+            finished.append(Run(run, config, result))
         elif has_begun(run):
             below.append(f"not finished: {run}")
         else:
             starts += 1
     if starts:
         below.append(f"left out: {starts} start{'s' * (starts > 1)} of which no step was kept")
-    groups: dict[tuple[str, str], list[Finished]] = {}
-    for config, result in finished:
-        groups.setdefault((config.recipe, _hash_of_row(config)), []).append((config, result))
-    rows = [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
-    shown = metrics or default_metrics([result for _, result in finished])
-    told_apart = _differences([group[0][0] for group in rows])
-    head = ["recipe", "data", "model", "px", *(["settings"] if any(told_apart) else []), "seeds"]
-    table = [[*head, *(title_of(name) for name in shown), "time"]]
-    for group, settings in zip(rows, told_apart, strict=True):
-        config, results = group[0][0], [result for _, result in group]
-        label = [config.recipe, config.data.name, config.model.name, str(config.data.eval_size)]
-        label += [settings] if any(told_apart) else []
-        numbers = [spread([value_of(result, name) for result in results]) for name in shown]
-        seconds = statistics.mean(result["seconds"] for result in results)
-        table.append([*label, _seeds([each for each, _ in group]), *numbers, clock(seconds)])
-        below += _no_better(config, results)
-    return "\n".join([*markdown(table), *below])
+    return finished, below
+
+
+def _ordered(groups: Sequence[list[Run]]) -> list[Row]:
+    """Return rows by recipe, data, model and image size, then by the values that tell them apart:
+    numbers by size, not by their digits.
+    """
+    differences = _differences([group[0].config for group in groups])
+    rows = [
+        (_natural([*_label(runs[0].config), *different.values()]), different, runs)
+        for different, runs in zip(differences, groups, strict=True)
+    ]
+    return [
+        Row(runs, _label(runs[0].config), " ".join(f"{k}={v}" for k, v in different.items()))
+        for _, different, runs in sorted(rows, key=lambda row: row[0])
+    ]
+
+
+def _label(config: Config) -> list[str]:
+    return [config.recipe, config.data.name, config.model.name, str(config.data.eval_size)]
+
+
+def _natural(values: Sequence[object]) -> list[tuple[int, float, str]]:
+    """Return what sorts nothing before numbers, and numbers before text."""
+    keys = []
+    for value in values:
+        try:
+            keys.append((1, float(str(value)), ""))
+        except ValueError:
+            keys.append((0 if value is None else 2, 0.0, str(value)))
+    return keys
+
+
+def _classes(rows: Sequence[Row]) -> list[str]:
+    """Return a table of recall by class, where rows differ most first; rows of other classes than
+    the first have no column.
+    """
+    first = rows[0].runs[0].result["classes"]
+    names = first["names"]
+    same = [n for n, row in enumerate(rows) if row.runs[0].result["classes"]["names"] == names]
+    means = {
+        n: [
+            _mean([run.result["classes"]["recall"][k] for run in rows[n].runs])
+            for k in range(len(names))
+        ]
+        for n in same
+    }
+    table = [["recall % of", "images", *(f"row {n + 1}" for n in same)]]
+    table[0][3:] = [f"{title}, less row 1" for title in table[0][3:]]
+    order = sorted(
+        range(len(names)),
+        key=lambda k: -max((abs(_less(means[n][k], means[0][k])) for n in same[1:]), default=0),
+    )
+    for k in order[:MOST_CLASSES]:
+        others = [
+            f"{_text(means[n][k])} ({_less(means[n][k], means[0][k]):+.2f})" for n in same[1:]
+        ]
+        table.append([names[k], str(first["images"][k]), _text(means[0][k]), *others])
+    rest = len(names) - MOST_CLASSES
+    return [
+        *markdown(table),
+        *([f"and {rest} more classes, which differ less"] if rest > 0 else []),
+    ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return statistics.mean(numbers) if numbers else None
+
+
+def _less(value: float | None, first: float | None) -> float:
+    return value - first if value is not None and first is not None else 0.0
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _draw(rows: Sequence[Row], path: str) -> str:
+    """Draw the rows' learning curves over each other; return a line about it."""
+    from ghosttrain.study.study_pictures import draw_learning
+
+    curves = {}
+    for number, row in enumerate(rows, 1):
+        of_row = [learning_curve(read_metrics(run.folder)) for run in row.runs]
+        if all(of_row):
+            curves[f"row {number}: {row.label[0]} {row.label[2]}"] = of_row
+    if not curves:
+        raise UserError("--curves: there is no finished run with a learning curve to draw")
+    draw_learning(Path(path), curves)
+    return f"curves: {path}"
 
 
 def _hash_of_row(config: Config) -> str:
@@ -187,11 +316,11 @@ def spread(values: Sequence[float | None]) -> str:
     return f"{mean:.2f} ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else f"{mean:.2f}"
 
 
-def _differences(configs: Sequence[Config]) -> list[str]:
+def _differences(configs: Sequence[Config]) -> list[dict[str, Any]]:
     """Return for each row the settings that tell it from the rows of the same recipe, data and
     model.
     """
-    texts = [""] * len(configs)
+    found: list[dict[str, Any]] = [{}] * len(configs)
     labels: dict[tuple[str, str, str], list[int]] = {}
     for place, config in enumerate(configs):
         label = (config.recipe, config.data.name, config.model.name)
@@ -201,5 +330,10 @@ def _differences(configs: Sequence[Config]) -> list[str]:
         every = dict.fromkeys(key for settings in flat for key in settings)
         keys = [k for k in every if len({str(f.get(k)) for f in flat}) > 1]
         for place, settings in zip(places, flat, strict=True):
-            texts[place] = " ".join(f"{k}={settings.get(k)}" for k in keys)
-    return texts
+            found[place] = {key: settings.get(key) for key in keys}
+    return found
+
+
+def learning_curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return step -> held-out top-1 % of the averaged weights, of the rows of `metrics.jsonl`."""
+    return {row["step"]: row["ema_top1"] for row in rows if "ema_top1" in row}

@@ -27,13 +27,12 @@ from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import read_limited
 from ghosttrain.study.ledger import (
     Numbers,
-    learning_curve,
     numbers,
     numbers_of,
     read_curve,
     read_runs,
 )
-from ghosttrain.study.report import validate_metrics
+from ghosttrain.study.report import learning_curve, validate_metrics
 from ghosttrain.study.study_pictures import Curve
 from ghosttrain.study.table import markdown
 from ghosttrain.text import first_fault, listed

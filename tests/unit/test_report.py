@@ -9,6 +9,7 @@ from helpers import some_result
 
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.run_files import write_config
+from ghosttrain.engine.track import row_line
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_json
 from ghosttrain.study.report import report
@@ -45,6 +46,33 @@ def test_what_is_damaged_is_named_below_the_table_and_starts_are_counted(tmp_pat
         "left out: 3 starts of which no step was kept",
         f"not finished: {stopped}",
     ]
+
+
+def test_rows_stand_in_the_order_of_their_values_and_classes_and_curves_are_compared(tmp_path):
+    recall = {0.1: [90.0, 10.0], 0.02: [80.0, 40.0], 1.5: [70.0, 11.0]}
+    for lr, values in recall.items():
+        for seed in (0, 1):
+            config = Config(seed=seed, optim=Config().optim.model_copy(update={"lr": lr}))
+            result = some_result(config)
+            result["classes"] = result["classes"] | {"recall": [v + seed for v in values]}
+            run = leave_run(tmp_path / f"{lr}-{seed}", result, config)
+            rows = [{"kind": "eval", "step": s, "ema_top1": s * lr + seed} for s in (5, 9)]
+            (run / "metrics.jsonl").write_text("".join(f"{row_line(row)}\n" for row in rows))
+    picture = tmp_path / "curves.png"
+    lines = report([tmp_path], ["top1"], classes=True, curves=str(picture)).splitlines()
+    order = [line.split("optim.lr=")[1].split()[0] for line in lines[2:5]]
+    assert order == ["0.02", "0.1", "1.5"]
+    table = [[c.strip() for c in line.strip("|").split("|")] for line in lines[-5:-1]]
+    assert table[0] == [
+        "recall % of", "images", "row 1", "row 2, less row 1", "row 3, less row 1",
+    ]  # fmt: skip
+    assert table[2:] == [
+        ["b", "2", "40.50", "10.50 (-30.00)", "11.50 (-29.00)"],  # differs most
+        ["a", "6", "80.50", "90.50 (+10.00)", "70.50 (-10.00)"],
+    ]
+    assert lines[-1] == f"curves: {picture}" and picture.read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(UserError, match="must be a folder that you may write"):
+        report([tmp_path], curves=str(tmp_path / "nowhere" / "x" / "c.png"))
 
 
 def test_swept_values_image_size_and_chosen_metrics_are_columns(tmp_path):
