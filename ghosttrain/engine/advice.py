@@ -15,6 +15,9 @@ from ghosttrain.files import expanded
 
 LEAST = 6
 """Evaluations from which a course is judged."""
+SMALL, SMALLEST, SIDE = 500e6, 50e6, 160
+"""MACs after fusing below which a network is small, and very small, at images of this side or more:
+below it, MACs say little of capacity."""
 RISE = 1.1
 """Held-out loss as a share of its lowest, from which it has risen."""
 
@@ -33,6 +36,7 @@ def advice(
     held = [row for row in rows if row["kind"] == "eval" and "ema_loss" in row]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     found = [_overfit(held, losses, per_epoch), _too_short(held, result), _teacher(config, result)]
+    found += _small(config, result)
     return [line for line in found if line]
 
 
@@ -94,3 +98,24 @@ def _teacher(config: Config, result: Mapping[str, Any]) -> str | None:
         f"note: {line}, less than this network: it may hold it back; try a smaller distill.weight, "
         "or a better teacher"
     )
+
+
+def _small(config: Config, result: Mapping[str, Any]) -> list[str]:
+    """Say what others found for networks of this size."""
+    macs, size = result["model"]["macs_fused"], result["model"]["eval_size"]
+    if size < SIDE:
+        return []
+    found = []
+    if macs < SMALL and max(config.augment.mixup_alpha, config.augment.cutmix_alpha) > 0.2:
+        found.append(
+            f"advice: this network has {macs / 1e6:.0f} M MACs; below 500 M, Mixup and CutMix are "
+            "left out or weak in GhostNetV3 (arXiv 2404.11202) and in MobileNetV4's and FastViT's "
+            "published settings: augment=compact, or augment.mixup_alpha=0.2 augment.cutmix_alpha=0"
+        )
+    if macs < SMALLEST and config.distill.name != "none":
+        found.append(
+            f"advice: this network has {macs / 1e6:.0f} M MACs; the smallest may lose from a "
+            "teacher (MobileNetV2 0.25x in apple/ml-dr: 55.4 % without, 55.1 % with): compare with "
+            "teacher=none distill=none"
+        )
+    return found

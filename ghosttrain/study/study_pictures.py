@@ -60,7 +60,12 @@ def draw_learning(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
     save_figure(figure, path, DPI)
 
 
-def draw_pareto(path: Path, points: Mapping[str, tuple[float, float]], metric: str) -> None:
+def draw_pareto(
+    path: Path,
+    points: Mapping[str, tuple[float, float]],
+    metric: str,
+    published: Mapping[str, tuple[float, float]],
+) -> None:
     """Draw the metric against the MACs after fusing, and the front: the arms that no other beats at
     the same MACs or fewer.
 
@@ -68,6 +73,7 @@ def draw_pareto(path: Path, points: Mapping[str, tuple[float, float]], metric: s
         path: of the picture.
         points: arm -> (MACs, mean of the metric).
         metric: its title.
+        published: name -> the same, of values from elsewhere: hollow, and in no front.
     """
     figure = new_figure(WIDTH, 3.6)
     axis = figure.subplots()
@@ -77,8 +83,10 @@ def draw_pareto(path: Path, points: Mapping[str, tuple[float, float]], metric: s
         [points[arm][1] for arm in front],
         color="0.7", drawstyle="steps-post", zorder=0,
     )  # fmt: skip
-    for arm, (macs, value) in points.items():
-        axis.plot(macs / 1e6, value, "o", color="tab:blue" if arm in front else "0.6")
+    for arm, (macs, value) in {**points, **published}.items():
+        style = "none" if arm in published else "full"
+        color = "tab:blue" if arm in front else "0.6"
+        axis.plot(macs / 1e6, value, "o", color=color, fillstyle=style)
         axis.annotate(
             _plain(arm), (macs / 1e6, value), xytext=(4, 4), textcoords="offset points", fontsize=8
         )

@@ -19,6 +19,7 @@ from ghosttrain.config.schema import TrainConfig
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
 from ghosttrain.study.ledger import Numbers, curve_text, read_runs, write_runs
+from ghosttrain.study.published import published
 from ghosttrain.study.report import spread, title_of
 from ghosttrain.study.stats import Difference, holm, paired_difference, seeds_needed
 from ghosttrain.study.studies import Cell, Study
@@ -44,7 +45,8 @@ def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | Non
         UserError: `out` cannot be written, or its `runs.csv` is damaged.
     """
     rows = _table(study, cells)
-    title, note, faults = f"{name}: {_setting(cells)}", _note(study, cells), faults_of(cells)
+    title, faults = f"{name}: {_setting(cells)}", faults_of(cells)
+    note = [*_note(study, cells), *_published(study, cells)]
     below = ["", *note, *(["", *faults] if faults else [])]
     text = "\n".join([f"# {title}", "", study.about, "", *markdown(rows), *below])
     if out is None:
@@ -114,6 +116,15 @@ def _note(study: Study, cells: Sequence[Cell]) -> list[str]:
     ]
 
 
+def _published(study: Study, cells: Sequence[Cell]) -> list[str]:
+    """Return a line for each published value of the networks of the study."""
+    found = [each for cell in cells for each in published(cell.composed.config, study.metric)]
+    return [
+        f"Published: {each.model}, {each.how}: {each.top1} % ({each.source})."
+        for each in dict.fromkeys(found)
+    ]
+
+
 def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
     """Draw what the finished runs allow; return file -> what it shows."""
     metric, pictures = title_of(study.metric), {}
@@ -134,7 +145,13 @@ def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
     }
     if len({cost for cost, _ in points.values()}) > 1:
         pictures["pareto.png"] = f"{metric} against MACs, with the front"
-        draw_pareto(out / "pareto.png", points, metric)
+        beside = {
+            f"{each.model}, {each.how} (published)": (cell.numbers["macs"], each.top1)
+            for cell in cells
+            if cell.numbers is not None
+            for each in published(cell.composed.config, study.metric)
+        }
+        draw_pareto(out / "pareto.png", points, metric, beside)
     return pictures
 
 

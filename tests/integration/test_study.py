@@ -64,6 +64,7 @@ def launched(monkeypatch):
         (run / "provenance.json").write_text("{}")
         result = some_result(config)
         result["weights"]["ema"]["top1"] = top1(config)
+        result["model"] |= {"macs_fused": 10**6 * int(config.model.name[-3:])}
         write_result(run, result)
         curve = [{"kind": "eval", "step": s, "ema_top1": top1(config) - 9 / s} for s in (1, 2, 3)]
         (run / "metrics.jsonl").write_text("".join(f"{row_line(row)}\n" for row in curve))
@@ -192,6 +193,28 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     (tmp_path / "file").write_text("")
     where[3] = str(tmp_path / "file")
     assert "type another --out" in one_line(ghosttrain("study", "report", "rates", *where))
+
+
+def test_published_values_stand_beside_imagenet_runs_only(ghosttrain, folder, launched, tmp_path):
+    (tmp_path / "own" / "study" / "sizes.yaml").write_text("""
+about: Which size?
+overrides: [+recipe=baseline, train.epochs=1]
+axes: {model: {small: [model=ghostnetv3_050], large: [model=ghostnetv3_130]}}
+control: small
+seeds: [0]
+""")
+    (tmp_path / "images").mkdir()
+    where = ["--config-dir", folder, f"run.root={tmp_path / 'runs'}"]
+    imagenet = [*where, "data=imagenet", f"data.root={tmp_path / 'images'}"]
+    line = "Published: ghostnetv3_130, 600 epochs: 79.1 % (https://arxiv.org/abs/2404.11202)."
+    out = tmp_path / "out"
+    assert ghosttrain("study", "run", "sizes", *imagenet, "--out", str(out)).code == 0
+    assert (out / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    report = ghosttrain("study", "report", "sizes", *imagenet).out
+    assert report.count("Published: ") == 1 and line in report
+    assert "not ImageNet" not in report
+    for other in (["data.eval_size=256"], ["data=digits"]):
+        assert "Published" not in ghosttrain("study", "report", "sizes", *imagenet, *other).out
 
 
 def test_the_front_is_what_no_other_arm_beats():

@@ -48,6 +48,26 @@ def test_a_run_that_was_still_getting_better() -> None:
     assert said(course(losses, [*[80.0] * 8, 80.3, 80.4], FALLING)) == []  # within its error
 
 
+@pytest.mark.parametrize(
+    ("macs", "size", "mixup", "loss", "parts"),
+    [
+        (499e6, 224, 0.8, "none", ["Mixup"]), (501e6, 224, 0.8, "none", []),
+        (499e6, 224, 0.2, "kl", []), (49e6, 224, 0.0, "kl", ["a teacher"]),
+        (49e6, 224, 0.8, "kl", ["Mixup", "a teacher"]), (49e6, 96, 0.8, "kl", []),
+    ],
+)  # fmt: skip
+def test_what_others_found_for_small_networks(macs, size, mixup, loss, parts) -> None:
+    config = Config()
+    config = config.model_copy(update={
+        "augment": config.augment.model_copy(update={"mixup_alpha": mixup}),
+        "distill": config.distill.model_copy(update={"name": loss}),
+    })  # fmt: skip
+    model = some_result(config)["model"] | {"macs_fused": macs, "eval_size": size}
+    lines = said([], config, model=model)
+    assert len(lines) == len(parts)
+    assert all(part in line and "advice: " in line for part, line in zip(parts, lines, strict=True))
+
+
 @pytest.mark.parametrize(("teacher", "words"), [(10.0, "note: on the same"), (50.0, "on the same")])
 def test_a_teacher_is_compared_on_the_same_images(tmp_path, teacher, words) -> None:
     taught = some_result(Config())
