@@ -17,7 +17,7 @@ ARGUMENTS = with_config_dir(
     )
 )
 
-VALUES = ("values", "all values", "the values", "sources")
+VALUES = ("values", "all values", "the values", "sources", "what its parent")
 """How the line begins, without capitals, from which a recipe's head speaks of single values."""
 
 

@@ -151,7 +151,7 @@ def study_cells(
     for seed in seeds:  # all arms of a seed first: a study that is stopped early has whole pairs
         arm_of: dict[str, str] = {}
         for arm, words in _arms(study).items():
-            line = _later_wins([*study.overrides, *words, *typed, f"seed={seed}"])
+            line = [*_words([*study.overrides, *typed], words), f"seed={seed}"]
             try:
                 composed = compose(line, config_dir)
             except UserError as error:
@@ -188,12 +188,17 @@ def _seeds(study: Study, overrides: Sequence[str]) -> tuple[list[int], list[str]
     return seeds, typed
 
 
-def _later_wins(words: Sequence[str]) -> list[str]:
-    """Leave out a word whose setting a later one says again: an arm may change what all share, and
-    the command line what an arm says.
+def _words(shared: Sequence[str], arm: Sequence[str]) -> list[str]:
+    """Return what all arms share and what one says itself. A later word replaces an earlier one of
+    the same setting; of a group that the arm switches off (`teacher=none`) nothing shared is left.
     """
-    last = {word.partition("=")[0].lstrip("+~"): word for word in words}
-    return list(last.values())
+    off = {word.removesuffix("=none") for word in arm if word.endswith("=none")}
+    left = [word for word in shared if _setting_of(word).partition(".")[0] not in off]
+    return list({_setting_of(word): word for word in [*left, *arm]}.values())
+
+
+def _setting_of(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
 
 
 def _outcome(folder: Path, config: Config, metric: str) -> tuple[Numbers | None, str]:

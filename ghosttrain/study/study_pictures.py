@@ -83,12 +83,19 @@ def draw_pareto(
         [points[arm][1] for arm in front],
         color="0.7", drawstyle="steps-post", zorder=0,
     )  # fmt: skip
-    for arm, (macs, value) in {**points, **published}.items():
+    every = {**points, **published}
+    low, high = min(macs for macs, _ in every.values()), max(macs for macs, _ in every.values())
+    for arm, (macs, value) in every.items():
         style = "none" if arm in published else "full"
         color = "tab:blue" if arm in front else "0.6"
         axis.plot(macs / 1e6, value, "o", color=color, fillstyle=style)
+        on_the_right = macs > statistics.mean((low, high))
         axis.annotate(
-            _plain(arm), (macs / 1e6, value), xytext=(4, 4), textcoords="offset points", fontsize=8
+            f"{_plain(arm)}  " if on_the_right else f"  {_plain(arm)}",
+            (macs / 1e6, value),
+            ha="right" if on_the_right else "left",
+            va="center",
+            fontsize=8,
         )
     axis.margins(x=0.2, y=0.1)
     axis.set_xlabel("million MACs after fusing")

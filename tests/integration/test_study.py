@@ -217,6 +217,19 @@ seeds: [0]
         assert "Published" not in ghosttrain("study", "report", "sizes", *imagenet, *other).out
 
 
+def test_an_arm_keeps_what_it_says_and_has_nothing_of_what_it_switches_off():
+    words = ["model=mobilenetv2_050", "teacher=efficientnet_lite0", "teacher.check_samples=7"]
+    words += ["distill.temperature=3", "ema.decay=0.9", "data=idx", "data.root=."]
+    arms = {cell.arm: cell.composed.config for cell in
+            study_cells(load_study("ladder"), [*words, "seed=0"], None)}  # fmt: skip
+    assert [config.teacher.name for config in arms.values()] == [
+        None, None, *["tf_efficientnet_lite0"] * 3,
+    ]  # fmt: skip
+    assert arms["baseline"].teacher.check_samples == 512 and arms["+KD"].teacher.check_samples == 7
+    assert [c.distill.temperature for c in arms.values()] == [1, 1, 3, 3, 3]
+    assert [c.ema.decay for c in arms.values()] == [0, 0, 0, 0.9, 0.9]
+
+
 def test_the_front_is_what_no_other_arm_beats():
     points = {"a": (3.0, 70.0), "b": (1.0, 60.0), "c": (2.0, 59.0), "d": (3.0, 69.0)}
     assert pareto_front(points) == ["b", "a"]
