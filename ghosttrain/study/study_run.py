@@ -51,7 +51,26 @@ def _plan(name: str, study: Study, cells: Sequence[Cell]) -> str:
         f"({', '.join(map(str, seeds))}); {len(done)} finished, {len(cells) - len(done)} to run",
     ]
     lines += faults_of(cells)
-    if done and len(done) < len(cells):
-        mean = statistics.mean(found["seconds"] for found in done)
-        lines.append(f"time: about {clock(mean * (len(cells) - len(done)))}, one after another")
+    missing = [cell for cell in cells if cell.numbers is None]
+    if missing:
+        lines.append(_cost(cells, missing))
     return "\n".join(lines)
+
+
+def _cost(cells: Sequence[Cell], missing: Sequence[Cell]) -> str:
+    """Return what is left to do: in time by the finished runs of the same arm, else of any arm; in
+    epochs or steps where none has finished.
+    """
+    seconds: dict[str, list[float]] = {}
+    for cell in cells:
+        if cell.numbers is not None:
+            seconds.setdefault(cell.arm, []).append(cell.numbers["seconds"])
+    if not seconds:
+        runs = [cell.composed.config.train for cell in missing]
+        steps = [train.max_steps for train in runs if train.max_steps is not None]
+        epochs = [train.epochs for train in runs if train.max_steps is None]
+        parts = [f"{sum(epochs):,} epochs"] * bool(epochs) + [f"{sum(steps):,} steps"] * bool(steps)
+        return f"length: {' and '.join(parts)} in all; the time is known when a run has finished"
+    any_arm = [each for of_arm in seconds.values() for each in of_arm]
+    left = sum(statistics.mean(seconds.get(cell.arm, any_arm)) for cell in missing)
+    return f"time: about {clock(left)}, one after another"

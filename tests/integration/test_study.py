@@ -64,6 +64,7 @@ def launched(monkeypatch):
         (run / "provenance.json").write_text("{}")
         result = some_result(config)
         result["weights"]["ema"]["top1"] = top1(config)
+        result["seconds"] = 60.0 + config.optim.lr * 1000 if config.train.epochs == 1 else 9.0
         result["model"] |= {"macs_fused": 10**6 * int(config.model.name[-3:])}
         write_result(run, result)
         curve = [{"kind": "eval", "step": s, "ema_top1": top1(config) - 9 / s} for s in (1, 2, 3)]
@@ -96,6 +97,7 @@ def test_what_is_missing_runs_and_the_report_is_right(ghosttrain, folder, launch
     assert first.code == 1 and len(ran) == 12
     assert [seed for *_, seed in ran] == [0] * 4 + [1] * 4 + [2] * 4  # whole pairs first
     assert "runs: 12 = 4 arms x 3 seeds (0, 1, 2); 0 finished, 12 to run" in first.out
+    assert "length: 18 epochs in all; the time is known when a run has finished" in first.out
     assert "failed: " in first.err and "optim.lr=0.01" in first.err and "exit code 137" in first.err
     assert "- not run: high + once, seed 1" in first.out
     assert table(first.out)["high + once"][0] == "2"
@@ -103,6 +105,7 @@ def test_what_is_missing_runs_and_the_report_is_right(ghosttrain, folder, launch
     failing.clear()
     second = ghosttrain("study", "run", "rates", *where)
     assert second.code == 0 and ran[12:] == [(0.01, 1, 1)]
+    assert "time: about 1:10, one after another" in second.out  # the other seeds of the arm: 70 s
     report = ghosttrain("study", "report", "rates", *where)
     assert report.code == 0 and report.out in second.out and len(ran) == 13
     assert "# rates: data digits, model shufflenetv2_050, budget digits" in report.out
