@@ -186,3 +186,24 @@ def test_only_the_classifier_learns_and_statistics_stay(
             k for k in weights if "scale" in k or "identity" in k
         }
     assert len(saved["optimizer"]["state"]) == 2
+
+
+def test_two_ranks_thaw_what_one_process_thaws(ghosttrain, start, image_folder, tmp_path) -> None:
+    words = [*SMALL, f"model.weights={start}", "model.freeze=[[0,backbone],[0.5,bn]]",
+             f"data.root={image_folder}", "augment=none", "data.flip=false", "model.dropout=0",
+             "optim=sgd", "optim.lr=0.05", "optim.lr_batch=null", "optim.layer_decay=1",
+             "schedule=constant", "reparam=none"]  # fmt: skip
+    weights = []
+    for ranks in (1, 2):
+        root = tmp_path / str(ranks)
+        done = ghosttrain(*words, f"launch.nproc={ranks}", f"run.root={root}")
+        assert done.code == 0, done.err
+        weights.append(read_checkpoint(only_run(root) / "checkpoints" / "last.pt")["student"])
+    given = create_model("mobilenetv2_050", 3, reparam="none", weights=str(start),
+                         new_classifier=True).state_dict()  # fmt: skip
+    learnt = 0
+    for key, one in weights[0].items():
+        torch.testing.assert_close(weights[1][key], one, rtol=1e-3, atol=1e-5)
+        is_classifier = key.startswith("classifier.")
+        learnt += not is_classifier and not torch.allclose(one, given[key], rtol=1e-2, atol=1e-4)
+    assert learnt > 10  # the backbone thawed
