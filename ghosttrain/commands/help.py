@@ -147,8 +147,9 @@ def _kind(field: Any) -> str:
         if origin is Literal:
             words.append("one of " + ", ".join(map(str, get_args(part))))
         elif origin is tuple:
-            nested = get_origin(get_args(part)[0]) is tuple
-            words.append("list of [share of the run, number]" if nested else "list of numbers")
+            item = get_args(part)[0]
+            nested = "[share of the run, number]" if get_origin(item) is tuple else None
+            words.append(f"list of {nested or {str: 'texts'}.get(item, 'numbers')}")
         elif origin is dict:
             words.append("names of your choice, each with settings of its own")
         elif part is not type(None):

@@ -292,6 +292,13 @@ class CacheConfig(Section):
     """Images in one file of the cache. Used when storing."""
 
 
+def _texts(value: Any) -> Any:
+    """Take whole numbers in a list as names: the classes of digits are 0 to 9."""
+    if not isinstance(value, list):
+        return value
+    return [str(each) if type(each) is int else each for each in value]
+
+
 class DataConfig(Section):
     """Images and labels; what an image looks like when it reaches the network."""
 
@@ -334,6 +341,13 @@ class DataConfig(Section):
     split_column: str | None = None
     """Column of the table that says `train_split` or `val_split`; rows that say another word are
     left out."""
+    classes: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_texts)] = ()
+    """Names of the classes that are used, of both halves; empty: all."""
+    fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of the training images of every class that is used, drawn by `split_seed`; null:
+    all."""
+    max_per_class: int | None = Field(None, ge=1)
+    """Most training images of a class that are used, drawn by `split_seed`; null: all."""
     train_size: int = Field(224, ge=8)
     """Side of a training image in pixels."""
     eval_size: int = Field(224, ge=8, json_schema_extra=may_change("eval"))

@@ -42,13 +42,24 @@ def training_images(data: Mapping[str, Any]) -> int | None:
         count = _lines(table, most) if table.is_file() else None
     else:
         folder = root if share < 1 else root / data["train_split"]
-        count = _files(folder, most) if folder.is_dir() and data["root"] else None
-    return None if count is None else int(count * share)
+        count = _of_classes(folder, data, most) if folder.is_dir() and data["root"] else None
+    if count is None:
+        return None
+    return int(count * share * (data["fraction"] or 1))
 
 
 def _lines(table: Path, most: int) -> int:
     with open(table, "rb") as file:
         return sum(1 for _ in zip(range(most + 1), file, strict=False)) - 1
+
+
+def _of_classes(folder: Path, data: Mapping[str, Any], most: int) -> int:
+    """Count the files of the classes that are used, of each no more than are used."""
+    if not data["classes"] and data["max_per_class"] is None:
+        return _files(folder, most)
+    each = most if data["max_per_class"] is None else data["max_per_class"]
+    names = data["classes"] or sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return sum(min(_files(folder / name, each), each) for name in names)
 
 
 def _files(folder: Path, most: int) -> int:

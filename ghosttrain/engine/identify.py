@@ -24,6 +24,7 @@ import numpy as np
 from ghosttrain.config.compose import Composed
 from ghosttrain.config.schema import NAMED_SOURCES, Config, DataConfig
 from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.data.datasets.selection import SELECTION_SETTINGS, unselected
 from ghosttrain.data.datasets.splitting import SPLIT_SETTINGS, is_split_here
 from ghosttrain.errors import UserError
 from ghosttrain.files import Damaged, expanded, file_digest, read_json, write_json
@@ -130,6 +131,9 @@ def data_listing(config: Config) -> dict[str, Any]:
         halves = build_datasets(data)
         train, held_out = (_half(half) for half in halves)
         counts = [each.pop("counts") for each in (train, held_out)]
+        if unselected(data) != data:  # what is chosen of them is told by its settings
+            every = build_datasets(unselected(data))
+            halves, counts = every, [_half(half)["counts"] for half in every]
         if is_split_here(data):  # folds of one set are the same data
             counts = [[sum(both) for both in zip(*counts, strict=True)]]
         text = json.dumps([halves[0].classes, *counts])
@@ -137,7 +141,7 @@ def data_listing(config: Config) -> dict[str, Any]:
         return found, [Path(os.fsdecode(path)) for half in halves for path in half.listed]
 
     table = data.table and _real(data.table)
-    decide = {*SPLIT_SETTINGS, "path_column", "label_column"}
+    decide = {*SPLIT_SETTINGS, *SELECTION_SETTINGS, "path_column", "label_column"}
     name = [data.name, _real(str(data.root)), table, data.model_dump(mode="json", include=decide)]
     return _remembered(kept, json.dumps(name), listing)
 

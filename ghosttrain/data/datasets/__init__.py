@@ -23,6 +23,7 @@ from ghosttrain.data.datasets.inspection import (
     notes_on,
     unusual_notes,
 )
+from ghosttrain.data.datasets.selection import selected
 from ghosttrain.data.datasets.table import read_table
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
@@ -57,9 +58,9 @@ def build_datasets(data: DataConfig) -> tuple[Dataset, Dataset]:
         UserError: the data are not there, not complete, or their two halves do not fit each other.
     """
     if data.name == "digits":
-        return read_digits(data.in_chans)
+        return selected(data, *read_digits(data.in_chans))
     root = _root(data)
-    train, held_out = READERS[data.name](data, root)
+    train, held_out = selected(data, *READERS[data.name](data, root))
     if len(train.classes) < 2:
         raise UserError(
             f"{train.source} has one class, {train.classes[0]!r}: there is nothing to tell apart, "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,8 @@ class Dataset:
     """Folders or files whose modification times tell whether all this must be read again."""
     bit_depth: int = BIT_DEPTH
     """Bits that the values of 16-bit images use."""
+    _arrays: ClassVar[tuple[str, ...]] = ()
+    """Fields besides `labels` that have a value for every image."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,6 +47,23 @@ class Dataset:
     def name_of(self, index: int) -> str:
         """Return what a user can find image `index` by."""
         return f"image {index}"
+
+    def short_name(self, index: int) -> bytes:
+        """Return the name of image `index` wherever the data lie."""
+        return b"%d" % index
+
+    def part(self, mask: np.ndarray, left_out: tuple[str, ...] = ()) -> Self:
+        """Return the images where `mask` (N,) is true."""
+        chosen = {name: getattr(self, name)[mask] for name in ("labels", *self._arrays)}
+        return replace(self, left_out=left_out, **chosen)
+
+    def of_classes(self, kept: np.ndarray) -> Self:
+        """Return the images of some classes, by their labels in rising order; these become the
+        labels 0, 1, ...
+        """
+        some = self.part(np.isin(self.labels, kept), self.left_out)
+        names = [self.classes[k] for k in kept]
+        return replace(some, classes=names, labels=np.searchsorted(kept, some.labels))
 
     def load(self, index: int) -> Image.Image:
         """Return image `index`, decoded, in mode RGB or L."""
@@ -96,6 +115,7 @@ class ArrayDataset(Dataset):
 
     images: np.ndarray
     """(N, H, W) uint8."""
+    _arrays: ClassVar[tuple[str, ...]] = ("images",)
 
     def open(self, index: int) -> Image.Image:
         """Return image `index` in mode L."""

@@ -8,8 +8,9 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -37,6 +38,7 @@ class FileDataset(Dataset):
     _: KW_ONLY
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest image that is decoded."""
+    _arrays: ClassVar[tuple[str, ...]] = ("names",)
 
     def open(self, index: int) -> Image.Image:
         """Return image `index`, not decoded yet."""
@@ -50,10 +52,9 @@ class FileDataset(Dataset):
         """Return where image `index` lies below `source`."""
         return os.fsdecode(self.names[index])
 
-    def part(self, mask: np.ndarray, left_out: tuple[str, ...] = ()) -> FileDataset:
-        """Return the images where `mask` (N,) is true."""
-        labels, names = self.labels[mask], self.names[mask]
-        return replace(self, labels=labels, names=names, left_out=left_out)
+    def short_name(self, index: int) -> bytes:
+        """Return where image `index` lies below `source`."""
+        return os.fsencode(self.relative_path(index))
 
     def name_of(self, index: int) -> str:
         """Return the path of image `index`."""
@@ -126,7 +127,7 @@ def _split_folder(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
 
 def split_here(data: DataConfig, whole: FileDataset) -> tuple[FileDataset, FileDataset]:
     """Return the training and the held-out part of one set (`splitting.held_out_mask`)."""
-    paths = [os.fsencode(whole.relative_path(i)) for i in range(len(whole))]
+    paths = [whole.short_name(i) for i in range(len(whole))]
     alike = near_duplicates(whole) if data.near_duplicates == "together" else ()
     held = held_out_mask(data, paths, whole.labels, whole.classes, alike)
     return whole.part(~held, whole.left_out), whole.part(held)

@@ -110,7 +110,8 @@ def _joined(units: np.ndarray, alike: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.array([top(int(unit)) for unit in units])
 
 
-def _rank(seed: int, name: bytes) -> bytes:
+def rank_of(seed: int, name: bytes) -> bytes:
+    """Return what images are put in order by, to draw some of them."""
     return hashlib.sha256(b"%d\0%s" % (seed, name)).digest()
 
 
@@ -122,7 +123,7 @@ def _parts_of_images(
     begun = 0  # folds of one class end where those of the next begin: all become equally large
     for label in np.unique(labels):
         numbers = np.flatnonzero(labels == label).tolist()
-        own = np.array(sorted(numbers, key=lambda i: _rank(data.split_seed, names[i])))
+        own = np.array(sorted(numbers, key=lambda i: rank_of(data.split_seed, names[i])))
         if data.fold is not None:
             parts[own] = (np.arange(len(own)) + begun) % len(shares)
             begun += len(own)
@@ -144,7 +145,7 @@ def _parts_of_groups(
     for place, unit in enumerate(units.tolist()):
         members.setdefault(unit, []).append(place)
     order = sorted(
-        members, key=lambda unit: (-len(members[unit]), _rank(data.split_seed, names[unit]))
+        members, key=lambda unit: (-len(members[unit]), rank_of(data.split_seed, names[unit]))
     )
     totals_K = np.bincount(labels).astype(float)
     lacks_PK = np.outer(shares, totals_K)
