@@ -32,7 +32,7 @@ VERBS = {
     "study": "run a declared study, and report what it shows",
     "lr_find": "try learning rates in a short run",
     "cache": "store the teacher's outputs once",
-    "bench": "time training steps, optimizers, distillation",
+    "bench": "time training steps, optimizers, data, distillation",
     "help": "this help; help VERB, help SECTION, help SECTION.SETTING",
     "version": "the version",
 }

@@ -1,4 +1,4 @@
-"""`bench step|optim|distill`: time parts of training on this machine."""
+"""`bench step|optim|data|distill`: time parts of training on this machine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from ghosttrain.commands.arguments import Arguments
 
 ARGUMENTS = Arguments(
     "bench",
-    "step|optim|distill [key=value ...] [options]",
+    "step|optim|data|distill [key=value ...] [options]",
     "step     time and memory of a training step by every forward, of plain and of timm's:\n"
     "         model= data.train_size= train.micro_batch= model.input_stride= launch.device=\n"
     "optim    time of LAMB and EMA against timm's: model= launch.device=\n"
+    "data     images a second from JPEG files to batches, against timm's loader: data.root=\n"
+    "         data.train_size= data.eval_size= data.decoder=\n"
     "distill  cost of an epoch with cached outputs against none and a live teacher: model=\n"
     "         teacher= cache.codec= data.train_size= train.global_batch= launch.device=",
 )
@@ -20,7 +22,9 @@ ARGUMENTS.add_argument("--threads", type=int, default=1, metavar="1", help="thre
 ARGUMENTS.add_argument(
     "--forwards", metavar="auto,branches", help="step: which of auto, branches, stacked, collapsed"
 )
-ARGUMENTS.add_argument("--images", type=int, default=128, metavar="128", help="distill: photos")
+ARGUMENTS.add_argument(
+    "--images", type=int, default=128, metavar="128", help="data, distill: images"
+)
 
 
 def run(options: Namespace) -> int:

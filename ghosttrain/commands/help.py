@@ -58,7 +58,7 @@ verbs (python -m ghosttrain VERB --help: all about one)
   lr_find           a short run in which the learning rate rises: a picture, and which to take
   cache             store the teacher's outputs once (cache.dir=D cache.draws=E); --dry-run only
                     measures; cache D --repair, cache D --inspect
-  bench             time and memory: bench step, bench optim, bench distill
+  bench             time and memory: bench step, optim, data, distill
   help SECTION      what each setting of a section means, its bounds: help optim, help optim.lr
 
 options of train

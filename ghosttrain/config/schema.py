@@ -359,6 +359,10 @@ class DataConfig(Section):
     """Resampling of training and evaluation images."""
     in_chans: Literal[1, 3] = 3
     """Channels: 3 (RGB) or 1 (grey)."""
+    decoder: Literal["auto", "simplejpeg", "pillow"] = Field(
+        "auto", json_schema_extra=may_change("run", "eval")
+    )
+    """What decodes JPEGs: simplejpeg where it is installed, or Pillow; the pixels are the same."""
     bit_depth: int = Field(16, ge=8, le=31)
     """Bits that the values of 16-bit grey images use: 16, or fewer where a 12-bit camera (or 8-bit
     values) fill only the lower ones. A file that states its own (12-bit TIFF, PGM) keeps it."""

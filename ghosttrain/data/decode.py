@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
+import PIL
 from PIL import Image, JpegImagePlugin
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.errors import UserError
+
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform
+    simplejpeg = None
 
 FORMATS = (
     "JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "PCX",
@@ -130,6 +137,61 @@ def to_pixels(
             image = image.convert("RGBA")
         mode = "RGB" if in_chans == 3 else "L"
         return image if image.mode == mode else image.convert(mode)
+
+
+def decoded(
+    image: Image.Image,
+    in_chans: int,
+    reduced: int = 1,
+    bit_depth: int = BIT_DEPTH,
+    decoder: str = "auto",
+) -> np.ndarray:
+    """Decode into (H, W, 3), or (H, W) for one channel: uint8 that may be written to.
+
+    The pixels are those of `to_pixels`, with the same arguments and errors. JPEGs are decoded by
+    simplejpeg, which calls the library that Pillow calls, straight into an array: 0.91 against
+    1.70 ms (measured here: 500x375, quality 92, `python -m ghosttrain bench data`).
+
+    Args:
+        image: from `open_image`.
+        in_chans: 3 or 1.
+        reduced: from `reduction`.
+        bit_depth: as for `to_pixels`.
+        decoder: `data.decoder`.
+    """
+    colours = {(3, "RGB"): "RGB", (3, "L"): "RGB", (1, "L"): "GRAY"}.get((in_chans, image.mode))
+    content = getattr(image, "fp", None)
+    quick = jpeg_decoder(decoder) == "simplejpeg" and image.format == "JPEG"
+    if quick and colours and type(content) is io.BytesIO:
+        least = [math.ceil(side / reduced) if reduced > 1 else 0 for side in image.size]
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                content.getvalue(), colours, min_width=least[0], min_height=least[1]
+            )
+            return pixels if in_chans == 3 else pixels[..., 0]
+        except ValueError:  # a damaged file: Pillow says of it what there is to say
+            pass
+    return np.array(to_pixels(image, in_chans, reduced, bit_depth))
+
+
+def jpeg_decoder(setting: str) -> str:
+    """Return which of `simplejpeg` and `pillow` decodes JPEGs under `data.decoder`.
+
+    Raises:
+        UserError: simplejpeg is asked for and not installed.
+    """
+    if simplejpeg is None and setting == "simplejpeg":
+        raise UserError(
+            "data.decoder=simplejpeg: the package is not installed: type pip install simplejpeg, "
+            "or data.decoder=pillow (the same pixels, more slowly)"
+        )
+    return "pillow" if simplejpeg is None else setting.replace("auto", "simplejpeg")
+
+
+def jpeg_decoder_version(setting: str) -> str:
+    """Return the name and the version of what decodes JPEGs under `data.decoder`."""
+    name = jpeg_decoder(setting)
+    return f"{name} {(PIL if name == 'pillow' else simplejpeg).__version__}"
 
 
 def _upper_8(values: np.ndarray, bits: int, path: str) -> np.ndarray:

@@ -35,6 +35,7 @@ from ghosttrain.data.augment import Transform, View, eval_transform, normalise, 
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.decode import TOO_MANY_FILES
 from ghosttrain.errors import UserError
+from ghosttrain.memory import keep_freed_memory
 from ghosttrain.text import one_line
 
 CachedReader = Callable[[int, Sequence[int]], Tensor]
@@ -82,6 +83,8 @@ class Loader:
     ) -> None:
         """Use `train_loader` or `eval_loader`; `views` are those that `transform` makes."""
         self._device = device
+        if device.type == "cpu":
+            keep_freed_memory()
         # On the device from the start: a small copy in every step would make the CPU wait for it.
         self._mean, self._std = torch.tensor((data.mean, data.std)).to(device)
         self._channels_last = channels_last
@@ -95,7 +98,7 @@ class Loader:
                 persistent_workers=data.workers > 0,
                 collate_fn=_unchanged,
                 pin_memory=device.type == "cuda",
-                worker_init_fn=_ignore_interrupts,
+                worker_init_fn=_prepare_worker,
                 generator=torch.Generator(),  # else every epoch would draw from the global one
             )
 
@@ -238,7 +241,7 @@ class _Samples(TorchDataset[Any]):
             cached = None if self.cached is None else self.cached(draw_number, indices)
         except UserError as error:
             return _Failure(str(error))
-        pixels, *views = map(_stacked, zip(*samples, strict=True))
+        pixels, *views = map(stacked, zip(*samples, strict=True))
         batch = Batch(
             pixels,
             torch.from_numpy(self.dataset.labels[np.array(indices) % images]),
@@ -284,7 +287,7 @@ def _unpacked(pickled: bytes) -> Batch | _Failure:
         return _Failure(_what_failed(error) or _NOT_SENT.format(reason=one_line(error)))
 
 
-def _stacked(images: Sequence[Tensor]) -> Tensor:
+def stacked(images: Sequence[Tensor]) -> Tensor:
     """Stack (C, S, S) that are channels last in memory; so is the result, (B, C, S, S)."""
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
@@ -384,9 +387,10 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal: the main one decides, and ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from ghosttrain.config import schema
 from ghosttrain.config.schema import Config
 from ghosttrain.data import augment
 from ghosttrain.data.datasets import Dataset
+from ghosttrain.data.decode import jpeg_decoder_version
 from ghosttrain.distill.cache import TeacherCache
 from ghosttrain.errors import UserError
 from ghosttrain.models.weights import sources
@@ -54,6 +55,7 @@ def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
         "images": train_set.content_digest(),
         "versions": {
             "augmentation": augment.VERSION,
+            "jpeg": " ".join(jpeg_decoder_version(data.decoder).split(".")[:2]),
             **{name: _minor(name) for name in ("pillow", "torch", "timm")},
         },
     }

@@ -20,6 +20,8 @@ from ghosttrain.data.datasets import (
     notes_on,
     unusual_notes,
 )
+from ghosttrain.data.datasets.folder import FileDataset
+from ghosttrain.data.decode import jpeg_decoder_version
 from ghosttrain.engine.evaluate import Evaluation
 from ghosttrain.engine.folder import result_lines, run_folder
 from ghosttrain.engine.label_loss import class_weights
@@ -65,7 +67,10 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
     config, plan, train_set, held_out = run.config, run.plan, run.train_set, run.held_out
     data, optim, ranks = config.data, config.optim, plan.ranks
     lines = [f"run folder: {run_folder(config)}"]
-    lines.append(f"data: {train_set.describe()}; held out {len(held_out):,}")
+    jpegs = ""
+    if isinstance(train_set, FileDataset):
+        jpegs = f"; JPEGs decoded by {jpeg_decoder_version(data.decoder)}"
+    lines.append(f"data: {train_set.describe()}; held out {len(held_out):,}{jpegs}")
     lines.append(f"classes: {classes_note(train_set, held_out)}")
     if data.name == "digits":
         lines.append(

@@ -12,6 +12,7 @@ from ghosttrain.errors import UserError, did_you_mean
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "step": ("model=ghostnetv3_100", "data.train_size=224", "train.micro_batch=16"),
     "optim": ("model=ghostnetv3_130",),
+    "data": ("data=folder", "data.root=."),  # photographs of its own are made
     "distill": (
         "model=mobilenetv2_050",
         "teacher=efficientnet_lite2",
@@ -26,10 +27,11 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 READ = {
     "step": ("model", "data.train_size", "train.micro_batch", "model.input_stride"),
     "optim": ("model",),
+    "data": ("data", "data.root", "data.train_size", "data.eval_size", "data.decoder"),
     "distill": ("model", "teacher", "cache.codec", "data.train_size", "train.global_batch"),
 }
 """Part -> the settings that it reads, beside launch.device."""
-ROUNDS = {"step": 10, "optim": 30, "distill": 5}
+ROUNDS = {"step": 10, "optim": 30, "data": 7, "distill": 5}
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,13 @@ def bench(names: Sequence[str], overrides: Sequence[str], options: Options) -> s
         if forward not in FORWARDS:
             hint = did_you_mean(forward, FORWARDS)
             raise UserError(f"--forwards {options.forwards}: {forward!r} is none.{hint}")
-    return _run(part, config, forwards, options)
+    own_images = any(override.startswith("data.root=") for override in overrides)
+    return _run(part, config, forwards, options, own_images)
 
 
-def _run(part: str, config: Config, forwards: Sequence[str], options: Options) -> str:
+def _run(
+    part: str, config: Config, forwards: Sequence[str], options: Options, own_images: bool
+) -> str:
     from ghosttrain.engine.distributed import pick_device
 
     device, rounds = pick_device(config.launch.device), options.rounds or ROUNDS[part]
@@ -85,6 +90,10 @@ def _run(part: str, config: Config, forwards: Sequence[str], options: Options) -
         from ghosttrain.study.bench_optim import bench_optim
 
         return bench_optim(config, rounds, options.threads, device)
+    if part == "data":
+        from ghosttrain.study.bench_data import bench_data
+
+        return bench_data(config, own_images, options.images, rounds, options.threads)
     from ghosttrain.study.bench_distill import bench_distill
 
     return bench_distill(config, options.images, rounds, options.threads, device)

@@ -14,9 +14,7 @@ import io
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import Config
@@ -36,12 +34,9 @@ from ghosttrain.study.harness import (
     take_turns,
     timed,
 )
+from ghosttrain.study.photos import two_photos, write_crops
 from ghosttrain.study.table import markdown
 
-WIDTH, HEIGHT = 500, 375
-"""Pixels of an image: ImageNet's usual ones."""
-CLASSES = 64
-"""Folders of images, named by ImageNet's first synsets."""
 LABELS, CACHED, LIVE = "epoch, labels only", "epoch, cached outputs", "epoch, live teacher"
 INFERENCE, STORED = "teacher inference", "inference and storing"
 COMPARED = (
@@ -89,7 +84,7 @@ def _sides(
     folder: Path, given: Config, images: int, device: torch.device
 ) -> tuple[dict[str, Side], CacheInfo]:
     """Return what is timed, and what the cache holds."""
-    make_photos(folder / "photos", images)
+    write_crops(two_photos(), folder / "photos", images, classes=64)
     size, teacher = given.data.train_size, given.teacher
     labels_only = [
         "+recipe=compact_kd",
@@ -150,24 +145,3 @@ def _sides(
         STORED: infer_and_store,
     }
     return sides, cache.info
-
-
-def make_photos(root: Path, images: int) -> None:
-    """Write JPEG crops of scikit-learn's photos into class folders: `images` to train on, and one
-    of each class held out.
-    """
-    from sklearn.datasets import load_sample_images
-    from timm.data.imagenet_info import ImageNetInfo
-
-    rng = np.random.default_rng(0)
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
-    synsets = ImageNetInfo("imagenet-1k").label_names()[: min(images, CLASSES)]
-    for number in range(images + len(synsets)):
-        photo = photos[number % len(photos)]
-        left = int(rng.integers(photo.width - WIDTH + 1))
-        top = int(rng.integers(photo.height - HEIGHT + 1))
-        split = "train" if number < images else "val"
-        folder = root / split / synsets[number % len(synsets)]
-        folder.mkdir(parents=True, exist_ok=True)
-        crop = photo.crop((left, top, left + WIDTH, top + HEIGHT))
-        crop.save(folder / f"{number:06d}.JPEG", quality=92)

@@ -47,7 +47,7 @@ def computed() -> dict[str, Any]:
         draws.append({"draw": number, "index": index, **asdict(drawn)})
         (out,) = transform(picture, number, index)
         pixels.append(out.permute(1, 2, 0).numpy().tobytes().hex())
-    image = Image.fromarray(np.asarray(picture())[::8, ::10])
+    image = np.array(picture())[::8, ::10]
     for name, argument in draw(AugmentConfig(randaugment_ops=150), True, 500, 375, 0, 0).ops:
         out = apply(image, Draw(ops=((name, argument),)), 8, "bicubic", FILL)
         row = out.permute(1, 2, 0)[5].numpy().tobytes().hex()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
 import struct
@@ -11,7 +12,16 @@ import tifffile
 from helpers import refusal
 from PIL import Image
 
-from ghosttrain.data.decode import open_image, read_file, reduction, suffixes, to_pixels
+from ghosttrain.data import decode
+from ghosttrain.data.decode import (
+    decoded,
+    jpeg_decoder,
+    open_image,
+    read_file,
+    reduction,
+    suffixes,
+    to_pixels,
+)
 from ghosttrain.errors import UserError
 
 
@@ -44,6 +54,60 @@ SAVED = {
     "P.png": ("P", {}, 60),
     "P.gif": ("P", {}, 60),
 }
+
+
+JPEGS = (
+    ("RGB", {"quality": 92}),
+    ("RGB", {"quality": 75, "subsampling": 0}),
+    ("RGB", {"quality": 50, "subsampling": 1, "optimize": True}),
+    ("RGB", {"progressive": True}),
+    ("RGB", {"keep_rgb": True}),
+    ("RGB", {"restart_marker_rows": 1}),
+    ("L", {"quality": 92}),
+    ("CMYK", {"quality": 92}),
+)
+
+
+@pytest.mark.parametrize("size", [(75, 100), (73, 101), (47, 33), (1, 1), (300, 8)])
+def test_both_decoders_give_the_same_bits_of_every_kind_of_jpeg(tmp_path, size):
+    path = str(tmp_path / "a.jpg")
+    noisy = np.random.default_rng(0).normal(0, 20, (*size, 3))
+    for mode, options in JPEGS:
+        rgb = (picture(*size) + noisy).clip(0, 255).astype(np.uint8)
+        Image.fromarray(rgb).convert(mode).save(path, **options)
+        for reduced in (1, 2, 4, 8):
+            if min(size) < reduced:
+                continue
+            for in_chans in (3, 1):
+                quick, theirs = (
+                    decoded(open_image(path), in_chans, reduced, decoder=decoder)
+                    for decoder in ("simplejpeg", "pillow")
+                )
+                assert quick.shape == theirs.shape and (quick == theirs).all(), (mode, options)
+                assert quick.flags.writeable and theirs.flags.writeable
+
+
+def test_a_damaged_jpeg_is_pillows_to_judge(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(picture()).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    for decoder in ("simplejpeg", "pillow"):
+        refusal(lambda name=decoder: decoded(open_image(str(path)), 3, decoder=name), "cut short")
+    path.write_bytes(content + b"after the end of the image")
+    assert (
+        decoded(open_image(str(path)), 3) == decoded(open_image(str(path)), 3, decoder="pillow")
+    ).all()
+
+
+def test_without_simplejpeg(monkeypatch):
+    assert jpeg_decoder("auto") == "simplejpeg"
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    assert jpeg_decoder("auto") == jpeg_decoder("pillow") == "pillow"
+    refusal(lambda: jpeg_decoder("simplejpeg"), "not installed", "pip install simplejpeg")
+    jpeg = io.BytesIO()
+    Image.fromarray(picture()).save(jpeg, "JPEG")
+    assert decoded(Image.open(jpeg), 3).shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize("name", SAVED)

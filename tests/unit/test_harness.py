@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 
+from ghosttrain.data.operations import OPS
 from ghosttrain.study.harness import Quartiles, Time, paired_ratios, quartiles, take_turns, timed
+from ghosttrain.study.photos import two_photos, write_crops
 
 CPU = torch.device("cpu")
 
@@ -89,3 +92,35 @@ def test_bench_distill_prints_a_row_per_comparison(ghosttrain) -> None:
     assert "mobilenetv2_050 and tf_efficientnet_lite0: a pass over 8 JPEG photos" in head
     assert "cached: features:4" in second and titles.startswith("| side")
     assert len(rows) == 6 and "epoch, cached outputs" in rows[1]
+
+
+def test_bench_data_prints_speed_stages_distances_and_workers(ghosttrain) -> None:
+    small = ["data.train_size=32", "data.eval_size=32", "--images", "8", "--rounds", "1"]
+    outcome = ghosttrain("bench", "data", *small)
+    assert outcome.code == 0, outcome.err
+    head, second, *tables = outcome.out.split("\n")
+    assert head.startswith("8 JPEG files (500x375 crops of photographs") and "batches of 8" in head
+    assert "JPEGs decoded by simplejpeg" in second and f"timm {timm.__version__}" in second
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in tables if row]
+    speeds = [row for row in cells if row[0] in ("training", "validation")]
+    assert [row[1] for row in speeds] == ["ours", "timm, prefetcher", "timm, each image"] * 2
+    for part in (speeds[:3], speeds[3:]):  # the ratio is that of the times beside it
+        own = float(part[0][3].split()[0])
+        for row in part:
+            theirs, ratio = float(row[3].split()[0]), float(row[4].split()[0])
+            assert abs(theirs / own - ratio) < 0.02 * ratio + 0.01
+    shares = {row[0]: int(row[2]) for row in cells if len(row) == 3 and row[2].isdigit()}
+    assert {"decode", "RandAugment", "normalise"} <= set(shares)
+    assert 95 <= sum(shares.values()) <= 105
+    distances = {row[0]: int(row[1]) for row in cells if len(row) == 3 and "." in row[2]}
+    assert set(OPS) | {"decode", "crop, resize"} == set(distances)
+    assert distances.pop("crop, resize") <= 2 and max(distances.values()) <= 1
+    refused = ghosttrain("bench", "data", "data=digits", *small)
+    assert refused.code == 2
+
+
+def test_bench_data_of_ones_own_images(ghosttrain, tmp_path) -> None:
+    write_crops(two_photos(), tmp_path, 6)
+    words = ["bench", "data", f"data.root={tmp_path}", "--images", "8", "--rounds", "1"]
+    few = ghosttrain(*words)
+    assert few.code == 2 and "needs --images 8 image files" in few.err and "has 6" in few.err
