@@ -226,7 +226,7 @@ def main(patterns: list[str]) -> int:
                 os.utime(tree / mutant.file)  # else Python takes the broken one from its cache
             finally:
                 trees.put(tree)
-            reason = settings["equivalent"].get(mutant.name)
+            reason = (settings["equivalent"] or {}).get(mutant.name)
             unnoticed = f"equivalent: {reason}" if reason else "**survived**"
             noticed = f"`{stopped}`" if stopped else unnoticed
             rows[mutant.name] = f"| {mutant.name} | {mutant.file} | {mutant.change} | {noticed} |"

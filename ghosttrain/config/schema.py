@@ -402,12 +402,19 @@ class AugmentConfig(Section):
     """RandomResizedCrop: smallest width / height."""
     ratio_max: float = Field(4 / 3, gt=0)
     """RandomResizedCrop: largest width / height."""
+    operations: Literal["randaugment", "autoaugment", "trivialaugment", "three_augment"] = (
+        "randaugment"
+    )
+    """Which policy draws the operations of an image (data/policies.py)."""
     randaugment_ops: int = Field(2, ge=0)
     """RandAugment: operations per image; 0 switches it off."""
     randaugment_magnitude: float = Field(9.0, ge=0, le=10)
     """RandAugment: magnitude m of 10."""
     randaugment_std: float = Field(0.5, ge=0)
     """RandAugment: standard deviation of the Gaussian noise on the magnitude."""
+    jitter: float = Field(0.0, ge=0, le=1)
+    """Colour jitter: brightness, contrast and colour by factors of 1 - jitter to 1 + jitter; 0 is
+    off."""
     erasing_prob: float = Field(0.25, ge=0, le=1)
     """RandomErasing: probability that a box is replaced by noise."""
     mixup_alpha: float = Field(0.0, ge=0)

@@ -31,6 +31,7 @@ from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.decode import decoded, reduction
 from ghosttrain.data.operations import OPS, Fill
 from ghosttrain.data.order import mix
+from ghosttrain.data.policies import POLICIES, jitter, log_uniform, uniform
 
 VERSION = 1
 """Raise it with every change that changes pixels or draws: stored teacher answers belong to it."""
@@ -44,7 +45,8 @@ Transform = Callable[[Callable[[], Image.Image], int, int], list[Tensor]]
 further view. It opens the image again where a view needs more of a JPEG's pixels: an opened one can
 be decoded once only."""
 
-_CROP, _FLIP, _OPS, _ERASE, _MIX = range(2, 7)  # a stream for each ingredient; order.py has 1
+_CROP, _FLIP, _OPS, _ERASE, _MIX = range(2, 7)  # a stream for each ingredient; order.py has 1, 7
+_JITTER = 8
 _TRIES = 10  # boxes drawn before a fallback, as torchvision and timm do
 
 
@@ -57,7 +59,7 @@ class Draw:
     flip: bool = False
     """Mirror left and right."""
     ops: tuple[tuple[str, float], ...] = ()
-    """RandAugment: names of `OPS` with their arguments, in order."""
+    """Names of `OPS` with their arguments, in order."""
     erase: Box | None = None
     """Part of the result that is replaced by noise."""
     noise_seed: int = 0
@@ -96,32 +98,15 @@ def draw(
     return Draw(
         box=_crop_box(stream(_CROP), augment, width / height),
         flip=flip and stream(_FLIP).random() < 0.5,
-        ops=_rand_augment(stream(_OPS), augment) if augment.randaugment_ops else (),
+        ops=POLICIES[augment.operations](stream(_OPS), augment)
+        + (jitter(stream(_JITTER), augment) if augment.jitter else ()),
         erase=erase,
         noise_seed=mix(augment.seed, _ERASE, draw_number, index) if erase else 0,
     )
 
 
-# Of Python's random numbers only `Random.random()` is promised to stay the same in later versions:
-# a `Draw` is made of nothing else.
-
-
-def _uniform(rng: Random, low: float, high: float) -> float:
-    return low + (high - low) * rng.random()
-
-
-def _log_uniform(rng: Random, low: float, high: float) -> float:
-    return math.exp(_uniform(rng, math.log(low), math.log(high)))
-
-
-def _gauss(rng: Random, mean: float, std: float) -> float:
-    """Box and Muller's method (https://doi.org/10.1214/aoms/1177706645)."""
-    radius = math.sqrt(-2 * math.log(1 - rng.random()))
-    return mean + std * radius * math.cos(2 * math.pi * rng.random())
-
-
 def _placed(rng: Random, width: float, height: float) -> Box:
-    left, top = _uniform(rng, 0, 1 - width), _uniform(rng, 0, 1 - height)
+    left, top = uniform(rng, 0, 1 - width), uniform(rng, 0, 1 - height)
     return left, top, left + width, top + height
 
 
@@ -136,8 +121,8 @@ def _crop_box(rng: Random, augment: AugmentConfig, aspect: float) -> Box:
     shape is kept, as in torchvision's RandomResizedCrop.
     """
     for _ in range(_TRIES):
-        area = _uniform(rng, augment.scale_min, augment.scale_max)
-        ratio = _log_uniform(rng, augment.ratio_min, augment.ratio_max)
+        area = uniform(rng, augment.scale_min, augment.scale_max)
+        ratio = log_uniform(rng, augment.ratio_min, augment.ratio_max)
         width, height = math.sqrt(area * ratio / aspect), math.sqrt(area / ratio * aspect)
         if width <= 1 and height <= 1:
             return _placed(rng, width, height)
@@ -153,29 +138,11 @@ def _erase_box(rng: Random, probability: float) -> Box | None:
     if rng.random() >= probability:
         return None
     for _ in range(_TRIES):
-        area, ratio = _uniform(rng, 0.02, 1 / 3), _log_uniform(rng, 0.3, 1 / 0.3)
+        area, ratio = uniform(rng, 0.02, 1 / 3), log_uniform(rng, 0.3, 1 / 0.3)
         width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if width < 1 and height < 1:
             return _placed(rng, width, height)
     return None
-
-
-def _rand_augment(rng: Random, augment: AugmentConfig) -> tuple[tuple[str, float], ...]:
-    """RandAugment (https://arxiv.org/abs/1909.13719) as timm's `rand-m9-mstd0.5-inc1` varies it.
-
-    Every operation is skipped with probability 1/2, its magnitude has Gaussian noise, and all
-    strengths grow with the magnitude.
-    """
-    names = list(OPS)
-    ops = []
-    for _ in range(augment.randaugment_ops):
-        name = names[int(rng.random() * len(names))]
-        magnitude = _gauss(rng, augment.randaugment_magnitude, augment.randaugment_std)
-        sign = 1 if rng.random() < 0.5 else -1
-        if rng.random() < 0.5:
-            argument, _ = OPS[name]
-            ops.append((name, argument(min(max(magnitude / 10, 0.0), 1.0), sign)))
-    return tuple(ops)
 
 
 # --- apply ----------------------------------------------------------------------------------------
@@ -203,7 +170,7 @@ def apply(pixels: np.ndarray, drawn: Draw, size: int, interpolation: str, fill: 
     if drawn.ops:
         small = x.numpy()
         for name, argument in drawn.ops:
-            small = OPS[name][1](small, argument, fill)
+            small = OPS[name](small, argument, fill)
         x = torch.from_numpy(small)
     x = x.reshape(size, size, -1)
     if drawn.erase is not None:

@@ -15,11 +15,12 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 Fill = tuple[int, ...]
 """Colour of the corners that a geometric operation uncovers: 3 numbers or 1."""
 _OnImage = Callable[[Image.Image, float, Fill], Image.Image]
+_Argument = Callable[[float, int], float]
 _OnPixels = Callable[[np.ndarray, float, Fill], np.ndarray]
 
 _RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
@@ -141,9 +142,31 @@ def _brightened_below_half(image: Image.Image, amount: float) -> Image.Image:
     )
 
 
-# --- arguments ------------------------------------------------------------------------------------
+OPS: dict[str, _OnPixels] = {
+    "auto_contrast": _by_pillow(lambda image, _, fill: ImageOps.autocontrast(image)),
+    "equalize": _by_pillow(lambda image, _, fill: ImageOps.equalize(image)),
+    "invert": _by_table(lambda image, _: ImageOps.invert(image)),
+    "rotate": _by_pillow(
+        lambda image, degrees, fill: image.rotate(degrees, _BILINEAR, fillcolor=fill)
+    ),
+    "posterize": _by_table(lambda image, bits: ImageOps.posterize(image, int(bits))),
+    "solarize": _by_table(lambda image, threshold: ImageOps.solarize(image, int(threshold))),
+    "solarize_add": _by_table(_brightened_below_half),
+    "color": _by_pillow(lambda image, factor, fill: ImageEnhance.Color(image).enhance(factor)),
+    "contrast": _with_contrast,
+    "brightness": _by_table(lambda image, factor: ImageEnhance.Brightness(image).enhance(factor)),
+    "sharpness": _sharpened,
+    "shear_x": _sheared_x,
+    "shear_y": _sheared_y,
+    "translate_x": lambda pixels, share, fill: _shifted(pixels, fill, x=share),
+    "translate_y": lambda pixels, share, fill: _shifted(pixels, fill, y=share),
+    "grey": _by_pillow(lambda image, _, fill: image.convert("L").convert(image.mode)),
+    "blur": _by_pillow(lambda image, radius, fill: image.filter(ImageFilter.GaussianBlur(radius))),
+}
+"""name -> operation on (pixels, argument, fill), whose result may be written to."""
 
-_Argument = Callable[[float, int], float]
+
+# --- RandAugment's arguments ----------------------------------------------------------------------
 
 
 def _no_argument(level: float, sign: int) -> float:
@@ -158,43 +181,22 @@ def _factor(level: float, sign: int) -> float:
     return max(0.1, 1 + sign * 0.9 * level)
 
 
-OPS: dict[str, tuple[_Argument, _OnPixels]] = {
-    "auto_contrast": (
-        _no_argument,
-        _by_pillow(lambda image, _, fill: ImageOps.autocontrast(image)),
-    ),
-    "equalize": (_no_argument, _by_pillow(lambda image, _, fill: ImageOps.equalize(image))),
-    "invert": (_no_argument, _by_table(lambda image, _: ImageOps.invert(image))),
-    "rotate": (  # degrees
-        _up_to(30),
-        _by_pillow(lambda image, degrees, fill: image.rotate(degrees, _BILINEAR, fillcolor=fill)),
-    ),
-    "posterize": (  # bits kept: 4 to 1; with none left the image would be black
-        lambda level, sign: max(1, 4 - int(4 * level)),
-        _by_table(lambda image, bits: ImageOps.posterize(image, int(bits))),
-    ),
-    "solarize": (  # pixels from this value on are inverted
-        lambda level, sign: 256 - int(256 * level),
-        _by_table(lambda image, threshold: ImageOps.solarize(image, int(threshold))),
-    ),
-    "solarize_add": (  # added to pixels below 128
-        lambda level, sign: int(110 * level),
-        _by_table(_brightened_below_half),
-    ),
-    "color": (
-        _factor,
-        _by_pillow(lambda image, factor, fill: ImageEnhance.Color(image).enhance(factor)),
-    ),
-    "contrast": (_factor, _with_contrast),
-    "brightness": (
-        _factor,
-        _by_table(lambda image, factor: ImageEnhance.Brightness(image).enhance(factor)),
-    ),
-    "sharpness": (_factor, _sharpened),
-    "shear_x": (_up_to(0.3), _sheared_x),
-    "shear_y": (_up_to(0.3), _sheared_y),
-    "translate_x": (_up_to(0.45), lambda pixels, share, fill: _shifted(pixels, fill, x=share)),
-    "translate_y": (_up_to(0.45), lambda pixels, share, fill: _shifted(pixels, fill, y=share)),
+RANDAUGMENT: dict[str, _Argument] = {
+    "auto_contrast": _no_argument,
+    "equalize": _no_argument,
+    "invert": _no_argument,
+    "rotate": _up_to(30),  # degrees
+    # Bits kept: 4 to 1; with none left the image would be black.
+    "posterize": lambda level, sign: max(1, 4 - int(4 * level)),
+    "solarize": lambda level, sign: 256 - int(256 * level),  # from this value on, inverted
+    "solarize_add": lambda level, sign: int(110 * level),  # added to pixels below 128
+    "color": _factor,
+    "contrast": _factor,
+    "brightness": _factor,
+    "sharpness": _factor,
+    "shear_x": _up_to(0.3),
+    "shear_y": _up_to(0.3),
+    "translate_x": _up_to(0.45),
+    "translate_y": _up_to(0.45),
 }
-"""name -> (argument from level in [0, 1] and sign, operation on (pixels, argument, fill)); the
-result may be written to."""
+"""Operation of RandAugment -> its argument from a level in [0, 1] and a sign."""

@@ -32,7 +32,7 @@ from ghosttrain.data.datasets import Dataset, build_datasets
 from ghosttrain.data.datasets.folder import FileDataset
 from ghosttrain.data.decode import decoded, jpeg_decoder_version, reduction, to_pixels
 from ghosttrain.data.loader import eval_loader, stacked, train_loader
-from ghosttrain.data.operations import OPS, Fill
+from ghosttrain.data.operations import OPS, RANDAUGMENT, Fill
 from ghosttrain.data.order import eval_batches
 from ghosttrain.engine.summary import device_name
 from ghosttrain.errors import UserError
@@ -313,8 +313,8 @@ def _distances(dataset: Dataset, data: DataConfig) -> list[list[str]]:
     )
     fill = tuple(round(255 * mean) for mean in data.mean)
     small = [image.resize(size, resample) for image in images]
-    for name, (argument, operation) in OPS.items():
-        value = argument(LEVEL, 1)
+    for name, argument in RANDAUGMENT.items():
+        operation, value = OPS[name], argument(LEVEL, 1)
         row(
             name,
             [

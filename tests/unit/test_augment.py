@@ -25,7 +25,7 @@ from ghosttrain.data.augment import (
     train_transform,
 )
 from ghosttrain.data.decode import open_image
-from ghosttrain.data.operations import OPS
+from ghosttrain.data.operations import RANDAUGMENT
 
 
 def test_a_draw_is_a_function_of_its_arguments_and_touches_no_global_state():
@@ -130,12 +130,12 @@ def test_erasing_takes_a_fiftieth_to_a_third_at_its_probability():
 
 def test_randaugment_draws_every_operation_equally_often():
     n = 15_000
-    counts = dict.fromkeys(OPS, 0)
+    counts = dict.fromkeys(RANDAUGMENT, 0)
     for d in draws(AugmentConfig(erasing_prob=0.0), n):
         assert len(d.ops) <= 2
         for name, _ in d.ops:
             counts[name] += 1
-    assert len(OPS) == 15
+    assert len(RANDAUGMENT) == 15
     assert abs(sum(counts.values()) / n - 1) < 0.03  # two operations, each skipped half of the time
     assert stats.chisquare(list(counts.values())).pvalue > 0.001
 

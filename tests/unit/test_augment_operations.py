@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import auto_augment as timm_ops
 
 from ghosttrain.config.schema import AugmentConfig
-from ghosttrain.data.operations import OPS
+from ghosttrain.data.operations import OPS, RANDAUGMENT
 
 POSITIVE = ("posterize", "solarize", "solarize_add")
 
@@ -22,7 +22,7 @@ def test_every_operation_survives_every_argument_it_can_draw(magnitude, std):
     augment = AugmentConfig(
         randaugment_ops=200, randaugment_magnitude=magnitude, randaugment_std=std
     )
-    drawn: dict[str, list[float]] = {name: [] for name in OPS}
+    drawn: dict[str, list[float]] = {name: [] for name in RANDAUGMENT}
     for d in draws(augment.model_copy(update={"erasing_prob": 0.0}), 1200):
         for name, argument in d.ops:
             drawn[name].append(argument)
@@ -38,7 +38,7 @@ def test_every_operation_survives_every_argument_it_can_draw(magnitude, std):
         )
         for argument in chosen:
             for image, fill in ((rgb, FILL), (grey, FILL[:1])):
-                out = OPS[name][1](image, argument, fill)
+                out = OPS[name](image, argument, fill)
                 assert (out.dtype, out.shape) == (image.dtype, image.shape)
     if magnitude == 10:
         assert set(drawn["posterize"]) >= {1}
@@ -59,12 +59,12 @@ def test_levels_become_timms_arguments():
         "translate_x": "TranslateXRel",
         "translate_y": "TranslateYRel",
     }
-    assert set(names) | {"auto_contrast", "equalize", "invert"} == set(OPS)
+    assert set(names) | {"auto_contrast", "equalize", "invert"} == set(RANDAUGMENT)
     for name, theirs in names.items():
         to_argument = timm_ops.LEVEL_TO_ARG[theirs]
         for level in (0, 0.5, 3, 7.25, 9, 9.99, 10):
             signed = {to_argument(level, {})[0] for _ in range(40)}
-            ours = {OPS[name][0](level / 10, sign) for sign in (1, -1)}
+            ours = {RANDAUGMENT[name](level / 10, sign) for sign in (1, -1)}
             if name == "posterize" and level == 10:
                 signed = {1}  # timm draws 0 here, and Pillow 13 refuses it
             assert sorted(ours) == pytest.approx(sorted(signed)), (name, level)
@@ -105,7 +105,7 @@ def test_operations_compute_what_timms_do(mode, size):
             for share in (round(0.3 * length) / length, round(-0.45 * length) / length)
         ),
     ):
-        ours = OPS[name][1](before, argument, fill)
+        ours = OPS[name](before, argument, fill)
         apart = np.abs(ours.astype(int) - np.asarray(theirs))
         most = 1 if "shear" in name else 0  # mixed in float32, Pillow's in float64, then cut off
         assert apart.max() <= most and apart.mean() < 0.01, name

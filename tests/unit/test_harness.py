@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from ghosttrain.data.operations import OPS
+from ghosttrain.data.operations import RANDAUGMENT
 from ghosttrain.study.harness import Quartiles, Time, paired_ratios, quartiles, take_turns, timed
 from ghosttrain.study.photos import two_photos, write_crops
 
@@ -113,7 +113,7 @@ def test_bench_data_prints_speed_stages_distances_and_workers(ghosttrain) -> Non
     assert {"decode", "RandAugment", "normalise"} <= set(shares)
     assert 95 <= sum(shares.values()) <= 105
     distances = {row[0]: int(row[1]) for row in cells if len(row) == 3 and "." in row[2]}
-    assert set(OPS) | {"decode", "crop, resize"} == set(distances)
+    assert set(RANDAUGMENT) | {"decode", "crop, resize"} == set(distances)
     assert distances.pop("crop, resize") <= 2 and max(distances.values()) <= 1
     refused = ghosttrain("bench", "data", "data=digits", *small)
     assert refused.code == 2
