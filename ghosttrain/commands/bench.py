@@ -13,7 +13,7 @@ ARGUMENTS = Arguments(
     "         model= data.train_size= train.micro_batch= model.input_stride= launch.device=\n"
     "optim    time of LAMB and EMA against timm's: model= launch.device=\n"
     "data     images a second from JPEG files to batches, against timm's loader: data.root=\n"
-    "         data.train_size= data.eval_size= data.decoder=\n"
+    "         data.split= data.train_size= data.eval_size= data.decoder=\n"
     "distill  cost of an epoch with cached outputs against none and a live teacher: model=\n"
     "         teacher= cache.codec= data.train_size= train.global_batch= launch.device=",
 )

@@ -31,7 +31,7 @@ from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.decode import decoded, reduction
 from ghosttrain.data.operations import OPS, Fill
 from ghosttrain.data.order import mix
-from ghosttrain.data.policies import POLICIES, jitter, log_uniform, uniform
+from ghosttrain.data.policies import POLICIES, Drawn, jitter, log_uniform, uniform
 
 VERSION = 1
 """Raise it with every change that changes pixels or draws: stored teacher answers belong to it."""
@@ -58,7 +58,7 @@ class Draw:
     """Part of the image that is kept."""
     flip: bool = False
     """Mirror left and right."""
-    ops: tuple[tuple[str, float], ...] = ()
+    ops: Drawn = ()
     """Names of `OPS` with their arguments, in order."""
     erase: Box | None = None
     """Part of the result that is replaced by noise."""
@@ -164,7 +164,7 @@ def apply(pixels: np.ndarray, drawn: Draw, size: int, interpolation: str, fill: 
         smaller details.
     """
     left, top, right, bottom = _whole_pixels(drawn.box, pixels.shape[1], pixels.shape[0])
-    x = _resized(pixels[top:bottom, left:right], (size, size), interpolation)
+    x = resized(pixels[top:bottom, left:right], (size, size), interpolation)
     if drawn.flip:
         x = x.flip(1)
     if drawn.ops:
@@ -188,7 +188,7 @@ def _whole_pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int
     return left, top, max(round(box[2] * width), left + 1), max(round(box[3] * height), top + 1)
 
 
-def _resized(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> Tensor:
+def resized(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> Tensor:
     """Resample to (width, height), antialiased; returns a tensor of its own, (H, W, 3) or (H, W)
     as `pixels`.
 
@@ -282,7 +282,7 @@ def _eval_sample(
 
 def _centre(pixels: np.ndarray, size: int, crop_pct: float, interpolation: str) -> Tensor:
     (width, height), (left, top) = centre_crop(pixels.shape[1::-1], size, crop_pct)
-    x = _resized(pixels, (width, height), interpolation).reshape(height, width, -1)
+    x = resized(pixels, (width, height), interpolation).reshape(height, width, -1)
     return x[top : top + size, left : left + size].permute(2, 0, 1)
 
 

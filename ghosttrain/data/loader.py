@@ -388,7 +388,9 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _prepare_worker(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the main one decides, and ends the workers."""
+    """Leave Ctrl-C, which reaches every process of the terminal, to the main one: it ends the
+    workers. Keep the memory of one image for the next.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from random import Random
 
 from ghosttrain.config.schema import AugmentConfig
-from ghosttrain.data.operations import RANDAUGMENT
 
 Drawn = tuple[tuple[str, float], ...]
 """Names of `OPS` with their arguments, in order."""
@@ -44,6 +43,39 @@ def _sign(rng: Random) -> int:
     return 1 if rng.random() < 0.5 else -1
 
 
+def _up_to(most: float) -> _Argument:
+    return lambda level, sign: sign * level * most
+
+
+def _around_1(most: float, least: float = 0.0) -> _Argument:
+    return lambda level, sign: max(least, 1 + sign * level * most)
+
+
+def _nothing(level: float, sign: int) -> float:
+    return 0.0
+
+
+RANDAUGMENT: dict[str, _Argument] = {
+    "auto_contrast": _nothing,
+    "equalize": _nothing,
+    "invert": _nothing,
+    "rotate": _up_to(30),  # degrees
+    # Bits kept: 4 to 1; with none left the image would be black.
+    "posterize": lambda level, sign: max(1, 4 - int(4 * level)),
+    "solarize": lambda level, sign: 256 - int(256 * level),  # from this value on, inverted
+    "solarize_add": lambda level, sign: int(110 * level),  # added to pixels below 128
+    "color": _around_1(0.9, least=0.1),
+    "contrast": _around_1(0.9, least=0.1),
+    "brightness": _around_1(0.9, least=0.1),
+    "sharpness": _around_1(0.9, least=0.1),
+    "shear_x": _up_to(0.3),
+    "shear_y": _up_to(0.3),
+    "translate_x": _up_to(0.45),
+    "translate_y": _up_to(0.45),
+}
+"""Operation of RandAugment -> its argument."""
+
+
 def rand_augment(rng: Random, augment: AugmentConfig) -> Drawn:
     """RandAugment (https://arxiv.org/abs/1909.13719) as timm's `rand-m9-mstd0.5-inc1` varies it.
 
@@ -68,31 +100,21 @@ def _ranges(
     """Return name -> argument for the most that a policy shears, shifts (a share of the side),
     turns, changes colours, and cuts off of 8 bits.
     """
-
-    def up_to(most: float) -> _Argument:
-        return lambda level, sign: sign * level * most
-
-    def around_1(level: float, sign: int) -> float:
-        return 1 + sign * level * factor
-
-    def nothing(level: float, sign: int) -> float:
-        return 0.0
-
     return {
-        "shear_x": up_to(shear),
-        "shear_y": up_to(shear),
-        "translate_x": up_to(shift),
-        "translate_y": up_to(shift),
-        "rotate": up_to(degrees),
-        "brightness": around_1,
-        "color": around_1,
-        "contrast": around_1,
-        "sharpness": around_1,
+        "shear_x": _up_to(shear),
+        "shear_y": _up_to(shear),
+        "translate_x": _up_to(shift),
+        "translate_y": _up_to(shift),
+        "rotate": _up_to(degrees),
+        "brightness": _around_1(factor),
+        "color": _around_1(factor),
+        "contrast": _around_1(factor),
+        "sharpness": _around_1(factor),
         "posterize": lambda level, sign: 8 - round(level * bits),
         "solarize": lambda level, sign: 255 - math.floor(255 * level),
-        "auto_contrast": nothing,
-        "equalize": nothing,
-        "invert": nothing,
+        "auto_contrast": _nothing,
+        "equalize": _nothing,
+        "invert": _nothing,
     }
 
 

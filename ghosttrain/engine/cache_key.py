@@ -12,7 +12,7 @@ from ghosttrain.config import schema
 from ghosttrain.config.schema import Config
 from ghosttrain.data import augment
 from ghosttrain.data.datasets import Dataset
-from ghosttrain.data.decode import jpeg_decoder_version
+from ghosttrain.data.decode import jpeg_decoder
 from ghosttrain.distill.cache import TeacherCache
 from ghosttrain.errors import UserError
 from ghosttrain.models.weights import sources
@@ -27,7 +27,7 @@ def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
     """
     cfg, data = config.teacher, config.data
     decisive = {"name", "input_size", "mean", "std", "weight"}
-    classes = json.dumps(train_set.classes)
+    classes, decoder = json.dumps(train_set.classes), jpeg_decoder(data.decoder)
     return {
         "teacher": {
             name: completed(member).model_dump(mode="json", include=decisive)
@@ -55,7 +55,7 @@ def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
         "images": train_set.content_digest(),
         "versions": {
             "augmentation": augment.VERSION,
-            "jpeg": " ".join(jpeg_decoder_version(data.decoder).split(".")[:2]),
+            "jpeg": f"{decoder} {_minor(decoder)}",
             **{name: _minor(name) for name in ("pillow", "torch", "timm")},
         },
     }

@@ -24,7 +24,7 @@ import numpy as np
 from ghosttrain.config.compose import Composed
 from ghosttrain.config.schema import NAMED_SOURCES, Config, DataConfig
 from ghosttrain.data.datasets import Dataset, build_datasets
-from ghosttrain.data.datasets.selection import SELECTION_SETTINGS, unselected
+from ghosttrain.data.datasets.selection import SELECTION_SETTINGS, selected, unselected
 from ghosttrain.data.datasets.splitting import SPLIT_SETTINGS, is_split_here
 from ghosttrain.errors import UserError
 from ghosttrain.files import Damaged, expanded, file_digest, read_json, write_json
@@ -128,12 +128,9 @@ def data_listing(config: Config) -> dict[str, Any]:
     kept = expanded(config.run.root) / ".listed"
 
     def listing() -> tuple[dict[str, Any], Iterable[Path]]:
-        halves = build_datasets(data)
-        train, held_out = (_half(half) for half in halves)
-        counts = [each.pop("counts") for each in (train, held_out)]
-        if unselected(data) != data:  # what is chosen of them is told by its settings
-            every = build_datasets(unselected(data))
-            halves, counts = every, [_half(half)["counts"] for half in every]
+        halves = build_datasets(unselected(data))  # what is chosen of them is told by its settings
+        train, held_out = (_half(half) for half in selected(data, *halves))
+        counts = [np.bincount(half.labels, minlength=len(half.classes)).tolist() for half in halves]
         if is_split_here(data):  # folds of one set are the same data
             counts = [[sum(both) for both in zip(*counts, strict=True)]]
         text = json.dumps([halves[0].classes, *counts])
@@ -148,8 +145,7 @@ def data_listing(config: Config) -> dict[str, Any]:
 
 def _half(half: Dataset) -> dict[str, Any]:
     identity = half.identity()
-    counts = np.bincount(half.labels, minlength=len(half.classes)).tolist()
-    return {"images": identity["images"], "digest": identity["digest"], "counts": counts}
+    return {"images": identity["images"], "digest": identity["digest"]}
 
 
 def _weights_digest(weights: str | None, kept: Path) -> str | None:

@@ -9,6 +9,7 @@ from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import FORWARDS, Config
 from ghosttrain.errors import UserError, did_you_mean
 
+_DEVICE = "launch.device"
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "step": ("model=ghostnetv3_100", "data.train_size=224", "train.micro_batch=16"),
     "optim": ("model=ghostnetv3_130",),
@@ -25,12 +26,14 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 }
 """Part -> settings of a run that differ from the schema's; what is typed comes after them."""
 READ = {
-    "step": ("model", "data.train_size", "train.micro_batch", "model.input_stride"),
-    "optim": ("model",),
-    "data": ("data", "data.root", "data.train_size", "data.eval_size", "data.decoder"),
-    "distill": ("model", "teacher", "cache.codec", "data.train_size", "train.global_batch"),
-}
-"""Part -> the settings that it reads, beside launch.device."""
+    "step": ("model", "data.train_size", "train.micro_batch", "model.input_stride", _DEVICE),
+    "optim": ("model", _DEVICE),
+    "data": ("data.root", "data.split", "data.train_size", "data.eval_size", "data.decoder"),
+    "distill": (
+        "model", "teacher", "cache.codec", "data.train_size", "train.global_batch", _DEVICE,
+    ),
+}  # fmt: skip
+"""Part -> the settings that it reads."""
 ROUNDS = {"step": 10, "optim": 30, "data": 7, "distill": 5}
 
 
@@ -58,8 +61,8 @@ def bench(names: Sequence[str], overrides: Sequence[str], options: Options) -> s
     config = compose(["budget=full", *DEFAULTS[part], *overrides], trains=False).config
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
-        if key not in (*READ[part], f"{READ[part][0]}.name", "launch.device"):
-            known = ", ".join(f"{name}=" for name in (*READ[part], "launch.device"))
+        if key not in (*READ[part], f"{READ[part][0]}.name"):
+            known = ", ".join(f"{name}=" for name in READ[part])
             raise UserError(f"{override!r} does nothing in bench {part}: it reads {known}")
     if config.model.source != "ghosttrain":
         raise UserError(f"bench {part} is for this project's students, not {config.model.name}")

@@ -32,8 +32,9 @@ from ghosttrain.data.datasets import Dataset, build_datasets
 from ghosttrain.data.datasets.folder import FileDataset
 from ghosttrain.data.decode import decoded, jpeg_decoder_version, reduction, to_pixels
 from ghosttrain.data.loader import eval_loader, stacked, train_loader
-from ghosttrain.data.operations import OPS, RANDAUGMENT, Fill
+from ghosttrain.data.operations import OPS, Fill
 from ghosttrain.data.order import eval_batches
+from ghosttrain.data.policies import RANDAUGMENT
 from ghosttrain.engine.summary import device_name
 from ghosttrain.errors import UserError
 from ghosttrain.study.harness import (
@@ -71,7 +72,7 @@ def bench_data(config: Config, own_images: bool, images: int, rounds: int, threa
             write_crops(all_photos(), Path(folder), images)
             data = data.model_copy(update={"name": "folder", "root": folder})
             where = f"{WIDTH}x{HEIGHT} crops of photographs, quality {QUALITY}"
-        data = data.model_copy(update={"workers": 0, "split": None})
+        data = data.model_copy(update={"workers": 0})
         dataset, _ = build_datasets(data)
         if not isinstance(dataset, FileDataset) or len(dataset) < images:
             raise UserError(
@@ -259,32 +260,17 @@ def _parts(drawn: augmentation.Draw) -> Iterator[tuple[str, augmentation.Draw]]:
 
 # --- distance to Pillow's -------------------------------------------------------------------------
 
-_TIMMS: dict[str, Callable[..., Image.Image]] = {
-    "auto_contrast": timm_ops.auto_contrast,
-    "equalize": timm_ops.equalize,
-    "invert": timm_ops.invert,
-    "rotate": timm_ops.rotate,
-    "posterize": timm_ops.posterize,
-    "solarize": timm_ops.solarize,
-    "solarize_add": timm_ops.solarize_add,
-    "color": timm_ops.color,
-    "contrast": timm_ops.contrast,
-    "brightness": timm_ops.brightness,
-    "sharpness": timm_ops.sharpness,
-    "shear_x": timm_ops.shear_x,
-    "shear_y": timm_ops.shear_y,
-    "translate_x": timm_ops.translate_x_abs,
-    "translate_y": timm_ops.translate_y_abs,
-}
 _NO_ARGUMENT = ("auto_contrast", "equalize", "invert")
-_GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+_GEOMETRIC = ("rotate", "shear", "translate")
 
 
 def _distances(dataset: Dataset, data: DataConfig) -> list[list[str]]:
     """Return the largest and the mean difference, in levels of 255, of every step to Pillow's."""
     table = [["step", "to Pillow's: largest", "mean"]]
     size = data.train_size, data.train_size
-    images = [to_pixels(dataset.open(index), data.in_chans) for index in range(8)]
+    images = [
+        to_pixels(dataset.open(index), data.in_chans) for index in range(min(8, len(dataset)))
+    ]
 
     def row(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
         apart = [np.abs(a.astype(int) - b.astype(int)) for a, b in pairs]
@@ -305,7 +291,7 @@ def _distances(dataset: Dataset, data: DataConfig) -> list[list[str]]:
         "crop, resize",
         [
             (
-                augmentation._resized(np.array(image), size, data.interpolation).numpy(),
+                augmentation.resized(np.array(image), size, data.interpolation).numpy(),
                 np.asarray(image.resize(size, resample)),
             )
             for image in images
@@ -330,12 +316,13 @@ def _distances(dataset: Dataset, data: DataConfig) -> list[list[str]]:
 
 def _timms_result(name: str, image: Image.Image, value: float, fill: Fill) -> Image.Image:
     if name in _NO_ARGUMENT:
-        return _TIMMS[name](image)
+        return getattr(timm_ops, name)(image)
     if name.startswith("translate"):  # ours moves by whole pixels
-        value = round(value * image.width)
-    if name in _GEOMETRIC:
-        return _TIMMS[name](image, value, resample=Image.Resampling.BILINEAR, fillcolor=fill)
-    return _TIMMS[name](image, value)
+        name, value = f"{name}_abs", round(value * image.width)
+    if name.startswith(_GEOMETRIC):
+        affine = {"resample": Image.Resampling.BILINEAR, "fillcolor": fill}
+        return getattr(timm_ops, name)(image, value, **affine)
+    return getattr(timm_ops, name)(image, value)
 
 
 # --- workers --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import simplejpeg
 import timm
 import torch
 from helpers import only_run, raw_weights, stop_after_saves, train_rows
@@ -38,6 +39,7 @@ def test_stored_outputs_train_what_a_live_teacher_trains(ghosttrain, photos, sto
     outcome = ghosttrain(*stored, *still, f"run.root={tmp_path / 'stored'}")
     assert outcome.code == 0, outcome.err
     assert "cached outputs of tf_efficientnet_lite0" in outcome.out
+    assert f"; JPEGs decoded by simplejpeg {simplejpeg.__version__}" in outcome.out
     assert ghosttrain(*photos, *still, f"run.root={tmp_path / 'live'}").code == 0
     for first, other in zip(train_rows(tmp_path / "stored"), train_rows(tmp_path / "live"),
                           strict=True):  # fmt: skip
@@ -215,6 +217,8 @@ def test_inspect_draws_a_picture(ghosttrain, stored, tmp_path):
     [
         (["augment.seed=1"], "augment.seed: stored 0, now 1"),
         (["augment.erasing_prob=0"], "augment.erasing_prob"),
+        (["augment=autoaugment"], 'augment.operations: stored "randaugment", now "autoaugment"'),
+        (["data.decoder=pillow"], 'versions.jpeg: stored "simplejpeg 1.'),
         (["data.train_size=96"], "data.train_size: stored 64, now 96"),
         (["teacher.input_size=128"], "teacher.teacher.input_size: stored 96, now 128"),
         (["teacher=efficientnet_lite1", "teacher.input_size=96"], "tf_efficientnet_lite1"),

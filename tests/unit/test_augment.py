@@ -25,7 +25,7 @@ from ghosttrain.data.augment import (
     train_transform,
 )
 from ghosttrain.data.decode import open_image
-from ghosttrain.data.operations import RANDAUGMENT
+from ghosttrain.data.policies import RANDAUGMENT
 
 
 def test_a_draw_is_a_function_of_its_arguments_and_touches_no_global_state():

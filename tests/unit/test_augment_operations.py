@@ -9,7 +9,8 @@ from PIL import Image
 from timm.data import auto_augment as timm_ops
 
 from ghosttrain.config.schema import AugmentConfig
-from ghosttrain.data.operations import OPS, RANDAUGMENT
+from ghosttrain.data.operations import OPS
+from ghosttrain.data.policies import RANDAUGMENT
 
 POSITIVE = ("posterize", "solarize", "solarize_add")
 

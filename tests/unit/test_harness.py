@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from ghosttrain.data.operations import RANDAUGMENT
+from ghosttrain.data.policies import RANDAUGMENT
 from ghosttrain.study.harness import Quartiles, Time, paired_ratios, quartiles, take_turns, timed
 from ghosttrain.study.photos import two_photos, write_crops
 
@@ -115,12 +115,18 @@ def test_bench_data_prints_speed_stages_distances_and_workers(ghosttrain) -> Non
     distances = {row[0]: int(row[1]) for row in cells if len(row) == 3 and "." in row[2]}
     assert set(RANDAUGMENT) | {"decode", "crop, resize"} == set(distances)
     assert distances.pop("crop, resize") <= 2 and max(distances.values()) <= 1
-    refused = ghosttrain("bench", "data", "data=digits", *small)
-    assert refused.code == 2
 
 
 def test_bench_data_of_ones_own_images(ghosttrain, tmp_path) -> None:
-    write_crops(two_photos(), tmp_path, 6)
+    write_crops(two_photos(), tmp_path, 6, classes=2)
     words = ["bench", "data", f"data.root={tmp_path}", "--images", "8", "--rounds", "1"]
     few = ghosttrain(*words)
     assert few.code == 2 and "needs --images 8 image files" in few.err and "has 6" in few.err
+    one_set = ["bench", "data", f"data.root={tmp_path / 'train'}", "--rounds", "1", "--images", "4"]
+    small = ["data.train_size=32", "data.eval_size=32"]
+    done = ghosttrain(*one_set, *small, "data.split=0.3")
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"4 JPEG files ({tmp_path / 'train'})")
+    for word in ("data.workers=2", "launch.device=cpu"):
+        refused = ghosttrain(*one_set, word)
+        assert refused.code == 2 and "does nothing in bench data" in refused.err

@@ -63,6 +63,8 @@ def test_classes_in_the_order_of_the_data_and_unknown_ones_refused(tree, ghosttr
     assert refused.code == 2 and "has no class 'bees'. Did you mean 'bee'?" in refused.err
     one = ghosttrain(*words, "data.classes=[apple]")
     assert one.code == 2 and "has one class, 'apple'" in one.err
+    digit = ghosttrain("+recipe=baseline", "data.classes=[3]")
+    assert digit.code == 2 and "has one class, '3'" in digit.err
 
 
 def test_arrays_too_and_a_run_says_what_it_took(ghosttrain, tmp_path) -> None:

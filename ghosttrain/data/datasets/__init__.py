@@ -58,9 +58,10 @@ def build_datasets(data: DataConfig) -> tuple[Dataset, Dataset]:
         UserError: the data are not there, not complete, or their two halves do not fit each other.
     """
     if data.name == "digits":
-        return selected(data, *read_digits(data.in_chans))
-    root = _root(data)
-    train, held_out = selected(data, *READERS[data.name](data, root))
+        halves = read_digits(data.in_chans)
+    else:
+        halves = READERS[data.name](data, _root(data))
+    train, held_out = selected(data, *halves)
     if len(train.classes) < 2:
         raise UserError(
             f"{train.source} has one class, {train.classes[0]!r}: there is nothing to tell apart, "
