@@ -15,10 +15,11 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -305,10 +306,19 @@ def _validate_room(workers: int) -> None:
 
 
 def _validate_files(needed: int) -> None:
-    """Raise an OSError unless `needed` more files can be opened."""
-    with ExitStack() as opened:
-        for _ in range(needed):
-            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+    """Raise an OSError unless `needed` more files can be opened.
+
+    They are counted, not opened: the thread that hands over the batch before needs some meanwhile.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY:
+        return
+    try:
+        numbers = os.listdir("/dev/fd")  # opens one itself
+    except FileNotFoundError:  # a system without it
+        return
+    if most - sum(int(number) < most for number in numbers) + 1 < needed:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 @contextmanager
