@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ghosttrain.commands.arguments import Arguments, validate_counts
+from ghosttrain.config.schema import DataConfig
 from ghosttrain.errors import UserError
 from ghosttrain.terminal import go_on_without, printable
 
@@ -54,11 +55,13 @@ def run(options: Namespace) -> int:
         print(printable(f"{path}: {shown}"))
     for line in failed:
         print(f"ghosttrain: error: {line}", file=sys.stderr)
-    _write(options, found)
+    _write(options, found, config.data)
     return int(bool(failed))
 
 
-def _write(options: Namespace, found: list[tuple[Path, list[tuple[str, float]]]]) -> None:
+def _write(
+    options: Namespace, found: list[tuple[Path, list[tuple[str, float]]]], data: DataConfig
+) -> None:
     import csv
     import io
     import json
@@ -92,4 +95,4 @@ def _write(options: Namespace, found: list[tuple[Path, list[tuple[str, float]]]]
             (partial(opened, path, 2**40), f"{path.name}\n{best[0][0]} {100 * best[0][1]:.1f} %")
             for path, best in found
         ]
-        draw_gallery(shown, Path(options.picture), options.words[0])
+        draw_gallery(shown, data, Path(options.picture), options.words[0])

@@ -47,6 +47,6 @@ def run(options: Namespace) -> int:
     print(f"{len(mistakes):,} of {len(held_out):,} held-out images are wrong")
     if shown:
         path = Path(options.out) if options.out else folder / "wrong.png"
-        draw_mistakes(shown, held_out, path, str(folder))
+        draw_mistakes(shown, held_out, config.data, path, str(folder))
         print(path)
     return 0

@@ -366,6 +366,11 @@ class DataConfig(Section):
     bit_depth: int = Field(16, ge=8, le=31)
     """Bits that the values of 16-bit grey images use: 16, or fewer where a 12-bit camera (or 8-bit
     values) fill only the lower ones. A file that states its own (12-bit TIFF, PGM) keeps it."""
+    orientation: Literal["ignore", "apply"] = "ignore"
+    """EXIF's orientation: `apply` turns an image as its tag says. Phones write it, ImageNet loaders
+    commonly ignore it; Pillow turns TIFF files in any case."""
+    background: Literal["ignore", "black", "white"] = "ignore"
+    """Behind transparent pixels: `ignore` shows the colour that is stored with them."""
     max_pixels: int = Field(178_956_970, ge=1, json_schema_extra=may_change("run", "eval", "cache"))
     """Pixels (width x height) of the largest image that is decoded: a file of a few kilobytes can
     claim gigabytes. The default is Pillow's own limit."""

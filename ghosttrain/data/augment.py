@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from ghosttrain.config.schema import AugmentConfig, DataConfig
-from ghosttrain.data.decode import decoded, reduction
+from ghosttrain.data.decode import decoded, orientation, reduction, upright_size
 from ghosttrain.data.operations import OPS, Fill
 from ghosttrain.data.order import mix
 from ghosttrain.data.policies import POLICIES, Drawn, jitter, log_uniform, uniform
@@ -254,14 +254,15 @@ def _train_sample(
     index: int,
 ) -> list[Tensor]:
     image = opened()
-    drawn = draw(augment, data.flip, image.width, image.height, draw_number, index)
-    reductions = [reduction(image, drawn.least(size)) for size, _ in views]
+    drawn = draw(augment, data.flip, *upright_size(image, data.orientation), draw_number, index)
+    least = [drawn.least(size) for size, _ in views]
+    if orientation(image, data.orientation) > 4:  # the file's width is the picture's height
+        least = [(height, width) for width, height in least]
+    reductions = [reduction(image, each) for each in least]
     pixels: dict[int, np.ndarray] = {}
     for reduced in reductions:
         if reduced not in pixels:
-            pixels[reduced] = decoded(
-                opened() if pixels else image, data.in_chans, reduced, data.bit_depth, data.decoder
-            )
+            pixels[reduced] = decoded(opened() if pixels else image, data, reduced)
     fill = tuple(round(255 * mean) for mean in data.mean)
     return [
         apply(pixels[reduced], drawn, size, interpolation, fill)
@@ -276,7 +277,7 @@ def _eval_sample(
     draw_number: int,
     index: int,
 ) -> list[Tensor]:
-    pixels = decoded(opened(), data.in_chans, 1, data.bit_depth, data.decoder)
+    pixels = decoded(opened(), data)
     return [_centre(pixels, size, data.crop_pct, interpolation) for size, interpolation in views]
 
 

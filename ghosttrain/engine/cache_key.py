@@ -51,6 +51,12 @@ def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
                 "std",
                 "flip",
             },
+        )
+        | data.model_dump(
+            # Left out at their defaults: caches from before these settings stay.
+            mode="json",
+            exclude_defaults=True,
+            include={"orientation", "background"},
         ),
         "images": train_set.content_digest(),
         "versions": {

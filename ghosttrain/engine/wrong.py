@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ghosttrain.config.schema import Config
+from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import eval_loader
 from ghosttrain.data.order import eval_batches
@@ -59,10 +59,12 @@ def find_mistakes(model: Any, held_out: Dataset, config: Config, batch: int) -> 
     return sorted(found, key=lambda each: (-each.probability, each.index))
 
 
-def draw_mistakes(mistakes: list[Mistake], held_out: Dataset, path: Path, title: str) -> None:
+def draw_mistakes(
+    mistakes: list[Mistake], held_out: Dataset, data: DataConfig, path: Path, title: str
+) -> None:
     """Draw mistakes with what they are and what they were taken for."""
     shown = [
         (partial(held_out.open, each.index), f"is {each.label}\ntaken for {each.words()}")
         for each in mistakes
     ]
-    draw_gallery(shown, path, title)
+    draw_gallery(shown, data, path, title)

@@ -232,9 +232,7 @@ def _stages(
             image = stage("read the file and its header", dataset.open, index)
             drawn = stage("draw", draw, augment, data.flip, *image.size, 0, index)
             reduced = reduction(image, drawn.least(size))
-            pixels = stage(
-                "decode", decoded, image, data.in_chans, reduced, data.bit_depth, data.decoder
-            )
+            pixels = stage("decode", decoded, image, data, reduced)
             for name, part in _parts(drawn):
                 x = stage(name, augmentation.apply, pixels, part, size, data.interpolation, fill)
                 pixels = x.permute(1, 2, 0).numpy()  # x: (C, S, S)
@@ -278,13 +276,7 @@ def _distances(dataset: Dataset, data: DataConfig) -> list[list[str]]:
 
     row(
         "decode",
-        [
-            (
-                decoded(dataset.open(i), data.in_chans, decoder=data.decoder),
-                np.asarray(image),
-            )
-            for i, image in enumerate(images)
-        ],
+        [(decoded(dataset.open(i), data), np.asarray(image)) for i, image in enumerate(images)],
     )
     resample = Image.Resampling[data.interpolation.upper()]
     row(

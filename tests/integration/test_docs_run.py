@@ -21,7 +21,12 @@ SMALL = [
     "teacher.check_samples=0", "launch.device=cpu",
 ]  # fmt: skip
 PHOTOS = ["data=folder", "data.train_size=64", "data.eval_size=64", "launch.nproc=1"]
-BENCH = ["--rounds", "1", "train.micro_batch=2", "data.train_size=64"]
+BENCH = {
+    "optim": ["--rounds", "1"],
+    "data": ["--rounds", "1", "--images", "16", "data.train_size=64"],
+    "distill": ["--rounds", "1", "--images", "16", "train.micro_batch=2", "data.train_size=64"],
+    "step": ["--rounds", "1", "train.micro_batch=2", "data.train_size=64"],
+}
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -65,16 +70,13 @@ def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> Non
         words[1] = "runs/RUN"
         words = [str(photo_folder / "val") if w in ("photo.jpg", "folder") else w for w in words]
     elif words[0] == "bench":
-        extra = ["--images", "16"] if words[1] == "distill" else []
-        words = [
-            *words[:2],
-            *[w for w in words[2:] if "=" in w and "cuda" not in w],
-            *BENCH,
-            *extra,
-        ]
+        kept = [w for w in words[2:] if "=" in w and "cuda" not in w]
+        words = [*words[:2], *kept, *BENCH[words[1]]]
     elif words[0] == "study":
         words += [*SMALL, "seed=0,1"] if words[1] != "list" else []
-    elif words[0] not in ("report", "cache") or words[1].startswith("+"):
+    elif words[0] == "report":
+        words = [w.replace("RUN", "runs/RUN") for w in words]
+    elif words[0] != "cache" or words[1].startswith("+"):
         verb = [word for word in words if word in ("cache", "lr_find")]
         words = [w.replace("runs/teacher", "runs/photos") for w in words]
         one_set = any(word.startswith(("data.split", "data.fold")) for word in words)
@@ -88,6 +90,8 @@ def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> Non
             taught = any("compact_kd" in word for word in words)
             words += ["teacher=efficientnet_lite0"] * (taught and "teacher" not in own)
         words += [word for word in SMALL if word.partition("=")[0] not in own or "train." in word]
+        if "run.name=longer" in words:  # its length is what it shows
+            words.remove("train.max_steps=2")
         words = verb + [word for word in words if word not in verb]
         if "lr_find" in verb:
             words += ["--steps", "10"]

@@ -12,6 +12,7 @@ import tifffile
 from helpers import refusal
 from PIL import Image
 
+from ghosttrain.config.schema import DataConfig
 from ghosttrain.data import decode
 from ghosttrain.data.decode import (
     decoded,
@@ -35,6 +36,11 @@ def picture(height=48, width=64):
 def load(path, in_chans=3, least=None):
     image = open_image(str(path))
     return to_pixels(image, in_chans, reduction(image, least) if least else 1)
+
+
+def reading(in_chans=3, **settings):
+    values = (0.5,) * in_chans
+    return DataConfig(in_chans=in_chans, mean=values, std=values, **settings)
 
 
 def grey(rgb):
@@ -80,7 +86,7 @@ def test_both_decoders_give_the_same_bits_of_every_kind_of_jpeg(tmp_path, size):
                 continue
             for in_chans in (3, 1):
                 quick, theirs = (
-                    decoded(open_image(path), in_chans, reduced, decoder=decoder)
+                    decoded(open_image(path), reading(in_chans, decoder=decoder), reduced)
                     for decoder in ("simplejpeg", "pillow")
                 )
                 assert quick.shape == theirs.shape and (quick == theirs).all(), (mode, options)
@@ -94,12 +100,14 @@ def test_a_damaged_jpeg_is_pillows_to_judge(tmp_path):
     for length in (len(content) // 2, len(content) - 40):  # within the header, within the pixels
         path.write_bytes(content[:length])
         for decoder in ("simplejpeg", "pillow"):
-            refusal(lambda by=decoder: decoded(open_image(str(path)), 3, decoder=by), "cut short")
+            refusal(
+                lambda by=decoder: decoded(open_image(str(path)), reading(decoder=by)), "cut short"
+            )
     end = content[-2:]  # Pillow decodes both, simplejpeg refuses the second
     for tolerable in (content + b"after the end", content[:-2] + b"\0\0\0" + end):
         path.write_bytes(tolerable)
         quick, theirs = (
-            decoded(open_image(str(path)), 3, decoder=by) for by in ("simplejpeg", "pillow")
+            decoded(open_image(str(path)), reading(decoder=by)) for by in ("simplejpeg", "pillow")
         )
         assert (quick == theirs).all()
 
@@ -111,7 +119,7 @@ def test_without_simplejpeg(monkeypatch):
     refusal(lambda: jpeg_decoder("simplejpeg"), "not installed", "pip install simplejpeg")
     jpeg = io.BytesIO()
     Image.fromarray(picture()).save(jpeg, "JPEG")
-    assert decoded(Image.open(jpeg), 3).shape == (48, 64, 3)
+    assert decoded(Image.open(jpeg), reading()).shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize("name", SAVED)
