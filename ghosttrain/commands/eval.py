@@ -53,6 +53,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     from ghosttrain.engine import distributed
     from ghosttrain.engine.evaluate import HeldOutImages, evaluate
     from ghosttrain.engine.load import held_out_of, load_run
+    from ghosttrain.engine.skipped import all_broken
     from ghosttrain.engine.student import has_fused_form
     from ghosttrain.engine.weights_file import WeightsKind
 
@@ -65,6 +66,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     models = {str(kind): load_run(folder, kind).to(device) for kind in kinds}
     with HeldOutImages(held_out, config, device, batch) as held_images:
         found = evaluate(models, held_images, device, len(classes))
+        unread = all_broken(held_images.loader)
     if distributed.rank() == 0:
         notes = [*notes_on(held_out)]
         identity = result["data"]["held_out"] if result else None
@@ -74,7 +76,9 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
                 f"note: these are not the held-out images of the run ({identity['images']:,} then, "
                 f"{len(held_out):,} now)"
             )
-        print("\n".join([*notes, *_lines(found, classes, result)]))
+        print("\n".join([*notes, *_lines(found, classes, result), *unread.values()]))
+        if unread:
+            print(f"note: {len(unread):,} held-out images could not be read and count as wrong")
         as_reported = result is None or _counted(found.table) == _counted(result["weights"])
         if same_images and not overrides and not as_reported:
             then = (result or {}).get("device", "elsewhere")

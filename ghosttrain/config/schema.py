@@ -363,6 +363,12 @@ class DataConfig(Section):
         "auto", json_schema_extra=may_change("run", "eval")
     )
     """What decodes JPEGs: simplejpeg where it is installed, or Pillow; the pixels are the same."""
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", json_schema_extra=may_change("run", "eval", "cache")
+    )
+    """An image file that cannot be read: `fail`, or `skip`: another training image, drawn by
+    `augment.seed`, takes its place, and a held-out one counts as wrong; `skipped.csv` lists
+    them."""
     bit_depth: int = Field(16, ge=8, le=31)
     """Bits that the values of 16-bit grey images use: 16, or fewer where a 12-bit camera (or 8-bit
     values) fill only the lower ones. A file that states its own (12-bit TIFF, PGM) keeps it."""

@@ -38,6 +38,11 @@ formats of fonts, icons, videos and stars."""
 BIT_DEPTH: int = DataConfig.model_fields["bit_depth"].default
 MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 _AGAIN = "then run the same command again"
+_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class BrokenImage(UserError):
+    """One image file that cannot be used: `data.on_error` says what happens."""
 
 
 def suffixes() -> frozenset[bytes]:
@@ -62,10 +67,10 @@ def open_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(content), formats=_readable())
         except Image.UnidentifiedImageError:
-            raise UserError(_no_image(path, content)) from None
+            raise BrokenImage(_no_image(path, content)) from None
         image.filename = path
         if (pixels := image.width * image.height) > max_pixels:
-            raise UserError(
+            raise BrokenImage(
                 f"{path} has {image.width:,} x {image.height:,} pixels, more than "
                 f"data.max_pixels={max_pixels}: type data.max_pixels={pixels} if it is what it "
                 f"should be (decoded, it takes {3 * pixels / 1e6:,.0f} MB of memory for each "
@@ -84,7 +89,8 @@ def read_file(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise UserError(
+        kind = UserError if error.errno in _NOT_THE_FILE else BrokenImage
+        raise kind(
             f"cannot read {path} ({error.strerror or error}): {image_remedy(error)}"
         ) from error
 
@@ -165,12 +171,12 @@ def to_pixels(
         bits = stated_depth(image) or bit_depth
         image.load()
         if image.mode == "F":
-            raise UserError(
+            raise BrokenImage(
                 f"{path} has floating-point pixels, which have no agreed range: save it with "
                 f"integers of 8 or 16 bits, {_AGAIN}"
             )
         if kept_upper_8 and bit_depth != BIT_DEPTH:
-            raise UserError(
+            raise BrokenImage(
                 f"{path} is a colour image of 16 bits, of which the upper 8 are read, whatever "
                 f"data.bit_depth={bit_depth} says (it is for grey images): save it with 8 bits"
             )
@@ -252,12 +258,12 @@ def _upper_8(values: np.ndarray, bits: int, path: str) -> np.ndarray:
     """Return the upper 8 of `bits` bits; Pillow's convert("L") would clip at 255 instead."""
     low, high = int(values.min()), int(values.max())
     if low < 0:
-        raise UserError(
+        raise BrokenImage(
             f"{path} has negative pixels (down to {low:,}), which have no agreed range: save it "
             f"with values of 0 or more, {_AGAIN}"
         )
     if high >> bits:
-        raise UserError(
+        raise BrokenImage(
             f"{path} has values up to {high:,}, more than the {bits} bits of data.bit_depth="
             f"{bits}: type data.bit_depth={high.bit_length()}"
         )
@@ -321,7 +327,7 @@ def _decoding(path: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(
+        raise BrokenImage(
             f"cannot decode {path} ({' '.join(reason.split())}): the file is damaged or cut short; "
             f"put an intact copy in its place, {_AGAIN}"
         ) from error

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
@@ -34,7 +35,8 @@ from torch.utils.data import Dataset as TorchDataset
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import Transform, View, eval_transform, normalise, train_transform
 from ghosttrain.data.datasets import Dataset
-from ghosttrain.data.decode import TOO_MANY_FILES
+from ghosttrain.data.decode import TOO_MANY_FILES, BrokenImage
+from ghosttrain.data.order import mix
 from ghosttrain.errors import UserError
 from ghosttrain.memory import keep_freed_memory
 from ghosttrain.text import one_line
@@ -57,6 +59,18 @@ class Batch(NamedTuple):
     """The same draws at other sizes: (B, C, S, S) uint8, not normalised."""
     cached: Tensor | None
     """(B, R) uint8; None without a cache."""
+    broken: tuple[Broken, ...] = ()
+    """Under `data.on_error=skip`: what could not be read."""
+
+
+class Broken(NamedTuple):
+    """An image that could not be read."""
+
+    position: int
+    """In the batch."""
+    number: int
+    """Of the image. A training image has another one's number in its place in `Batch.indices`."""
+    reason: str
 
 
 class Loader:
@@ -81,8 +95,11 @@ class Loader:
         channels_last: bool = False,
         views: Sequence[View] = (),
         cached: CachedReader | None = None,
+        replace_seed: int | None = None,
     ) -> None:
         """Use `train_loader` or `eval_loader`; `views` are those that `transform` makes."""
+        self.broken: dict[int, str] = {}
+        """Images that could not be read so far, with the reasons."""
         self._device = device
         if device.type == "cpu":
             keep_freed_memory()
@@ -92,7 +109,9 @@ class Loader:
         self._plan = _Plan()
         with _starting_workers():
             self._loader: DataLoader[Any] = DataLoader(
-                _Samples(dataset, transform, tuple(views), cached),
+                _Samples(
+                    dataset, transform, tuple(views), cached, data.on_error == "skip", replace_seed
+                ),
                 sampler=self._plan,
                 batch_size=None,  # an item is already a whole batch
                 num_workers=data.workers,
@@ -131,6 +150,7 @@ class Loader:
                 return
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)
+            self.broken |= {each.number: each.reason for each in batch.broken}
             yield self._delivered(batch)
 
     def close(self) -> None:
@@ -164,6 +184,7 @@ class Loader:
             batch.indices,
             {view: moved(pixels) for view, pixels in batch.views.items()},
             None if batch.cached is None else moved(batch.cached),
+            batch.broken,
         )
 
 
@@ -189,7 +210,7 @@ def train_loader(
 
     """
     transform = train_transform(data, augment, views)
-    return Loader(dataset, transform, data, device, channels_last, views, cached)
+    return Loader(dataset, transform, data, device, channels_last, views, cached, augment.seed)
 
 
 def eval_loader(
@@ -230,15 +251,22 @@ class _Samples(TorchDataset[Any]):
     transform: Transform
     views: tuple[View, ...]
     cached: CachedReader | None
+    skips: bool
+    """Whether the place of an image that cannot be read is taken, or it is an error."""
+    replace_seed: int | None
+    """Of the numbers of the images that take it; None: a black one does."""
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | _Failure | _Parcel:
-        draw_number, indices = key
+        draw_number, asked = key
         images = len(self.dataset)  # a larger number: the image once more (`balanced_order`)
+        indices, samples, broken = [], [], []
         try:
-            samples = [
-                self.transform(partial(self.dataset.open, index % images), draw_number, index)
-                for index in indices
-            ]
+            for position, index in enumerate(asked):
+                taken, sample, reason = self._sample(draw_number, index)
+                indices.append(taken)
+                samples.append(sample)
+                if reason:
+                    broken.append(Broken(position, index % images, reason))
             cached = None if self.cached is None else self.cached(draw_number, indices)
         except UserError as error:
             return _Failure(str(error))
@@ -249,8 +277,40 @@ class _Samples(TorchDataset[Any]):
             torch.tensor(indices),
             dict(zip(self.views, views, strict=True)),
             cached,
+            tuple(broken),
         )
         return batch if get_worker_info() is None else _packed(batch)
+
+    def _sample(self, draw_number: int, index: int) -> tuple[int, list[Tensor], str]:
+        """Return a sample's number, its pixels, and why it is not the one asked for."""
+        try:
+            return index, self._transformed(draw_number, index), ""
+        except BrokenImage as error:
+            reason = str(error)
+        replaced = self.replace_seed is not None
+        if not self.skips:
+            instead = "another image takes its place" if replaced else "it counts as wrong"
+            raise UserError(f"{reason}; with data.on_error=skip {instead}")
+        if self.replace_seed is None:
+            return index, self.transform(_black, draw_number, index), reason
+        for attempt in range(_ATTEMPTS):
+            other = mix(self.replace_seed, _REPLACE, draw_number, index, attempt)
+            other %= len(self.dataset)
+            with suppress(BrokenImage):
+                return other, self._transformed(draw_number, other), reason
+        raise UserError(f"{reason}; {_ATTEMPTS} images drawn for its place cannot be read either")
+
+    def _transformed(self, draw_number: int, index: int) -> list[Tensor]:
+        opened = partial(self.dataset.open, index % len(self.dataset))
+        return self.transform(opened, draw_number, index)
+
+
+_REPLACE = 9  # a stream beside those of augment.py
+_ATTEMPTS = 8
+
+
+def _black() -> Image.Image:
+    return Image.new("RGB", (8, 8))
 
 
 @dataclass(frozen=True)

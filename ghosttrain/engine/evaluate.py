@@ -8,7 +8,7 @@ as integers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
-from ghosttrain.data.loader import Batch, eval_loader
+from ghosttrain.data.loader import Batch, Broken, eval_loader
 from ghosttrain.data.order import eval_batches, eval_indices
 from ghosttrain.engine import distributed
 from ghosttrain.engine.metrics import BINS, MOST_CONFUSED, UNIT, Counts, row_of
@@ -116,9 +116,11 @@ def evaluate(
     together = nn.ModuleList(models.values())
     branches = using_forward(together, "branches") if "fused" in models else nullcontext()
     with evaluating(*models.values()), branches:
-        for images, labels, *_ in batches:
+        for batch in batches:
+            images, labels = batch[:2]
             logits = {name: model(images).float() for name, model in models.items()}
             for name, logits_BK in logits.items():
+                count_as_wrong(logits_BK, labels, getattr(batch, "broken", ()))  # pairs will do
                 tallies[name].add(logits_BK, labels)
             if "ema" in logits and "fused" in logits:
                 largest = torch.maximum(largest, (logits["ema"] - logits["fused"]).abs().max())
@@ -126,6 +128,15 @@ def evaluate(
     distributed.all_max(largest)
     table = {name: row_of(each) for name, each in counts.items()}
     return Evaluation(table, largest.item(), counts)
+
+
+def count_as_wrong(logits: Tensor, labels: Tensor, broken: Sequence[Broken]) -> None:
+    """Let the logits (B, K) of images that could not be read know nothing but what is wrong: the
+    label (labels: (B,)) is the least likely class, by a hair.
+    """
+    for each in broken:
+        logits[each.position] = 0
+        logits[each.position, labels[each.position]] = -1e-3
 
 
 class _Tally:

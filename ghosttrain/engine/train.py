@@ -23,7 +23,7 @@ from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import train_loader
 from ghosttrain.data.order import mix
-from ghosttrain.engine import distributed, folder, same_data, summary, track
+from ghosttrain.engine import distributed, folder, same_data, skipped, summary, track
 from ghosttrain.engine.advice import advice
 from ghosttrain.engine.checkpoint import newest_checkpoint, set_damaged_aside
 from ghosttrain.engine.conditions import changed_conditions, conditions
@@ -147,6 +147,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
         set_damaged_aside(checkpoints, found)
         same_data.write_split(run, config.data, train_set, held_out)
     saver = Saver(config.train, checkpoints, state.step, device, tracker.sync, tracker.say)
+    seen = {"train": (train_set, train_images), "held_out": (held_out, held_images.loader)}
     started, meter = time.perf_counter() - state.seconds, track.Meter()
 
     def save() -> None:
@@ -173,6 +174,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                         saver.add(checkpoints / "best.safetensors", weights_bytes(ema.model, kind))
             if words:
                 tracker.say("  ".join([plan.epoch_label(state.step), *words]))
+            if config.data.on_error == "skip":
+                tracker.say(*skipped.list_skipped(run, seen))
             if state.step >= plan.total_steps:
                 break
 
@@ -232,6 +235,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             measured = summary.Measured(found_last, models, time.perf_counter() - started)
             result = summary.result(about, state, measured)
             result["notes"] = advice(config, track.read_metrics(run), result, plan.steps_per_epoch)
+            result["skipped"] = skipped.count_skipped(run)
+            result["notes"] += skipped.skipped_note(**result["skipped"])
             saver.finish()
             tracker.say(f"checkpoints: training waited {saver.waited:.2f} s for them")
             write_weights(run / "model.safetensors", ema.model, kind)

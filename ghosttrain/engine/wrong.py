@@ -45,16 +45,17 @@ def find_mistakes(model: Any, held_out: Dataset, config: Config, batch: int) -> 
     found = []
     classes = held_out.classes
     with eval_loader(held_out, config.data, torch.device("cpu")) as loader:
-        for images, labels, indices, *_ in loader.batches(
+        for images, labels, indices, *_, broken in loader.batches(
             eval_batches(range(len(held_out)), batch)
         ):
+            unread = {each.number for each in broken}
             best = model(images).double().softmax(dim=1).max(dim=1)
             rows = zip(indices.tolist(), labels.tolist(), best.indices.tolist(),
                        best.values.tolist(), strict=True)  # fmt: skip
             found += [
                 Mistake(i, held_out.name_of(i), classes[label], classes[guess], p)
                 for i, label, guess, p in rows
-                if label != guess
+                if label != guess and i not in unread
             ]
     return sorted(found, key=lambda each: (-each.probability, each.index))
 
