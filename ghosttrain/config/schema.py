@@ -391,6 +391,9 @@ class DataConfig(Section):
     """Whether a mirrored image keeps its label (false for digits and letters)."""
     workers: int = Field(8, ge=0, json_schema_extra=may_change("run", "eval", "cache"))
     """Processes per rank that decode and augment; 0 does it in the training process."""
+    index: str | None = Field(None, json_schema_extra=may_change("run", "eval", "cache"))
+    """Folder in which the listings of class folders are kept for the next start, of any run; a
+    changed folder is listed anew. null lists at every start."""
     changed: Literal["refuse", "accept"] = Field("refuse", json_schema_extra=may_change("run"))
     """A run that is resumed with other data (classes, file names, number of images): `refuse`, or
     `accept`: go on with these, and record it."""

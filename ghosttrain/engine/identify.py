@@ -26,11 +26,10 @@ from ghosttrain.config.schema import NAMED_SOURCES, Config, DataConfig
 from ghosttrain.data.datasets import Dataset, build_datasets
 from ghosttrain.data.datasets.selection import SELECTION_SETTINGS, selected, unselected
 from ghosttrain.data.datasets.splitting import SPLIT_SETTINGS, is_split_here
+from ghosttrain.data.datasets.tree import YOUNG_NS
 from ghosttrain.errors import UserError
 from ghosttrain.files import Damaged, expanded, file_digest, read_json, write_json
 
-YOUNG_NS = 2_000_000_000
-"""Nanoseconds: a folder changed so shortly before it was listed may change again unseen."""
 LARGEST = 256_000_000
 """Bytes of what is kept of a listing: a million folders take 100 MB."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.augment import eval_transform, normalise
-from ghosttrain.data.datasets.folder import entries
+from ghosttrain.data.datasets.tree import entries
 from ghosttrain.data.decode import open_image, suffixes
 from ghosttrain.errors import UserError
 

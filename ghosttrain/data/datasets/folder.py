@@ -5,9 +5,7 @@
 from __future__ import annotations
 
 import os
-import shlex
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +17,8 @@ from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset, splits
 from ghosttrain.data.datasets.duplicates import near_duplicates
 from ghosttrain.data.datasets.splitting import held_out_mask, is_split_here
-from ghosttrain.data.decode import MAX_PIXELS, open_image, read_file, suffixes
+from ghosttrain.data.datasets.tree import class_names, entries, list_tree
+from ghosttrain.data.decode import MAX_PIXELS, open_image, read_file
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.text import listed
 
@@ -93,8 +92,7 @@ def read_folders(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     if is_split_here(data):
         return _split_folder(data, root)
     train_dir, val_dir = (_split(root, split, key) for split, key in splits(data))
-    left_out = _LeftOut(), _LeftOut()
-    classes, val_classes = _classes(train_dir, left_out[0]), _classes(val_dir, left_out[1])
+    classes, val_classes = class_names(train_dir), class_names(val_dir)
     if data.name == "imagenet" and len(classes) != IMAGENET_CLASSES:
         raise UserError(
             f"{train_dir} has {len(classes):,} class folders, ImageNet has {IMAGENET_CLASSES:,}: "
@@ -108,21 +106,20 @@ def read_folders(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
             f"{val_dir} must have the class folders of {train_dir}, but it {' and '.join(differ)}"
             + ("; type data.val_classes=subset where it may lack some" * (not unknown))
         )
-    train = _scan(train_dir, classes, data, left_out[0])
-    return train, _scan(val_dir, classes, data, left_out[1], only=val_classes)
+    train = _images_of(train_dir, classes, data)
+    return train, _images_of(val_dir, classes, data)
 
 
 def _split_folder(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     """Return the two halves of one folder of classes."""
-    left_out = _LeftOut()
-    classes = _classes(root, left_out)
+    classes = class_names(root)
     if {data.train_split, data.val_split} <= set(classes):
         raise UserError(
             f"data.root={root} holds {data.train_split}/ and {data.val_split}/: it is split "
             "already; leave data.split and data.fold out, or name the folder of the classes "
             f"(data.root={root / data.train_split})"
         )
-    return split_here(data, _scan(root, classes, data, left_out))
+    return split_here(data, _images_of(root, classes, data))
 
 
 def split_here(data: DataConfig, whole: FileDataset) -> tuple[FileDataset, FileDataset]:
@@ -144,163 +141,19 @@ def _split(root: Path, split: str, key: str) -> Path:
     return folder
 
 
-NO_SUFFIX = "without an image's suffix"
-
-
-class _LeftOut:
-    """Counts what lies in a tree of images and is not used, by reason, and remembers the first; and
-    which folders were listed.
-    """
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.suffixes: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-        self.folders: list[bytes] = []  # all that were listed
-
-    def add(self, reason: str, path: bytes) -> None:
-        self.counts[reason] += 1
-        name = os.fsdecode(path)
-        self.first[reason] = min(self.first.get(reason, name), name)
-
-    def add_file(self, path: bytes) -> None:
-        self.add(NO_SUFFIX, path)
-        _, dot, suffix = os.path.basename(path).rpartition(b".")
-        self.suffixes[os.fsdecode(dot + suffix) if dot else "none"] += 1
-
-    def notes(self, folder: Path) -> tuple[str, ...]:
-        """Return one line that says what was left out of `folder` and why, or none."""
-        if not self.counts:
-            return ()
-        parts = []
-        ranked = sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))
-        for reason, count in sorted(self.counts.items()):
-            # A few of the suffixes say more than one of the paths.
-            common = listed((f"{suffix} {n:,}" for suffix, n in ranked), most=4)
-            detail = f"first: {self.first[reason]}"
-            if reason == NO_SUFFIX:
-                detail = f"{common}; {detail}"
-            parts.append(f"{count:,} {reason} ({detail})")
-        return (f"left out of {folder}: {', '.join(parts)}",)
-
-
-def _classes(folder: Path, left_out: _LeftOut) -> list[str]:
-    classes = []
-    for path, is_folder in _scanned(os.fsencode(folder), left_out):
-        if is_folder:
-            classes.append(os.fsdecode(os.path.basename(path)))
-        else:
-            left_out.add("outside the class folders", path)
-    if not classes:
-        raise UserError(f"no class folders in {folder}: images must lie in {folder}/<class>/")
-    return sorted(classes, key=os.fsencode)
-
-
-def _scan(
-    folder: Path,
-    classes: list[str],
-    data: DataConfig,
-    left_out: _LeftOut,
-    only: Sequence[str] | None = None,
-) -> FileDataset:
-    """List the images of all classes, at any depth, as torchvision's ImageFolder does; with `only`,
-    of these classes.
-    """
-    names: list[bytes] = []
-    counts = []
-    known = suffixes()
-    for label in classes:
-        if only is not None and label not in only:
-            counts.append(0)
-            continue
-        top = os.fsencode(folder / label)
-        paths = sorted(path[len(top) + 1 :] for path in _images(top, known, left_out))
-        if not paths:
-            content = listed(map(repr, sorted(os.listdir(folder / label))))
-            raise UserError(
-                f"no images in the class folder {folder / label} ({content or 'it is empty'}): add "
-                "some (.jpg, .png, ...) or remove this class from both splits"
-            )
-        names += paths
-        counts.append(len(paths))
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+def _images_of(folder: Path, classes: list[str], data: DataConfig) -> FileDataset:
+    """Return the images below `folder`, which may lack some of the classes."""
+    tree = list_tree(folder, data.index)
+    counts = dict(zip(tree.classes, tree.counts, strict=True))
+    numbers = [counts.get(label, 0) for label in classes]
     return FolderDataset(
         str(folder),
         classes,
-        labels,
+        np.repeat(np.arange(len(classes), dtype=np.int64), numbers),
         data.in_chans,
-        np.array(names),
-        left_out=left_out.notes(folder),
-        listed=tuple(left_out.folders),
+        tree.names,
+        left_out=tree.left_out,
+        listed=tree.listed,
         bit_depth=data.bit_depth,
         max_pixels=data.max_pixels,
     )
-
-
-def _images(
-    folder: bytes, known: frozenset[bytes], left_out: _LeftOut, above: tuple[bytes, ...] = ()
-) -> Iterator[bytes]:
-    """Yield the paths of the images below `folder`; `above` are the real paths of the folders that
-    it lies in.
-    """
-    real_path = os.path.realpath(folder)
-    if real_path in above:
-        return left_out.add("linked in a circle", folder)
-    for path, is_folder in _scanned(folder, left_out):
-        if is_folder:
-            yield from _images(path, known, left_out, (*above, real_path))
-        elif path.rpartition(b".")[2].lower() in known:
-            yield path
-        else:
-            left_out.add_file(path)
-
-
-def _scanned(folder: bytes, left_out: _LeftOut) -> Iterator[tuple[bytes, bool]]:
-    """Yield (path, whether it is a folder) of what is not hidden; of all files, only links are
-    looked up.
-
-    Raises:
-        UserError: a link points nowhere. What it pointed to may be an image or a whole class:
-            going on without it would train on other data than the user has in mind.
-    """
-    nowhere = []
-    left_out.folders.append(folder)
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    left_out.add("hidden", entry.path)
-                elif entry.is_symlink() and not _leads_somewhere(entry):
-                    nowhere.append(entry.path)
-                elif entry.is_dir() or entry.is_file():
-                    yield entry.path, entry.is_dir()
-                else:
-                    left_out.add("neither file nor folder", entry.path)
-    except OSError as error:
-        raise UserError(
-            f"cannot list {os.fsdecode(folder)} ({error.strerror}): its images would be missing; "
-            "make it readable"
-        ) from error
-    if nowhere:
-        first, shown = min(nowhere), os.fsdecode(folder)
-        raise UserError(
-            f"{len(nowhere):,} of the links in {shown} lead nowhere, so images are missing (first: "
-            f"{os.fsdecode(first)} -> {os.fsdecode(os.readlink(first))}): bring back what they "
-            f"point to, or remove them: find {shlex.quote(shown)} -xtype l -delete"
-        )
-
-
-def _leads_somewhere(link: os.DirEntry[bytes]) -> bool:
-    try:
-        return link.is_dir() or link.is_file() or os.path.exists(link.path)
-    except OSError:  # a circle of links
-        return False
-
-
-def entries(folder: Path) -> list[tuple[str, bool]]:
-    """Return (name, is a folder), hidden entries left out; no file is looked at for it."""
-    try:
-        with os.scandir(folder) as entries:
-            return [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"cannot list {folder}: {error.strerror}") from error

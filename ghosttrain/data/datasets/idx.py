@@ -11,7 +11,7 @@ import numpy as np
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import ArrayDataset, Dataset, splits
-from ghosttrain.data.datasets.folder import entries
+from ghosttrain.data.datasets.tree import entries
 from ghosttrain.data.decode import image_remedy
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.text import listed
