@@ -23,6 +23,11 @@ def world_size(default: int = 1) -> int:
     return int(os.environ.get("WORLD_SIZE", default))
 
 
+def local_world_size() -> int:
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_launched() -> bool:
     """Whether this process is a rank already: started by torchrun, or by `spawn`."""
     return "WORLD_SIZE" in os.environ

@@ -502,6 +502,28 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             f"train.focal_gamma={config.train.focal_gamma:g} is of the cross-entropy: type "
             "train.label_loss=cross_entropy or train.focal_gamma=0"
         )
+    if data.repeats > 1 and data.balance != "none":
+        raise UserError(
+            f"data.repeats={data.repeats} and data.balance={data.balance} both say how often an "
+            "image is drawn: type data.repeats=1 or data.balance=none"
+        )
+    if data.repeats > 1 and config.cache.dir:
+        raise UserError(
+            f"data.repeats={data.repeats} draws an image several times in an epoch, of which "
+            "cache.dir holds one output: type data.repeats=1"
+        )
+    if data.train_sizes[-1] != data.train_size:
+        raise UserError(
+            f"data.size_schedule ends with {data.train_sizes[-1]}, which is not data.train_size="
+            f"{data.train_size}: type data.train_size={data.train_sizes[-1]}"
+        )
+    for setting in ("cache.dir", "train.cuda_graph"):
+        section, name = setting.split(".")
+        if data.size_schedule and getattr(getattr(config, section), name):
+            raise UserError(
+                f"data.size_schedule changes the images' size, which {setting} keeps: leave one of "
+                "them out"
+            )
     if data.balance != "none" and config.cache.dir:
         raise UserError(
             f"data.balance={data.balance} draws images more than once in an epoch, of which "

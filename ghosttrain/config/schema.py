@@ -66,6 +66,39 @@ ScheduledPositive = Annotated[float | Points, BeforeValidator(partial(_scheduled
 """The same, above 0."""
 
 
+Sizes = Annotated[tuple[tuple[float, int], ...], BeforeValidator(lambda value: _sizes(value))]
+
+
+def _workers(value: Any) -> Any:
+    """Check a number of processes or `auto`."""
+    if value == "auto" or (type(value) is int and value >= 0):
+        return value
+    raise PydanticCustomError("workers", "a whole number of 0 or more, nor auto")
+
+
+Workers = Annotated[int | str, BeforeValidator(_workers)]
+
+
+def _sizes(value: Any) -> Any:
+    """Check a list of `[share, side]` points, which become tuples."""
+    good = isinstance(value, list | tuple) and all(
+        isinstance(point, list | tuple)
+        and len(point) == 2
+        and type(point[0]) in (int, float)
+        and 0 <= point[0] < 1
+        and type(point[1]) is int
+        and point[1] >= 8
+        for point in value
+    )
+    rising = good and all(a[0] < b[0] for a, b in pairwise(value))
+    if not rising or (value and value[0][0] != 0):
+        raise PydanticCustomError(
+            "sizes",
+            "a list [[share of the run, side in pixels], ...] whose shares rise from 0",
+        )
+    return tuple((float(share), side) for share, side in value)
+
+
 class Section(BaseModel):
     """Base of all settings: frozen, no unknown names, no silent conversions, no NaN or infinity."""
 
@@ -350,6 +383,14 @@ class DataConfig(Section):
     """Most training images of a class that are used, drawn by `split_seed`; null: all."""
     train_size: int = Field(224, ge=8)
     """Side of a training image in pixels."""
+    size_schedule: Sizes = ()
+    """Sides of the training images by share of the run, the last one `train_size`:
+    `[[0,128],[0.4,176],[0.8,224]]`; an epoch keeps the side it begins with. Empty: `train_size`
+    throughout."""
+    repeats: int = Field(1, ge=1)
+    """Repeated augmentation (Hoffer et al., https://arxiv.org/abs/1901.09335): draws of an image in
+    one batch; an epoch then has as many images as before, but a share of 1 / `repeats` of the
+    different ones."""
     eval_size: int = Field(224, ge=8, json_schema_extra=may_change("eval"))
     """Side of an evaluation image in pixels."""
     crop_pct: float = Field(0.875, gt=0, le=1, json_schema_extra=may_change("eval"))
@@ -389,14 +430,26 @@ class DataConfig(Section):
     """Channel standard deviations, on pixels in [0, 1]."""
     flip: bool = True
     """Whether a mirrored image keeps its label (false for digits and letters)."""
-    workers: int = Field(8, ge=0, json_schema_extra=may_change("run", "eval", "cache"))
-    """Processes per rank that decode and augment; 0 does it in the training process."""
+    workers: Workers = Field("auto", json_schema_extra=may_change("run", "eval", "cache"))
+    """Processes per rank that decode and augment; 0 does it in the training process. `auto`: by the
+    cores that this process may use and the ranks that share them: for a GPU one less than the
+    cores of its rank, at most 16; on a CPU, whose cores compute too, a quarter."""
     index: str | None = Field(None, json_schema_extra=may_change("run", "eval", "cache"))
     """Folder in which the listings of class folders are kept for the next start, of any run; a
     changed folder is listed anew. null lists at every start."""
     changed: Literal["refuse", "accept"] = Field("refuse", json_schema_extra=may_change("run"))
     """A run that is resumed with other data (classes, file names, number of images): `refuse`, or
     `accept`: go on with these, and record it."""
+
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """Sides that training images have in the course of a run."""
+        return tuple(side for _, side in self.size_schedule) or (self.train_size,)
+
+    def train_size_at(self, progress: float) -> int:
+        """Return the side of training images when `progress` in [0, 1) of the run is done."""
+        begun = [side for share, side in self.size_schedule if share <= progress]
+        return begun[-1] if begun else self.train_size
 
 
 class AugmentConfig(Section):

@@ -110,18 +110,20 @@ def validate_sides(model: ModelConfig, data: DataConfig, micro_batch: int) -> No
     least, one_value = sides_of(model.name, model.input_stride)
     small = sides_of(model.name, "small").least
 
-    for key in ("train_size", "eval_size"):
-        size = getattr(data, key)
+    trained = "size_schedule" if data.size_schedule else "train_size"
+    sides = [(trained, side) for side in data.train_sizes] + [("eval_size", data.eval_size)]
+    for key, size in sides:
         if size < least:
             other_stride = f", or model.input_stride=small (from {small})" if small <= size else ""
             raise UserError(
                 f"data.{key}={size} is too small for {model.name}, which takes images of at least "
-                f"{least}x{least} pixels: type data.{key}={least} or more{other_stride}"
+                f"{least}x{least} pixels: type {least} or more{other_stride}"
             )
-    if micro_batch == 1 and data.train_size <= one_value:
+    side = min(data.train_sizes)
+    if micro_batch == 1 and side <= one_value:
         raise UserError(
-            f"{model.name} cannot train on batches of 1 at data.train_size={data.train_size}: a "
-            "batch norm would see a single value; type train.micro_batch=2 or more, or "
+            f"{model.name} cannot train on batches of 1 at data.train_size={side}: "
+            "a batch norm would see a single value; type train.micro_batch=2 or more, or "
             f"data.train_size={one_value + 1} or more"
         )
 

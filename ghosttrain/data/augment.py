@@ -40,10 +40,10 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom as shares of width and height."""
 View = tuple[int, str]
 """How a network sees an image: the side S in pixels, and `bilinear` or `bicubic` resampling."""
-Transform = Callable[[Callable[[], Image.Image], int, int], list[Tensor]]
-"""(opens the image, draw number, sample index) -> a (C, S, S) uint8 for the student and for each
-further view. It opens the image again where a view needs more of a JPEG's pixels: an opened one can
-be decoded once only."""
+Transform = Callable[..., list[Tensor]]
+"""(opens the image, draw number, sample index[, S]) -> a (C, S, S) uint8 for the student and for
+each further view; S is the student's, where it is not that of the settings. It opens the image
+again where a view needs more of a JPEG's pixels: an opened one can be decoded once only."""
 
 _CROP, _FLIP, _OPS, _ERASE, _MIX = range(2, 7)  # a stream for each ingredient; order.py has 1, 7
 _JITTER = 8
@@ -223,15 +223,14 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def train_transform(
     data: DataConfig, augment: AugmentConfig, views: Sequence[View] = ()
 ) -> Transform:
-    """Return the augmentation of one image: for the student with S = `data.train_size`, then for
-    each of `views`, all by the same draw.
+    """Return the augmentation of one image: for the student with S = `data.train_size` if the call
+    names no other, then for each of `views`, all by the same draw.
 
     It can be pickled. A large JPEG is decoded at a half, a quarter or an eighth of its size where
     the crop then still has twice the pixels it needs: a function of the file, the draw and S. What
     a network sees is therefore the same to the bit whatever the others see.
     """
-    student = data.train_size, data.interpolation
-    return partial(_train_sample, data, augment, (student, *views))
+    return partial(_train_sample, data, augment, tuple(views))
 
 
 def eval_transform(data: DataConfig, views: Sequence[View] = ()) -> Transform:
@@ -252,8 +251,10 @@ def _train_sample(
     opened: Callable[[], Image.Image],
     draw_number: int,
     index: int,
+    size: int | None = None,
 ) -> list[Tensor]:
     image = opened()
+    views = ((size or data.train_size, data.interpolation), *views)
     drawn = draw(augment, data.flip, *upright_size(image, data.orientation), draw_number, index)
     least = [drawn.least(size) for size, _ in views]
     if orientation(image, data.orientation) > 4:  # the file's width is the picture's height

@@ -11,12 +11,14 @@ Legend: B batch, C channels, S side of the square, R bytes of a record.
 from __future__ import annotations
 
 import errno
+import math
 import multiprocessing
 import os
 import pickle
 import re
 import resource
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
+from ghosttrain import ranks
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import Transform, View, eval_transform, normalise, train_transform
 from ghosttrain.data.datasets import Dataset
@@ -41,6 +44,10 @@ from ghosttrain.errors import UserError
 from ghosttrain.memory import keep_freed_memory
 from ghosttrain.text import one_line
 
+SETTLED, SLOW = 20.0, 0.3
+"""Seconds of training before it is judged whether the images come too slowly, and the share of the
+time spent waiting from which they do."""
+MOST_WORKERS = 16
 CachedReader = Callable[[int, Sequence[int]], Tensor]
 """(draw number, sample numbers) -> what is stored of them: (B, R) uint8. It is called in the
 workers and must pickle."""
@@ -107,6 +114,8 @@ class Loader:
         self._mean, self._std = torch.tensor((data.mean, data.std)).to(device)
         self._channels_last = channels_last
         self._plan = _Plan()
+        self._told, self._waited, self._used = False, 0.0, 0.0
+        workers = worker_count(data.workers, device.type)
         with _starting_workers():
             self._loader: DataLoader[Any] = DataLoader(
                 _Samples(
@@ -114,15 +123,17 @@ class Loader:
                 ),
                 sampler=self._plan,
                 batch_size=None,  # an item is already a whole batch
-                num_workers=data.workers,
-                persistent_workers=data.workers > 0,
+                num_workers=workers,
+                persistent_workers=workers > 0,
                 collate_fn=_unchanged,
                 pin_memory=device.type == "cuda",
                 worker_init_fn=_prepare_worker,
                 generator=torch.Generator(),  # else every epoch would draw from the global one
             )
 
-    def batches(self, plan: Iterable[list[int]], draw_number: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, plan: Iterable[list[int]], draw_number: int = 0, size: int | None = None
+    ) -> Iterator[Batch]:
         """Yield one batch per list of sample numbers, in this order.
 
         All but the sample numbers is on the device. End one call's iterator before the next call:
@@ -132,19 +143,21 @@ class Loader:
             plan: sample numbers of each batch (order.py).
             draw_number: which draw of each image the augmentation takes; the training loop counts
                 epochs. Evaluation draws nothing.
+            size: S of the student's images; None: that of the settings.
 
         Raises:
             UserError: an image is broken, or what `cached` raises; the workers cannot be started
                 or have no memory or files left to send their batches with; one of them died.
         """
-        self._plan.batches = ((draw_number, indices) for indices in plan)
-        workers = self._loader.num_workers
+        how = {} if size is None else {"size": size}
+        self._plan.batches = ((draw_number, indices, how) for indices in plan)
+        workers, self._since = self._loader.num_workers, 0.0
         with _explained(workers), _starting_workers():
             if workers and self._loader._iterator is None:
                 _validate_room(workers)
             batches = iter(self._loader)
         while True:
-            with _explained(workers):
+            with _explained(workers), self._waiting():
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -152,6 +165,38 @@ class Loader:
                 raise UserError(batch.message)
             self.broken |= {each.number: each.reason for each in batch.broken}
             yield self._delivered(batch)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count how long the training waits for a batch, and how long it works on it after."""
+        began = time.perf_counter()
+        if self._since:
+            self._used += began - self._since
+        yield
+        if self._since:  # the first batch of a call waits for all workers
+            self._waited += time.perf_counter() - began
+        self._since = time.perf_counter()
+
+    def slow_note(self) -> list[str]:
+        """Return a line, once, where the images come more slowly than the model takes them, after
+        `SETTLED` seconds; else nothing.
+        """
+        both = self._waited + self._used
+        if self._told or both < SETTLED or self._waited < SLOW * both:
+            return []
+        self._told = True
+        workers, free = self._loader.num_workers, cores()
+        share = f"{100 * self._waited / both:.0f} % of the time is spent waiting for images"
+        if workers < free:
+            # As many as would have kept up, if each brings what it brings now.
+            needed = math.ceil(max(workers, 1) * both / max(self._used, both / 16))
+            help_ = f"type data.workers={min(max(needed, workers + 1), free)}"
+        else:
+            help_ = (
+                f"all {free} cores work on them: save the images no larger than needed, or draw "
+                "fewer operations (augment.randaugment_ops)"
+            )
+        return [f"note: {share} (data.workers={workers}); {help_}"]
 
     def close(self) -> None:
         """End the worker processes. A later call of `batches` starts new ones."""
@@ -186,6 +231,25 @@ class Loader:
             None if batch.cached is None else moved(batch.cached),
             batch.broken,
         )
+
+
+def cores() -> int:
+    """Return how many cores this process may use, shared among the ranks of its machine."""
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        usable = os.cpu_count() or 1
+    return max(usable // ranks.local_world_size(), 1)
+
+
+def worker_count(setting: int | str, device: str) -> int:
+    """Return the number of workers under `data.workers` on a device of this type."""
+    if isinstance(setting, int):
+        return setting
+    share = cores()
+    if share == 1:
+        return 0
+    return min(share - 1, MOST_WORKERS) if device == "cuda" else max(share // 4, 1)
 
 
 def train_loader(
@@ -227,12 +291,16 @@ def eval_loader(
 # --- in the workers -------------------------------------------------------------------------------
 
 
+_Request = tuple[int, list[int], dict[str, int]]
+"""(draw number, sample numbers, further arguments of the transform) of one batch."""
+
+
 class _Plan:
     """The sampler: the batches of the call in progress. An object, since workers outlive a call."""
 
-    batches: Iterable[tuple[int, list[int]]] = ()
+    batches: Iterable[_Request] = ()
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+    def __iter__(self) -> Iterator[_Request]:
         return iter(self.batches)
 
 
@@ -245,7 +313,7 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Samples(TorchDataset[Any]):
-    """(draw number, sample numbers) -> one batch."""
+    """A request -> one batch."""
 
     dataset: Dataset
     transform: Transform
@@ -256,13 +324,13 @@ class _Samples(TorchDataset[Any]):
     replace_seed: int | None
     """Of the numbers of the images that take it; None: a black one does."""
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> Batch | _Failure | _Parcel:
-        draw_number, asked = key
+    def __getitem__(self, request: _Request) -> Batch | _Failure | _Parcel:
+        draw_number, asked, how = request
         images = len(self.dataset)  # a larger number: the image once more (`balanced_order`)
         indices, samples, broken = [], [], []
         try:
             for position, index in enumerate(asked):
-                taken, sample, reason = self._sample(draw_number, index)
+                taken, sample, reason = self._sample(draw_number, index, how)
                 indices.append(taken)
                 samples.append(sample)
                 if reason:
@@ -281,10 +349,12 @@ class _Samples(TorchDataset[Any]):
         )
         return batch if get_worker_info() is None else _packed(batch)
 
-    def _sample(self, draw_number: int, index: int) -> tuple[int, list[Tensor], str]:
+    def _sample(
+        self, draw_number: int, index: int, how: dict[str, int]
+    ) -> tuple[int, list[Tensor], str]:
         """Return a sample's number, its pixels, and why it is not the one asked for."""
         try:
-            return index, self._transformed(draw_number, index), ""
+            return index, self._transformed(draw_number, index, how), ""
         except BrokenImage as error:
             reason = str(error)
         replaced = self.replace_seed is not None
@@ -292,17 +362,17 @@ class _Samples(TorchDataset[Any]):
             instead = "another image takes its place" if replaced else "it counts as wrong"
             raise UserError(f"{reason}; with data.on_error=skip {instead}")
         if self.replace_seed is None:
-            return index, self.transform(_black, draw_number, index), reason
+            return index, self.transform(_black, draw_number, index, **how), reason
         for attempt in range(_ATTEMPTS):
             other = mix(self.replace_seed, _REPLACE, draw_number, index, attempt)
             other %= len(self.dataset)
             with suppress(BrokenImage):
-                return other, self._transformed(draw_number, other), reason
+                return other, self._transformed(draw_number, other, how), reason
         raise UserError(f"{reason}; {_ATTEMPTS} images drawn for its place cannot be read either")
 
-    def _transformed(self, draw_number: int, index: int) -> list[Tensor]:
+    def _transformed(self, draw_number: int, index: int, how: dict[str, int]) -> list[Tensor]:
         opened = partial(self.dataset.open, index % len(self.dataset))
-        return self.transform(opened, draw_number, index)
+        return self.transform(opened, draw_number, index, **how)
 
 
 _REPLACE = 9  # a stream beside those of augment.py

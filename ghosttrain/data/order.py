@@ -80,6 +80,15 @@ def balanced_order(labels: np.ndarray, balance: str, seed: int, epoch: int) -> T
     return torch.cat(samples)[epoch_order(n, seed, epoch)]
 
 
+def repeated_order(n: int, repeats: int, seed: int, epoch: int) -> Tensor:
+    """Return this epoch's samples (n,) under repeated augmentation: the first of a permutation,
+    each `repeats` times in a row; the k-th time as number image + k n, which is augmented in
+    another way.
+    """
+    images = epoch_order(n, seed, epoch)[: -(-n // repeats)]
+    return (images[:, None] + n * torch.arange(repeats)).flatten()[:n]
+
+
 def steps_per_epoch(
     n: int, global_batch: int, world: int = 1, micro_batch: int | None = None
 ) -> int:

@@ -228,7 +228,7 @@ def build_teacher(
         if cfg.compile:
             members[name].compile()
     weights = [getattr(network, "weight", 1.0) for network in cfg.networks.values()]
-    teacher = Teacher(members, weights, cfg.average, data.train_size, cfg.chunk)
+    teacher = Teacher(members, weights, cfg.average, min(data.train_sizes), cfg.chunk)
     return teacher.to(device)
 
 

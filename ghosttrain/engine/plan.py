@@ -13,7 +13,7 @@ import numpy as np
 
 from ghosttrain.config.compose import batch_split
 from ghosttrain.config.schema import Config, OptimConfig, ScheduleConfig
-from ghosttrain.data.order import balanced_order, steps_per_epoch, train_batches
+from ghosttrain.data.order import balanced_order, repeated_order, steps_per_epoch, train_batches
 from ghosttrain.optim.schedule import lr_at, scaled_lr, weight_decay_at
 
 
@@ -44,6 +44,8 @@ class Plan:
     labels: np.ndarray | None = None
     """Class of every training image (N,), where `data.balance` draws by class."""
     balance: str = "none"
+    repeats: int = 1
+    """Draws of an image in a batch (`data.repeats`)."""
 
     @property
     def epochs(self) -> int:
@@ -53,6 +55,10 @@ class Plan:
     def epoch_of(self, step: int) -> int:
         """Return the epoch (from 0) that optimizer step `step` (from 0) belongs to."""
         return step // self.steps_per_epoch
+
+    def begin_of(self, epoch: int) -> int:
+        """Return how many steps are done when `epoch` (from 0) begins."""
+        return epoch * self.steps_per_epoch
 
     def end_of(self, epoch: int) -> int:
         """Return how many steps are done when `epoch` (from 0) has ended."""
@@ -97,6 +103,8 @@ class Plan:
         order = None
         if self.labels is not None:
             order = balanced_order(self.labels, self.balance, self.seed, epoch)
+        elif self.repeats > 1:
+            order = repeated_order(self.images, self.repeats, self.seed, epoch)
         return train_batches(
             self.images,
             self.seed,
@@ -152,4 +160,5 @@ def make_plan(config: Config, n_train: int, ranks: int, labels: np.ndarray | Non
         eval_every=train.eval_every,
         labels=None if config.data.balance == "none" else labels,
         balance=config.data.balance,
+        repeats=config.data.repeats,
     )

@@ -94,6 +94,11 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
             f"images: {data.train_size} px in training, {data.eval_size} px held out; mean {mean}, "
             f"std {std}"
         )
+    if data.size_schedule:
+        sides = listed(f"{side} px from {100 * share:g} %" for share, side in data.size_schedule)
+        lines.append(f"size: {sides} of the run")
+    if data.repeats > 1:
+        lines.append(f"repeated augmentation: {data.repeats} draws of an image in a batch")
     lines += training_notes(config, train_set)
     lines.append(f"teacher: {run.teacher}")
     seen = "seen by batch norm" + (", of all ranks together" if config.train.sync_bn else "")

@@ -182,7 +182,9 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             # -------------------------------------------------------- Train one epoch
             epoch = plan.epoch_of(state.step)
             batches = train_images.batches(
-                plan.batches(state.step, rank), draw_number=teacher.draw_number(epoch)
+                plan.batches(state.step, rank),
+                draw_number=teacher.draw_number(epoch),
+                size=config.data.train_size_at(plan.begin_of(epoch) / plan.total_steps),
             )
             meter.start()
             while state.step < plan.end_of(epoch):
@@ -218,6 +220,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                     if state.step < plan.end_of(epoch) and saver.is_due(state.step):
                         validate_finite(state.tensors(), state.step, run)
                         save()
+
+            tracker.say(*train_images.slow_note())
 
             # -------------------------------------------------------- Save
             # Before the evaluation, which a resumed run repeats: it may fail.

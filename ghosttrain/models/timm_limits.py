@@ -37,7 +37,7 @@ def validate_timm_sides(
     sides = {"data.train_size": data.train_size, "data.eval_size": data.eval_size}
     training = model.training
     model.eval()
-    for key, side in sides.items():
+    for key, side in (*(("data.train_size", side) for side in data.train_sizes), *sides.items()):
         try:
             with torch.no_grad():
                 logits = model(torch.zeros(1, data.in_chans, side, side))
@@ -77,7 +77,8 @@ def _sees_one_value(model: nn.Module, data: DataConfig) -> bool:
     """Whether a batch norm in training mode has a single value per channel of one image."""
     try:
         without_values = copy.deepcopy(model).to("meta").train()
-        shape = (1, data.in_chans, data.train_size, data.train_size)
+        side = min(data.train_sizes)
+        shape = (1, data.in_chans, side, side)
         without_values(torch.zeros(shape, device="meta"))
     except ValueError as error:
         return "more than 1 value per channel" in str(error)
