@@ -31,6 +31,7 @@ VERBS = {
     "recipes": "list the recipes: what for, what they reach, what they cost",
     "study": "run a declared study, and report what it shows",
     "lr_find": "try learning rates in a short run",
+    "data": "look at the images: augmented, or their statistics",
     "cache": "store the teacher's outputs once",
     "bench": "time training steps, optimizers, data, distillation",
     "help": "this help; help VERB, help SECTION, help SECTION.SETTING",

@@ -16,6 +16,7 @@ ARGUMENTS = Arguments(
     "         data.split= data.train_size= data.eval_size= data.decoder=\n"
     "distill  cost of an epoch with cached outputs against none and a live teacher: model=\n"
     "         teacher= cache.codec= data.train_size= train.global_batch= launch.device=",
+    actions=("step", "optim", "data", "distill"),
 )
 ARGUMENTS.add_argument("--rounds", type=int, metavar="10", help="rounds that count")
 ARGUMENTS.add_argument("--threads", type=int, default=1, metavar="1", help="threads on a CPU")

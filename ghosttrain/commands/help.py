@@ -28,9 +28,9 @@ ARGUMENTS = with_config_dir(
 )
 VERB_NAMES = (
     "train", "eval", "fuse", "predict", "wrong", "report", "study", "recipes", "lr_find",
-    "cache", "bench", "version",
+    "data", "cache", "bench", "version",
 )  # fmt: skip
-ALSO_SECTIONS = ("train", "cache")
+ALSO_SECTIONS = ("train", "cache", "data")
 """Verbs that a section of settings is called like: their help shows both."""
 
 _HEAD = """\
@@ -56,6 +56,8 @@ verbs (python -m ghosttrain VERB --help: all about one)
                     study power, study list)
   recipes           all recipes: what for, what they reach, what they cost
   lr_find           a short run in which the learning rate rises: a picture, and which to take
+  data show         some training images under several draws of the augmentation; data stats:
+                    sizes, formats, classes, mean and std
   cache             store the teacher's outputs once (cache.dir=D cache.draws=E); --dry-run only
                     measures; cache D --repair, cache D --inspect
   bench             time and memory: bench step, optim, data, distill

@@ -167,3 +167,6 @@ OPS: dict[str, _OnPixels] = {
     "blur": _by_pillow(lambda image, radius, fill: image.filter(ImageFilter.GaussianBlur(radius))),
 }
 """name -> operation on (pixels, argument, fill), whose result may be written to."""
+
+NO_ARGUMENT = ("auto_contrast", "equalize", "invert")
+"""Operations whose argument says nothing."""

@@ -32,7 +32,7 @@ from ghosttrain.data.datasets import Dataset, build_datasets
 from ghosttrain.data.datasets.folder import FileDataset
 from ghosttrain.data.decode import decoded, jpeg_decoder_version, reduction, to_pixels
 from ghosttrain.data.loader import eval_loader, stacked, train_loader
-from ghosttrain.data.operations import OPS, Fill
+from ghosttrain.data.operations import NO_ARGUMENT, OPS, Fill
 from ghosttrain.data.order import eval_batches
 from ghosttrain.data.policies import RANDAUGMENT
 from ghosttrain.engine.summary import device_name
@@ -258,7 +258,6 @@ def _parts(drawn: augmentation.Draw) -> Iterator[tuple[str, augmentation.Draw]]:
 
 # --- distance to Pillow's -------------------------------------------------------------------------
 
-_NO_ARGUMENT = ("auto_contrast", "equalize", "invert")
 _GEOMETRIC = ("rotate", "shear", "translate")
 
 
@@ -307,7 +306,7 @@ def _distances(dataset: Dataset, data: DataConfig) -> list[list[str]]:
 
 
 def _timms_result(name: str, image: Image.Image, value: float, fill: Fill) -> Image.Image:
-    if name in _NO_ARGUMENT:
+    if name in NO_ARGUMENT:
         return getattr(timm_ops, name)(image)
     if name.startswith("translate"):  # ours moves by whole pixels
         name, value = f"{name}_abs", round(value * image.width)

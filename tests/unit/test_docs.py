@@ -65,10 +65,11 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
         if options.words[0] != "list":
             study_cells(load_study(options.words[1]), [*options.words[2:], "seed=0"], None)
         return
-    if words[0] in ("lr_find", "predict", "report"):
+    if words[0] in ("lr_find", "predict", "report", "data"):
         verb, rest = find_verb(words)
         options = parse(importlib.import_module(f"ghosttrain.commands.{verb}").ARGUMENTS, rest)
-        words = options.words if verb == "lr_find" else []
+        words = options.words if verb in ("lr_find", "data") else []
+        words = [word for word in words if "=" in word]
         compose([word.replace("/path", str(tmp_path)) for word in words], trains=False)
         return
     if words[0] in VERBS:
