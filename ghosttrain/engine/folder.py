@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ghosttrain.config.identity import run_name, run_settings, settings_hash
+from ghosttrain.config.identity import flatten, run_name, run_settings, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.metrics import WORDS, class_lines, table_lines, verdict
 from ghosttrain.engine.run_files import (
@@ -107,11 +107,20 @@ def validate_settings(folder: Path, before: Mapping[str, Any], config: Config) -
         UserError: naming the settings that differ and what to type.
     """
     before, now = _apart_from_data(before), _apart_from_data(run_settings(config))
+    before = {**_added_since(before, now), **before}
     if config.train.extended_at:
         free = ("train.epochs", "train.extended_at")
         before, now = ({k: v for k, v in each.items() if k not in free} for each in (before, now))
     if _changed(before, now):
         raise _other_settings(folder, before, now)
+
+
+def _added_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of settings that the version which wrote `before` did not have: what they
+    do was not done then.
+    """
+    defaults = flatten(Config().model_dump(mode="json"))
+    return {key: defaults[key] for key in now if key not in before and key in defaults}
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

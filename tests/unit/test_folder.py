@@ -203,6 +203,17 @@ def test_settings_that_cannot_be_read_stop_no_run(tmp_path):
         validate_settings(folder, run_settings(mine) | {"seed": 1}, mine)
 
 
+def test_a_checkpoint_of_a_version_with_fewer_settings_goes_on(tmp_path):
+    folder, mine = tmp_path / "run", config(tmp_path)
+    before = run_settings(mine)
+    for key in ("augment.jitter", "data.repeats", "data.size_schedule", "data.decoder"):
+        before.pop(key, None)
+    validate_settings(folder, before, mine)
+    other = mine.model_copy(update={"augment": mine.augment.model_copy(update={"jitter": 0.3})})
+    with pytest.raises(UserError, match="augment.jitter: 0.0 -> 0.3"):
+        validate_settings(folder, before, other)
+
+
 def test_a_finished_run_is_extended_by_more_epochs_only(tmp_path):
     def longer(epochs: int, **others: object) -> Config:
         train = mine.train.model_copy(update={"epochs": epochs, **others})
