@@ -337,7 +337,7 @@ def test_saved_settings_may_be_changed_only_where_allowed():
     assert override_saved(config, ["data.workers=0"], "eval").data.workers == 0
     with pytest.raises(UserError, match="cannot be changed for a run that exists"):
         override_saved(config, ["optim.lr=1"], "eval")
-    with pytest.raises(UserError, match="data.workers=-1 is not greater"):
+    with pytest.raises(UserError, match="data.workers=-1 is not a whole number"):
         override_saved(config, ["data.workers=-1"], "eval")
 
 
