@@ -46,6 +46,7 @@ usage: python -m ghosttrain [VERB] [key=value ...] [options]
 verbs (python -m ghosttrain VERB --help: all about one)
   train             the default; the same command again resumes, or shows a finished run's result
   eval RUN          evaluate a run again, exactly; data.root= and launch.nproc= may differ
+                    (eval --weights FILE model= data=: weights that belong to no run)
   fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere;
                     --to timm or torchvision: weights for their network of the same name)
   predict RUN IMG.. classify images and folders of them (--csv, --json, --picture FILE)

@@ -33,8 +33,7 @@ class Evaluation(NamedTuple):
 
     table: Table
     difference: float
-    """Largest absolute difference between a logit of "ema" and of "fused"; 0 where one is
-    missing."""
+    """Largest absolute difference between a logit of "fused" and of what was fused; 0 without."""
     counts: dict[str, Counts]
     """Name of a model -> what was counted."""
 
@@ -104,14 +103,14 @@ def evaluate(
     """Evaluate all models on the same batches, in float32 and eval mode.
 
     Args:
-        models: name -> model returning logits (B, K); with "ema" and "fused" their logits are
-            compared.
+        models: name -> model returning logits (B, K); the logits of "fused" are compared with those
+            of "ema" or, where there is none, of the first.
         batches: images (B, C, H, W), labels (B,), ... of this rank.
         device: where the models are.
         num_classes: K.
     """
     tallies = {name: _Tally(num_classes, device) for name in models}
-    largest = torch.zeros((), device=device)
+    largest, first = torch.zeros((), device=device), next(iter(models))
     # Branch by branch beside the fused weights: one fold against another would prove nothing.
     together = nn.ModuleList(models.values())
     branches = using_forward(together, "branches") if "fused" in models else nullcontext()
@@ -122,8 +121,9 @@ def evaluate(
             for name, logits_BK in logits.items():
                 count_as_wrong(logits_BK, labels, getattr(batch, "broken", ()))  # pairs will do
                 tallies[name].add(logits_BK, labels)
-            if "ema" in logits and "fused" in logits:
-                largest = torch.maximum(largest, (logits["ema"] - logits["fused"]).abs().max())
+            if "fused" in logits:
+                apart = logits["ema" if "ema" in logits else first] - logits["fused"]
+                largest = torch.maximum(largest, apart.abs().max())
     counts = {name: tally.counts() for name, tally in tallies.items()}
     distributed.all_max(largest)
     table = {name: row_of(each) for name, each in counts.items()}

@@ -63,10 +63,16 @@ def build_network(
     return Network(student, projection).to(device)
 
 
-def build_student(config: Config, classes: Sequence[str]) -> nn.Module:
+def build_student(
+    config: Config, classes: Sequence[str], new_classifier: bool = True, fused: bool = False
+) -> nn.Module:
     """Return the student of `config`, freshly initialised or with `model.weights`.
 
-    `classes` are the names of the data's classes in the order of its labels.
+    Args:
+        config: all settings.
+        classes: names of the data's classes in the order of its labels.
+        new_classifier: whether a classifier of other classes may start anew, or is an error.
+        fused: the inference form, of weights that are fused; not of timm's networks.
     """
     model, in_chans = config.model, config.data.in_chans
     student: Any
@@ -77,7 +83,7 @@ def build_student(config: Config, classes: Sequence[str]) -> nn.Module:
             in_chans,
             model.dropout,
             model.weights,
-            new_classifier=True,
+            new_classifier=new_classifier,
             classes=classes,
             drop_path=model.drop_path,
         )
@@ -89,8 +95,9 @@ def build_student(config: Config, classes: Sequence[str]) -> nn.Module:
             config.reparam,
             model.dropout,
             model.weights,
+            fused=fused,
             input_stride=model.input_stride,
-            new_classifier=True,
+            new_classifier=new_classifier,
             classes=classes,
             drop_path=model.drop_path,
         )

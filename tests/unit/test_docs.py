@@ -59,6 +59,9 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
     if words[0] == "cache":
         compose(words[1:])
         return
+    if words[:2] == ["eval", "--weights"]:
+        compose(words[3:], trains=False)
+        return
     if words[0] == "study":
         options = parse(importlib.import_module("ghosttrain.commands.study").ARGUMENTS, words[1:])
         assert options.words[0] in ACTIONS
