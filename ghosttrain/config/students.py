@@ -115,9 +115,10 @@ def validate_sides(model: ModelConfig, data: DataConfig, micro_batch: int) -> No
     for key, size in sides:
         if size < least:
             other_stride = f", or model.input_stride=small (from {small})" if small <= size else ""
+            typed = "sides of " if key == "size_schedule" else f"data.{key}="
             raise UserError(
                 f"data.{key}={size} is too small for {model.name}, which takes images of at least "
-                f"{least}x{least} pixels: type {least} or more{other_stride}"
+                f"{least}x{least} pixels: type {typed}{least} or more{other_stride}"
             )
     side = min(data.train_sizes)
     if micro_batch == 1 and side <= one_value:

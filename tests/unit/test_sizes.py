@@ -7,8 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import refusal
 
 from ghosttrain import ranks
+from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data import loader as loading
 from ghosttrain.data.datasets import build_datasets
@@ -35,6 +37,21 @@ def test_the_size_of_an_epoch_is_that_of_the_share_it_begins_with():
 def test_points_that_are_none_are_refused(points):
     with pytest.raises(ValueError, match="shares rise from 0"):
         DataConfig(size_schedule=points)
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["data.size_schedule=[[0,32],[0.5,48]]"], ["ends with 48", "data.train_size=48"]),
+        (["data.size_schedule=[[0,8],[0.5,64]]"], ["data.size_schedule=8", "sides of 33 or more"]),
+        (["data.size_schedule=[[0,40],[0.5,64]]", "cache.dir=x"], ["cache.dir keeps"]),
+        (["data.repeats=2", "data.balance=uniform"], ["data.repeats=1 or data.balance=none"]),
+        (["data.repeats=2", "cache.dir=x"], ["cache.dir holds one output"]),
+        (["data.workers=many"], ["data.workers=many is not a whole number of 0 or more, nor auto"]),
+    ],
+)
+def test_settings_that_contradict_each_other(words, parts):
+    refusal(lambda: compose(["+recipe=compact_kd", "model=ghostnetv3_050", *words]), *parts)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -48,8 +48,8 @@ def test_an_image_that_is_drawn_twice_is_augmented_in_two_ways(ghosttrain, tmp_p
     def train_transform(*args):
         transform = real(*args)
 
-        def watched(open_image, draw, index):
-            pixels = transform(open_image, draw, index)
+        def watched(open_image, draw, index, **how):
+            pixels = transform(open_image, draw, index, **how)
             drawn.append((draw, index, pixels[0].sum().item()))
             return pixels
 
