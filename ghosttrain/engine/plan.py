@@ -113,7 +113,7 @@ class Plan:
             self.micro_batch,
             rank=rank,
             world=self.ranks,
-            start_step=step - epoch * self.steps_per_epoch,
+            start_step=step - self.begin_of(epoch),
             order=order,
         )
 

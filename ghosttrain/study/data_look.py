@@ -18,6 +18,7 @@ from PIL import Image
 from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.augment import Draw, draw, eval_transform, train_transform
 from ghosttrain.data.datasets import Dataset, FileDataset, build_datasets
+from ghosttrain.data.datasets.base import evenly
 from ghosttrain.data.decode import BrokenImage, decoded, orientation, upright_size
 from ghosttrain.data.operations import NO_ARGUMENT
 from ghosttrain.engine.figures import new_figure, save_figure
@@ -75,11 +76,6 @@ def draw_sheet(config: Config, samples: int, draws: int, out: Path | None = None
         out = root / f"data_show-{time.strftime('%Y%m%d-%H%M%S')}.png"
     save_figure(figure, out, dpi=110)
     return out
-
-
-def evenly(count: int, chosen: int) -> list[int]:
-    """Return up to `chosen` numbers below `count`, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, chosen).round().astype(int)).tolist()
 
 
 def words_of(drawn: Draw) -> str:

@@ -219,6 +219,7 @@ def test_inspect_draws_a_picture(ghosttrain, stored, tmp_path):
         (["augment.erasing_prob=0"], "augment.erasing_prob"),
         (["augment=autoaugment"], 'augment.operations: stored "randaugment", now "autoaugment"'),
         (["data.decoder=pillow"], 'versions.jpeg: stored "simplejpeg 1.'),
+        (["data.orientation=apply"], 'data.orientation: stored nothing, now "apply"'),
         (["data.train_size=96"], "data.train_size: stored 64, now 96"),
         (["teacher.input_size=128"], "teacher.teacher.input_size: stored 96, now 128"),
         (["teacher=efficientnet_lite1", "teacher.input_size=96"], "tf_efficientnet_lite1"),

@@ -13,8 +13,9 @@ from ghosttrain.cli import main
 from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import draw
+from ghosttrain.data.datasets.base import evenly
 from ghosttrain.study import data_look
-from ghosttrain.study.data_look import draw_sheet, evenly, statistics, words_of
+from ghosttrain.study.data_look import draw_sheet, statistics, words_of
 
 
 @pytest.fixture

@@ -128,6 +128,11 @@ class ArrayDataset(Dataset):
         return b"".join(self._content())
 
 
+def evenly(count: int, chosen: int) -> list[int]:
+    """Return up to `chosen` numbers below `count`, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, chosen).round().astype(int)).tolist()
+
+
 def splits(data: DataConfig) -> tuple[tuple[str, str], tuple[str, str]]:
     """Return the names of the training and of the held-out split, each with its setting's name."""
     return (data.train_split, "train_split"), (data.val_split, "val_split")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ghosttrain.config.schema import DataConfig
-from ghosttrain.data.datasets.base import Dataset, splits
+from ghosttrain.data.datasets.base import Dataset, evenly, splits
 from ghosttrain.data.datasets.duplicates import near_duplicates
 from ghosttrain.data.datasets.splitting import held_out_mask, is_split_here
 from ghosttrain.data.datasets.tree import class_names, entries, list_tree
@@ -64,8 +64,7 @@ class FileDataset(Dataset):
         reading the 140 GB of ImageNet would take too long.
         """
         yield self.names.tobytes()
-        last = len(self) - 1
-        for index in np.unique(np.linspace(0, last, DIGEST_FILES).round().astype(int)):
+        for index in evenly(len(self), DIGEST_FILES):
             yield read_file(self.path(index))
 
     def _index(self) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ghosttrain.config.schema import DataConfig
-from ghosttrain.data.datasets.base import Dataset
+from ghosttrain.data.datasets.base import Dataset, evenly
 from ghosttrain.data.datasets.duplicates import near_duplicates
 from ghosttrain.data.datasets.splitting import is_split_here
 from ghosttrain.data.decode import is_deep_colour, reduction, stated_depth, to_pixels
@@ -54,9 +54,9 @@ def unusual_notes(data: DataConfig, train_set: Dataset) -> tuple[str, ...]:
     sees, very wide or tall, or few of a class. Looks at up to `LOOKED_AT` of them.
     """
     sides, ratios, grey, looked = [], [], 0, 0
-    for index in np.unique(np.linspace(0, len(train_set) - 1, LOOKED_AT).round().astype(int)):
+    for index in evenly(len(train_set), LOOKED_AT):
         try:
-            image = train_set.open(int(index))
+            image = train_set.open(index)
             pixels = np.asarray(to_pixels(image, 3, reduction(image, (64, 64)), data.bit_depth))
         except UserError:
             continue
@@ -112,9 +112,9 @@ def inspect_images(dataset: Dataset) -> tuple[str, ...]:
     Looks at up to `LOOKED_AT` evenly spaced images; those that cannot be decoded are left to
     whoever needs them.
     """
-    indices = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).round().astype(int))
+    indices = evenly(len(dataset), LOOKED_AT)
     one_colour, deep, highest, deep_colour, brightest, overall = [], 0, 0, 0, 0, 0
-    for index in indices.tolist():
+    for index in indices:
         try:
             image = dataset.open(index)
             colour, stated = is_deep_colour(image), stated_depth(image)
