@@ -11,11 +11,12 @@ from helpers import refusal
 
 from ghosttrain import ranks
 from ghosttrain.config.compose import compose
-from ghosttrain.config.schema import AugmentConfig, DataConfig
+from ghosttrain.config.schema import AugmentConfig, DataConfig, TeacherConfig
 from ghosttrain.data import loader as loading
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import train_loader, worker_count
 from ghosttrain.data.order import epoch_order, repeated_order
+from ghosttrain.distill.teacher import build_teacher
 
 CPU = torch.device("cpu")
 
@@ -70,6 +71,16 @@ def test_another_size_shows_the_same_crops(workers):
         assert torch.equal(two.images, three.images)
         for view in one.views:
             assert torch.equal(one.views[view], two.views[view])
+
+
+def test_a_teacher_sees_its_own_size_while_the_student_sees_less():
+    """Not the student's small images, enlarged."""
+    plain = DataConfig(train_size=96, mean=(0.3,) * 3, std=(0.3,) * 3)
+    rising = plain.model_copy(update={"size_schedule": ((0.0, 40), (0.5, 96))})
+    digits_teacher = TeacherConfig(name="digits", weights="digits")
+    names = [str(digit) for digit in range(10)]
+    views = [build_teacher(digits_teacher, names, data, CPU).views for data in (plain, rising)]
+    assert views[0] == () and [side for side, _ in views[1]] == [64]
 
 
 @pytest.mark.parametrize("n, repeats", [(12, 3), (13, 3), (10, 4), (5, 8), (7, 1)])
