@@ -25,6 +25,7 @@ VERBS = {
     "train": "train a run; the same command again resumes it, or shows its result",
     "eval": "evaluate a run again, exactly",
     "fuse": "write the inference model of a run",
+    "export": "convert a run for a device, and prove that the file answers alike",
     "predict": "classify images by the network of a run",
     "wrong": "the held-out images a run is most certain of and wrong about",
     "report": "results side by side",

@@ -27,7 +27,7 @@ ARGUMENTS = with_config_dir(
     )
 )
 VERB_NAMES = (
-    "train", "eval", "fuse", "predict", "wrong", "report", "study", "recipes", "lr_find",
+    "train", "eval", "fuse", "export", "predict", "wrong", "report", "study", "recipes", "lr_find",
     "data", "cache", "bench", "version",
 )  # fmt: skip
 ALSO_SECTIONS = ("train", "cache", "data")
@@ -49,6 +49,8 @@ verbs (python -m ghosttrain VERB --help: all about one)
                     (eval --weights FILE model= data=: weights that belong to no run)
   fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere;
                     --to timm or torchvision: weights for their network of the same name)
+  export RUN --to F a file for a device (onnx, litert, executorch, openvino, coreml, ncnn,
+                    torch_export), run and compared with PyTorch on the held-out images
   predict RUN IMG.. classify images and folders of them (--csv, --json, --picture FILE)
   wrong RUN         the held-out images it is most certain of and wrong about: wrong.png
   report RUN...     results side by side: mean and standard deviation over seeds

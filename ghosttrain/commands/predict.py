@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ghosttrain.commands.arguments import Arguments, validate_counts
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.errors import UserError
 from ghosttrain.terminal import go_on_without, printable
 
+if TYPE_CHECKING:
+    from ghosttrain.engine.weights_file import WeightsKind
+
 ARGUMENTS = Arguments(
     "predict",
-    "RUN IMAGE|FOLDER ... [options]",
-    "Classify images, and all images of folders, by the network of a run: the best classes of\n"
-    "each with their probabilities. An image that cannot be decoded is named; the others go on.",
+    "RUN|FILE IMAGE|FOLDER ... [options]",
+    "Classify images, and all images of folders, by the network of a run, or by a file that\n"
+    "export wrote, in its own runtime: the best classes of each with their probabilities. An\n"
+    "image that cannot be decoded is named; the others go on.",
     takes_folders=True,
 )
 ARGUMENTS.add_argument("--top", metavar="K", type=int, default=5, help="classes for each image (5)")
@@ -38,16 +45,12 @@ def run(options: Namespace) -> int:
             "runs/finetune/NAME photo.jpg folder"
         )
     validate_counts(top=options.top, batch=options.batch)
-    from ghosttrain.engine.load import load_run
     from ghosttrain.engine.predict import image_files, predict_files
-    from ghosttrain.engine.run_files import read_config
-    from ghosttrain.engine.student import has_fused_form
-    from ghosttrain.engine.weights_file import WeightsKind
 
-    config, files = read_config(Path(folder)), image_files(words)
+    load, data = _model(Path(folder), options.weights)
+    files = image_files(words)
     go_on_without()
-    kind: WeightsKind = options.weights or ("fused" if has_fused_form(config) else "ema")
-    model = load_run(folder, kind)
+    model = load()
     failed: list[str] = []
     found = predict_files(model, files, options.top, options.batch, failed.append)
     for path, best in found:
@@ -55,8 +58,28 @@ def run(options: Namespace) -> int:
         print(printable(f"{path}: {shown}"))
     for line in failed:
         print(f"ghosttrain: error: {line}", file=sys.stderr)
-    _write(options, found, config.data)
+    _write(options, found, data)
     return int(bool(failed))
+
+
+def _model(path: Path, weights: WeightsKind | None) -> tuple[Callable[[], Any], DataConfig]:
+    """Return what loads the network of a run, or what runs an exported file, and how it takes
+    images.
+    """
+    from ghosttrain.engine.load import load_run
+    from ghosttrain.engine.run_files import read_config
+    from ghosttrain.engine.student import has_fused_form
+
+    if path.is_file() or path.suffix == ".mlpackage":
+        from ghosttrain.deploy.runtime import ExportedModel
+
+        if weights:
+            raise UserError(f"--weights is for a run; {path} is a file with weights of its own")
+        exported = ExportedModel(path)
+        return lambda: exported, exported.data
+    config = read_config(path)
+    kind: WeightsKind = weights or ("fused" if has_fused_form(config) else "ema")
+    return partial(load_run, path, kind), config.data
 
 
 def _write(
@@ -89,8 +112,6 @@ def _write(
         ]  # fmt: skip
         write_text(Path(options.json), json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     if options.picture:
-        from functools import partial
-
         shown = [
             (partial(opened, path, 2**40), f"{path.name}\n{best[0][0]} {100 * best[0][1]:.1f} %")
             for path, best in found

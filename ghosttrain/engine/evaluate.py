@@ -46,6 +46,7 @@ class HeldOutImages:
 
     def __init__(self, dataset: Dataset, config: Config, device: torch.device, batch: int) -> None:
         """`batch`: images per forward pass and rank."""
+        self.indices: Sequence[int]
         self.indices = eval_indices(len(dataset), distributed.rank(), distributed.world_size())
         self.batch = batch
         self.loader = eval_loader(dataset, config.data, device, config.train.channels_last)

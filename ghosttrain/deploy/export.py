@@ -1,0 +1,264 @@
+"""Export a run: convert, write what belongs beside the file, run it, let it pass or reject it."""
+
+from __future__ import annotations
+
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghosttrain.config.schema import Config
+from ghosttrain.data.datasets import Dataset
+from ghosttrain.data.datasets.base import evenly
+from ghosttrain.deploy.formats import Format, versions
+from ghosttrain.deploy.network import Deployed, example_of, write_preprocess
+from ghosttrain.deploy.parity import BOUND, Comparison, compare, first_difference
+from ghosttrain.deploy.runtime import stretched
+from ghosttrain.engine.evaluate import HeldOutImages
+from ghosttrain.engine.load import held_out_of
+from ghosttrain.errors import UserError
+from ghosttrain.files import file_digest, sync_folder, write_json, write_text
+from ghosttrain.models.cost import count_macs, count_params
+from ghosttrain.text import byte_size, one_line
+
+REJECTED = ".rejected"
+"""How the name of a file ends that did not answer as its network."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an exported file shall be."""
+
+    precision: str = "fp32"
+    size: tuple[int, int] | None = None
+    """Height and width; None: `data.eval_size`."""
+    batch: int | None = None
+    """Images at once; None: any number where the format knows it, else 1."""
+    images: int | None = None
+    """Held-out images that it is tried on; None: all."""
+
+
+def export_run(
+    source: Deployed, config: Config, formats: Sequence[Format], wanted: Wanted
+) -> list[dict[str, Any]]:
+    """Export a network in several formats into RUN/export/<format>; return what the reports say.
+
+    Args:
+        source: the network.
+        config: its settings, those of the data as they are here.
+        formats: what to convert to.
+        wanted: what the files shall be.
+
+    Raises:
+        UserError: a precision that a format does not have; held-out images that are not there or
+            have other classes.
+    """
+    for made in formats:
+        if wanted.precision not in made.precisions:
+            raise UserError(
+                f"--precision {wanted.precision} does not exist for {made.name}: choose "
+                f"{' or '.join(made.precisions)}"
+            )
+    held_out, batch = held_out_of(source.folder, config)
+    size = wanted.size or (config.data.eval_size, config.data.eval_size)
+    validate_size(source, size)
+    print(about(source, size), flush=True)
+    reports = []
+    for made in formats:
+        images = HeldOut(held_out, config, batch, size, wanted.images)
+        try:
+            reports.append(export_one(source, made, wanted, images))
+            print(line(reports[-1]), flush=True)
+        except ConversionFailed as failed:  # the other formats go on
+            reports.append({"format": made.name, "passed": False, "error": str(failed)})
+            print(failed, flush=True)
+    return reports
+
+
+class ConversionFailed(Exception):
+    """A converter could not write its file."""
+
+
+def validate_size(source: Deployed, size: tuple[int, int]) -> None:
+    """Raise UserError where a network cannot take images of this height and width."""
+    try:
+        with torch.inference_mode():
+            source.network(example_of(source, size, 1))
+    except (UserError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--size {size[0]}x{size[1]}: {source.config.model.name} cannot take such images "
+            f"({one_line(error).partition(': ')[0]})"
+        ) from None
+
+
+def about(source: Deployed, size: tuple[int, int]) -> str:
+    """Return what is exported, in one line."""
+    config = source.config
+    params = count_params(source.network)
+    macs = count_macs(network_alone(source), size[0], config.data.in_chans)
+    at = f"{size[0]} px" if size[0] == size[1] else f"{size[0]} x {size[1]} px"
+    note = "" if size[0] == size[1] else f" ({size[0]} x {size[0]} px)"
+    return (
+        f"{source.folder}: {config.model.name}, inference form, {params / 1e6:.3f} M parameters, "
+        f"{macs / 1e6:.1f} M MACs{note}; {at}"
+    )
+
+
+def network_alone(source: Deployed) -> torch.nn.Module:
+    """Return the network without its preprocessing."""
+    network: Any = source.network
+    return network.network if source.include_preprocess else network
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out images of a run, as a file takes them."""
+
+    dataset: Dataset
+    config: Config
+    batch: int
+    size: tuple[int, int]
+    most: int | None = None
+    """Of so many, evenly spread; None: all."""
+
+    def batches(self, source: Deployed) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs of a network and labels (B,).
+
+        Where another size is wanted than the run's, images are stretched to it.
+        """
+        held = HeldOutImages(self.dataset, self.config, torch.device("cpu"), self.batch)
+        held.indices = evenly(len(self.dataset), self.most or len(self.dataset))
+        with held:
+            for batch in held:
+                images = batch.images
+                if tuple(images.shape[2:]) != self.size:
+                    images = stretched(images, self.size)
+                yield source.inputs_of(images.contiguous()).contiguous(), batch.labels
+
+
+def export_one(source: Deployed, made: Format, wanted: Wanted, held_out: HeldOut) -> dict[str, Any]:
+    """Convert a network, try the file, and leave both in RUN/export/<format>; return its report."""
+    free = made.dynamic_batch and wanted.batch is None
+    fixed_batch = None if free else wanted.batch or 1
+    example = example_of(source, held_out.size, 2 if free else fixed_batch or 1)
+    with making(folder_of(source.folder, made, wanted.precision)) as folder:
+        path = folder / f"model{made.suffix}"
+        try:
+            made.convert(source.network, example, path, wanted.precision, free)
+        except Exception as error:  # of another project's code, whatever it raises
+            log = source.folder / "export" / f"{made.name}.error.txt"
+            write_text(log, traceback.format_exc())
+            raise ConversionFailed(
+                f"{made.name} {wanted.precision}: its converter failed ({type(error).__name__}: "
+                f"{one_line(error)[:160]}); all of it: {log}"
+            ) from error
+        write_preprocess(folder, source, held_out.size)
+        report = report_of(source, made, wanted, path, list(example.shape), free)
+        bound = BOUND.get(wanted.precision)
+        if reason := made.runs_here():
+            report |= {"verified": False, "passed": None, "note": f"not verified: {reason}"}
+        else:
+            found = compare(
+                source.network,
+                made.load(path, 1),
+                held_out.batches(source),
+                fixed_batch,
+                bound,
+            )
+            report |= {"verified": True, "passed": found.passes(bound), "bound": bound}
+            report["comparison"] = found.record()
+            if not report["passed"]:
+                assert bound is not None
+                report |= rejection(source, made, folder, held_out, bound)
+        write_json(folder / "report.json", report)
+    return report
+
+
+def rejection(
+    source: Deployed, made: Format, folder: Path, held_out: HeldOut, bound: float
+) -> dict[str, Any]:
+    """Give the files of a rejected model their other name; return where it differs first."""
+    for path in folder.glob("model.*"):
+        path.rename(path.with_name(f"{path.name}{REJECTED}"))
+    inputs, _ = next(iter(held_out.batches(source)))
+    found = first_difference(source.network, made, inputs[:1].contiguous(), bound)
+    return {"file": f"model{made.suffix}{REJECTED}", "first_layer": found and list(found)}
+
+
+def folder_of(run: Path, made: Format, precision: str) -> Path:
+    """Return where a run's file of a format is: RUN/export/onnx, RUN/export/onnx_fp16."""
+    return run / "export" / (made.name if precision == "fp32" else f"{made.name}_{precision}")
+
+
+class making:
+    """A folder that is either the old one or complete: it is filled under another name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.part = folder, folder.with_name(f".{folder.name}.part")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+        return self.part
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.part, ignore_errors=True)
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.part.rename(self.folder)
+        sync_folder(self.folder.parent)
+
+
+def report_of(
+    source: Deployed, made: Format, wanted: Wanted, path: Path, shape: list[int], free: bool
+) -> dict[str, Any]:
+    """Return what is known of a file before it is tried."""
+    files = sorted(p for p in path.parent.rglob("*") if p.is_file() and p.name != "preprocess.json")
+    weights = source.folder / "model.safetensors"
+    return {
+        "run": str(source.folder),
+        "weights": file_digest(weights) if weights.is_file() else None,
+        "format": made.name,
+        "precision": wanted.precision,
+        "file": path.name,
+        "bytes": sum(p.stat().st_size for p in files),
+        "input": [None if free else shape[0], *shape[1:]],
+        "include_preprocess": source.include_preprocess,
+        "versions": versions(made),
+    }
+
+
+def line(report: dict[str, Any]) -> str:
+    """Return what became of a file, in one line."""
+    batch = report["input"][0]
+    name = Path(report["run"]) / "export"
+    name /= report["format"] + ("" if report["precision"] == "fp32" else f"_{report['precision']}")
+    head = (
+        f"{report['format']} {report['precision']}: {name / report['file']}, "
+        f"{byte_size(report['bytes'])}, {'any batch' if batch is None else f'batch {batch}'}"
+    )
+    if not report["verified"]:
+        return f"{head}; converted, {report['note']}"
+    found = Comparison(**report["comparison"])
+    answers = "a probability" if report["include_preprocess"] else "a logit"
+    text = (
+        f"{head}; {found.images:,} images: top-1 {found.top1_exported:.2f} % (PyTorch "
+        f"{found.top1:.2f} %), same class for {found.agreement:.2f} %, largest difference of "
+        f"{answers} {found.largest:.1e} (mean {found.mean:.1e}; "
+        f"the largest is {found.scale:.3g})"
+    )
+    if report["passed"]:
+        return text
+    layer = report.get("first_layer")
+    where = (
+        f"the first layer that differs is {layer[0]}, by {layer[1]:.1e} of its largest value"
+        if layer
+        else "each layer alone is within the bound"
+    )
+    return f"{text}\nREJECTED: {report['bound']:.0e} of the largest is allowed; {where}"

@@ -1,0 +1,129 @@
+"""The formats a network is exported to, one module each: what it knows, how it is made and run.
+
+A module has `FORMAT`, and imports its packages only where it needs them: each is an extra.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ghosttrain.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMATS = {
+    "onnx": "ONNX, run by onnxruntime",
+    "torch_export": "torch.export's archive, run by PyTorch",
+    "litert": "LiteRT (TensorFlow Lite): Android, iOS, Linux",
+    "executorch": "ExecuTorch with XNNPACK: Android, iOS, Linux",
+    "openvino": "OpenVINO: processors and graphics of Intel, processors of ARM",
+    "coreml": "Core ML: iOS, macOS; it runs on macOS only",
+    "ncnn": "ncnn: Android, iOS, Linux",
+}
+"""Name of a format -> what it is for; its module is `ghosttrain.deploy.formats.<name>`."""
+PRECISIONS = ("fp32", "fp16", "int8")
+
+Runner = Callable[["np.ndarray"], "list[np.ndarray]"]
+"""Images, float32 (B, C, H, W) or uint8 (B, H, W, C) as the file wants them -> its outputs, each
+(B, ...)."""
+Convert = Callable[..., None]
+"""(network, example images, file, precision, whether the batch is free): writes the file."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is known of a format."""
+
+    name: str
+    suffix: str
+    """Of the file that its runtime opens."""
+    convert: Convert
+    load: Callable[[Path, int], Runner]
+    """(file, threads) -> what runs it."""
+    packages: tuple[str, ...] = ()
+    """Distributions that must be installed."""
+    precisions: tuple[str, ...] = ("fp32",)
+    dynamic_batch: bool = False
+    """Whether a file can take any number of images at once."""
+    conflicts: Mapping[str, str] = field(default_factory=dict)
+    """Distribution -> first version that does not go together with this format."""
+    runs_here: Callable[[], str] = lambda: ""
+    """Why its runtime cannot run on this system; "" where it can."""
+
+
+def find(name: str) -> Format:
+    """Return a format by its name.
+
+    Raises:
+        UserError: there is none of this name, or its packages are missing or do not go together.
+    """
+    found = known(name)
+    for package, first in found.conflicts.items():
+        if _numbers(metadata.version(package)) >= _numbers(first):
+            raise UserError(
+                f"{name} needs {package} below {first}, here is {metadata.version(package)}: "
+                f"{own_environment(name, f'{package}<{first}')}"
+            )
+    missing = [package for package in found.packages if not _installed(package)]
+    if missing:
+        raise UserError(
+            f"{name} needs {' and '.join(missing)}, not installed here: "
+            + (own_environment(name) if found.conflicts else f"pip install 'ghosttrain[{name}]'")
+        )
+    return found
+
+
+def known(name: str) -> Format:
+    """Return a format by its name, whatever is installed; UserError where there is none."""
+    if name not in FORMATS:
+        raise UserError(f"{name!r} is no format.{did_you_mean(name, FORMATS)}")
+    module: Any = importlib.import_module(f"ghosttrain.deploy.formats.{name}")
+    return module.FORMAT
+
+
+def of_file(path: Path) -> str:
+    """Return the format of an exported file, by its suffix.
+
+    Raises:
+        UserError: no such file, or no format has this suffix.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    suffixes = {known(name).suffix: name for name in FORMATS}
+    for suffix, name in suffixes.items():
+        if path.name.endswith(suffix):
+            return name
+    raise UserError(
+        f"{path} is no file of a format that can be run: its name ends with none of "
+        f"{', '.join(suffixes)}"
+    )
+
+
+def own_environment(name: str, also: str = "") -> str:
+    """Return what makes an environment for a format that does not go together with others."""
+    packages = " ".join(f"'{each}'" for each in (f"ghosttrain[{name}]", also) if each)
+    return f"python -m venv .venv-{name} && .venv-{name}/bin/pip install {packages}"
+
+
+def versions(found: Format) -> dict[str, str]:
+    """Return the versions of PyTorch and of a format's packages."""
+    return {name: metadata.version(name) for name in ("torch", *found.packages)}
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
