@@ -27,8 +27,8 @@ ARGUMENTS = with_config_dir(
     )
 )
 VERB_NAMES = (
-    "train", "eval", "fuse", "export", "predict", "wrong", "report", "study", "recipes", "lr_find",
-    "data", "cache", "bench", "version",
+    "train", "eval", "fuse", "export", "latency", "predict", "wrong", "report", "study",
+    "recipes", "lr_find", "data", "cache", "bench", "version",
 )  # fmt: skip
 ALSO_SECTIONS = ("train", "cache", "data")
 """Verbs that a section of settings is called like: their help shows both."""
@@ -51,6 +51,7 @@ verbs (python -m ghosttrain VERB --help: all about one)
                     --to timm or torchvision: weights for their network of the same name)
   export RUN --to F a file for a device (onnx, litert, executorch, openvino, coreml, ncnn,
                     torch_export), run and compared with PyTorch on the held-out images
+  latency RUN|MODEL|FILE  measured time of one pass, in PyTorch and in devices' runtimes
   predict RUN IMG.. classify images and folders of them (--csv, --json, --picture FILE)
   wrong RUN         the held-out images it is most certain of and wrong about: wrong.png
   report RUN...     results side by side: mean and standard deviation over seeds

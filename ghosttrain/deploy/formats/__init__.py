@@ -30,9 +30,24 @@ FORMATS = {
 """Name of a format -> what it is for; its module is `ghosttrain.deploy.formats.<name>`."""
 PRECISIONS = ("fp32", "fp16", "int8")
 
-Runner = Callable[["np.ndarray"], "list[np.ndarray]"]
-"""Images, float32 (B, C, H, W) or uint8 (B, H, W, C) as the file wants them -> its outputs, each
-(B, ...)."""
+
+@dataclass(frozen=True)
+class Runner:
+    """A file, ready to run."""
+
+    call: Callable[[np.ndarray], list[np.ndarray]]
+    """Images, float32 (B, C, H, W) or uint8 (B, H, W, C) as the file wants them -> its outputs,
+    each (B, ...)."""
+    shape: tuple[int | None, ...] | None = None
+    """Of its input, as the file says; None in it: any number. None: the file does not say."""
+    dtype: str = "float32"
+    """Of its input."""
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        """Return its outputs."""
+        return self.call(images)
+
+
 Convert = Callable[..., None]
 """(network, example images, file, precision, whether the batch is free): writes the file."""
 

@@ -45,7 +45,7 @@ def load(path: Path, threads: int = 1) -> Runner:
         found = model.predict({"images": x})
         return [np.asarray(found[name]) for name in outputs]
 
-    return run
+    return Runner(run)
 
 
 FORMAT = Format(

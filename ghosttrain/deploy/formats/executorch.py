@@ -43,7 +43,8 @@ def load(path: Path, threads: int = 1) -> Runner:
         outputs = method.execute([torch.from_numpy(np.ascontiguousarray(x)).contiguous()])
         return [y.numpy().copy() for y in outputs]
 
-    return run
+    images = method.metadata.input_tensor_meta(0)
+    return Runner(run, tuple(images.sizes()), {0: "uint8"}.get(images.dtype(), "float32"))
 
 
 FORMAT = Format(

@@ -70,7 +70,8 @@ def load(path: Path, threads: int = 1) -> Runner:
         interpreter.invoke()
         return [interpreter.get_tensor(output["index"]) for output in outputs]
 
-    return run
+    shape = tuple(int(side) for side in images["shape"])
+    return Runner(run, shape, np.dtype(images["dtype"]).name)
 
 
 FORMAT = Format(

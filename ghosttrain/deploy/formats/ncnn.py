@@ -52,7 +52,7 @@ def load(path: Path, threads: int = 1) -> Runner:
     def run(x: np.ndarray) -> list[np.ndarray]:
         return [np.stack(each) for each in zip(*map(one, x), strict=True)]
 
-    return run
+    return Runner(run)
 
 
 FORMAT = Format(

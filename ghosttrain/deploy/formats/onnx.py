@@ -58,7 +58,8 @@ def load(path: Path, threads: int = 1) -> Runner:
     def run(x: np.ndarray) -> list[np.ndarray]:
         return session.run(None, {images.name: x})
 
-    return run
+    shape = tuple(side if isinstance(side, int) else None for side in images.shape)
+    return Runner(run, shape, {"tensor(uint8)": "uint8"}.get(images.type, "float32"))
 
 
 def session_of(path: Path, threads: int = 1, optimized: Path | None = None):  # type: ignore[no-untyped-def]

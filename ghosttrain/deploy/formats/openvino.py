@@ -44,7 +44,9 @@ def load(path: Path, threads: int = 1) -> Runner:
         found = compiled([np.ascontiguousarray(x)])
         return [np.array(found[output]) for output in outputs]
 
-    return run
+    images = compiled.inputs[0]
+    shape = tuple(side.get_length() if side.is_static else None for side in images.partial_shape)
+    return Runner(run, shape, {"u8": "uint8"}.get(images.element_type.get_type_name(), "float32"))
 
 
 FORMAT = Format(

@@ -26,14 +26,21 @@ def load(path: Path, threads: int = 1) -> Runner:
     import torch
 
     with quietly():
-        module = torch.export.load(path).module()
+        program = torch.export.load(path)
+        module = program.module()
+    images = next(
+        node.meta["val"]
+        for node in program.graph.nodes
+        if node.name in program.graph_signature.user_inputs
+    )
 
     @torch.inference_mode()
     def run(x: np.ndarray) -> list[np.ndarray]:
         outputs = module(torch.from_numpy(x))
         return [y.numpy() for y in (outputs if isinstance(outputs, tuple | list) else [outputs])]
 
-    return run
+    shape = tuple(side if isinstance(side, int) else None for side in images.shape)
+    return Runner(run, shape, str(images.dtype).removeprefix("torch."))
 
 
 FORMAT = Format("torch_export", ".pt2", convert, load, dynamic_batch=True)
