@@ -26,6 +26,7 @@ VERBS = {
     "eval": "evaluate a run again, exactly",
     "fuse": "write the inference model of a run",
     "export": "convert a run for a device, and prove that the file answers alike",
+    "quantize": "write a run in INT8, and measure what it costs",
     "latency": "time one pass of a run, a model or a file",
     "predict": "classify images by the network of a run",
     "wrong": "the held-out images a run is most certain of and wrong about",

@@ -15,7 +15,8 @@ OPTIONS_WITH_VALUE = (
     *("-c", "--cfg", "-p", "--package", "--info", "-cd", "--config-dir", "--out", "--to"),
     *("-sc", "--shell-completion"),
     *("--rounds", "--threads", "--forwards", "--images", "--steps", "--difference"),
-    *("--samples", "--draws", "--precision", "--size", "--backend"),
+    *("--samples", "--draws", "--precision", "--size", "--backend", "--max-drop", "--calibration"),
+    "--seed",
     *("--top", "--batch", "--curves", "--csv", "--json", "--picture", "--weights"),
 )
 """Options that take the next word: it is no verb, even where it is called like one."""

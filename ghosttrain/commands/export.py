@@ -67,7 +67,14 @@ def run(options: Namespace) -> int:
     config = override_saved(source.config, overrides, "eval")
     go_on_without()
     wanted = Wanted(options.precision, size, options.batch, options.images)
-    reports = export_run(source, config, formats, wanted)
+    if options.precision == "int8":
+        from ghosttrain.deploy.quantize import Calibration, quantize_run
+
+        if size:
+            raise UserError("--size is not for --precision int8: its ranges are those of the run's")
+        reports = quantize_run(source, config, formats, wanted, Calibration(), max_drop=1.0)
+    else:
+        reports = export_run(source, config, formats, wanted)
     return int(any(report["passed"] is False for report in reports))
 
 

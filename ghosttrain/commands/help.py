@@ -27,7 +27,7 @@ ARGUMENTS = with_config_dir(
     )
 )
 VERB_NAMES = (
-    "train", "eval", "fuse", "export", "latency", "predict", "wrong", "report", "study",
+    "train", "eval", "fuse", "export", "quantize", "latency", "predict", "wrong", "report", "study",
     "recipes", "lr_find", "data", "cache", "bench", "version",
 )  # fmt: skip
 ALSO_SECTIONS = ("train", "cache", "data")
@@ -51,6 +51,7 @@ verbs (python -m ghosttrain VERB --help: all about one)
                     --to timm or torchvision: weights for their network of the same name)
   export RUN --to F a file for a device (onnx, litert, executorch, openvino, coreml, ncnn,
                     torch_export), run and compared with PyTorch on the held-out images
+  quantize RUN      the same in INT8; layers stay in float until the accuracy holds
   latency RUN|MODEL|FILE  measured time of one pass, in PyTorch and in devices' runtimes
   predict RUN IMG.. classify images and folders of them (--csv, --json, --picture FILE)
   wrong RUN         the held-out images it is most certain of and wrong about: wrong.png

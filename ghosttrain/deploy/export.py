@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,7 @@ def export_run(
         UserError: a precision that a format does not have; held-out images that are not there or
             have other classes.
     """
-    for made in formats:
-        if wanted.precision not in made.precisions:
-            raise UserError(
-                f"--precision {wanted.precision} does not exist for {made.name}: choose "
-                f"{' or '.join(made.precisions)}"
-            )
+    validate_precision(formats, wanted.precision)
     held_out, batch = held_out_of(source.folder, config)
     size = wanted.size or (config.data.eval_size, config.data.eval_size)
     validate_size(source, size)
@@ -78,6 +74,16 @@ def export_run(
             reports.append({"format": made.name, "passed": False, "error": str(failed)})
             print(failed, flush=True)
     return reports
+
+
+def validate_precision(formats: Sequence[Format], precision: str) -> None:
+    """Raise UserError where a format does not have a precision."""
+    for made in formats:
+        if precision not in made.precisions:
+            raise UserError(
+                f"--precision {precision} does not exist for {made.name}: choose "
+                f"{' or '.join(made.precisions)}"
+            )
 
 
 class ConversionFailed(Exception):
@@ -148,15 +154,8 @@ def export_one(source: Deployed, made: Format, wanted: Wanted, held_out: HeldOut
     example = example_of(source, held_out.size, 2 if free else fixed_batch or 1)
     with making(folder_of(source.folder, made, wanted.precision)) as folder:
         path = folder / f"model{made.suffix}"
-        try:
+        with converting(source, made, wanted.precision):
             made.convert(source.network, example, path, wanted.precision, free)
-        except Exception as error:  # of another project's code, whatever it raises
-            log = source.folder / "export" / f"{made.name}.error.txt"
-            write_text(log, traceback.format_exc())
-            raise ConversionFailed(
-                f"{made.name} {wanted.precision}: its converter failed ({type(error).__name__}: "
-                f"{one_line(error)[:160]}); all of it: {log}"
-            ) from error
         write_preprocess(folder, source, held_out.size)
         report = report_of(source, made, wanted, path, list(example.shape), free)
         bound = BOUND.get(wanted.precision)
@@ -177,6 +176,22 @@ def export_one(source: Deployed, made: Format, wanted: Wanted, held_out: HeldOut
                 report |= rejection(source, made, folder, held_out, bound)
         write_json(folder / "report.json", report)
     return report
+
+
+@contextmanager
+def converting(source: Deployed, made: Format, precision: str) -> Iterator[None]:
+    """Turn whatever a converter raises within the block into `ConversionFailed`, and keep its trace
+    in a file: it is another project's code.
+    """
+    try:
+        yield
+    except Exception as error:
+        log = source.folder / "export" / f"{made.name}.error.txt"
+        write_text(log, traceback.format_exc())
+        raise ConversionFailed(
+            f"{made.name} {precision}: its converter failed ({type(error).__name__}: "
+            f"{one_line(error)[:160]}); all of it: {log}"
+        ) from error
 
 
 def rejection(

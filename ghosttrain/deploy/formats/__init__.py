@@ -6,6 +6,7 @@ A module has `FORMAT`, and imports its packages only where it needs them: each i
 from __future__ import annotations
 
 import importlib
+import platform
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,32 @@ FORMATS = {
 }
 """Name of a format -> what it is for; its module is `ghosttrain.deploy.formats.<name>`."""
 PRECISIONS = ("fp32", "fp16", "int8")
+Quantize = Callable[..., None]
+"""(network, calibration inputs in batches, file, what stays in float, whether the batch is free):
+writes the file."""
+
+
+@dataclass(frozen=True)
+class InFloat:
+    """What of a network is not quantized."""
+
+    layers: frozenset[str] = frozenset()
+    """Names of convolutions and linear layers."""
+    rest: bool = False
+    """Whether all that is no convolution and no linear layer: sums, products, pools."""
+
+
+def saturates() -> bool:
+    """Whether this processor is an x86 one without instructions for INT8 products (VNNI): the sum
+    of two products then overflows 16 bits, silently, where weights have all 8 bits.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return not re.search(r"\b(avx512_vnni|avx_vnni|avx_vnni_int8)\b", flags)
 
 
 @dataclass(frozen=True)
@@ -62,6 +89,7 @@ class Format:
     convert: Convert
     load: Callable[[Path, int], Runner]
     """(file, threads) -> what runs it."""
+    quantize: Quantize | None = None
     packages: tuple[str, ...] = ()
     """Distributions that must be installed."""
     precisions: tuple[str, ...] = ("fp32",)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from ghosttrain.deploy.formats import Format, Runner
+from ghosttrain.deploy.formats import Format, InFloat, Runner
 from ghosttrain.deploy.tracing import exported, quietly
 
 
@@ -47,11 +49,57 @@ def load(path: Path, threads: int = 1) -> Runner:
     return Runner(run, tuple(images.sizes()), {0: "uint8"}.get(images.dtype(), "float32"))
 
 
+def quantize(
+    network: nn.Module,
+    calibration: Sequence[Tensor],
+    path: Path,
+    kept: InFloat,
+    dynamic_batch: bool,
+) -> None:
+    """Write a .pte file in INT8, by torchao's PT2E with XNNPACK's quantizer: weights per output
+    channel, activations per tensor.
+    """
+    import torch
+
+    example = calibration[0][:1]
+    with quietly():
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        quantizer = XNNPACKQuantizer()
+        quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
+        quantizer.set_filter_function(lambda node: _is_quantized(node, kept))
+        prepared = prepare_pt2e(exported(network, example, False).module(), quantizer)
+        with torch.no_grad():
+            for batch in calibration:
+                for image in batch:
+                    prepared(image[None].contiguous())
+        write(exported(convert_pt2e(prepared), example, False), path)
+
+
+def _is_quantized(node: Any, kept: InFloat) -> bool:
+    """Whether a node of an exported graph is to be quantized. What clips the output of a layer
+    belongs to the layer.
+    """
+    kind = str(node.target)
+    if kind.startswith(("aten.relu", "aten.hardtanh")):
+        return _is_quantized(node.args[0], kept)
+    if not kind.startswith(("aten.conv", "aten.linear")):
+        return not kept.rest
+    places = node.meta.get("nn_module_stack") or {}
+    layer = [path for path, _ in places.values()][-1] if places else ""
+    return layer not in kept.layers
+
+
 FORMAT = Format(
     "executorch",
     ".pte",
     convert,
     load,
+    quantize,
     packages=("executorch", "torchao"),
     precisions=("fp32", "int8"),
 )

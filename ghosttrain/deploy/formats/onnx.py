@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from ghosttrain.deploy.formats import Format, Runner
+from ghosttrain.deploy.formats import Format, InFloat, Runner, saturates
 from ghosttrain.deploy.tracing import exported, quietly
 
 OPSET = 20
 """Of ONNX. onnxruntime has read it since version 1.17 (2024)."""
+LAYERS = ["Conv", "Gemm", "MatMul"]
 
 
 def convert(
@@ -62,6 +65,54 @@ def load(path: Path, threads: int = 1) -> Runner:
     return Runner(run, shape, {"tensor(uint8)": "uint8"}.get(images.type, "float32"))
 
 
+def quantize(
+    network: nn.Module,
+    calibration: Sequence[Tensor],
+    path: Path,
+    kept: InFloat,
+    dynamic_batch: bool,
+) -> None:
+    """Write an ONNX file with QDQ nodes: weights INT8 per output channel, activations UINT8.
+
+    Weights have 7 bits where the processor `saturates` (onnxruntime's `reduce_range`; measured
+    here, ghostnetv3_050 on the digits: 78.6 % top-1 without, 92.8 % with it, 92.2 % in float).
+    """
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(calibration)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder, quietly():
+        plain, prepared = Path(folder) / "plain.onnx", Path(folder) / "prepared.onnx"
+        convert(network, calibration[0][:2], plain, "fp32", dynamic_batch)
+        quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+        nodes = onnx.load(str(prepared)).graph.node
+        layer_of = {
+            node.name: node.input[1].removesuffix(".weight")
+            for node in nodes
+            if node.op_type in LAYERS
+        }
+        quantization.quantize_static(
+            str(prepared),
+            str(path),
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=saturates(),
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            op_types_to_quantize=LAYERS if kept.rest else None,
+            nodes_to_exclude=[node for node, layer in layer_of.items() if layer in kept.layers],
+        )
+
+
 def session_of(path: Path, threads: int = 1, optimized: Path | None = None):  # type: ignore[no-untyped-def]
     """Return onnxruntime's session of a file; with `optimized` it writes there what it made of the
     graph.
@@ -81,6 +132,7 @@ FORMAT = Format(
     ".onnx",
     convert,
     load,
+    quantize,
     packages=("onnx", "onnxscript", "onnxruntime"),
     precisions=("fp32", "fp16", "int8"),
     dynamic_batch=True,

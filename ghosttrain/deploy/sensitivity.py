@@ -1,0 +1,115 @@
+"""What INT8 does to a network layer by layer: each one alone, rounded as integers would be.
+
+Rounding is simulated in PyTorch: weights symmetric, per output channel; the layer's input affine,
+by the range seen on calibration images. So the order of the layers is the same for every format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Layer = nn.Conv2d | nn.Linear
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of one convolution or linear layer."""
+
+    layer: str
+    macs: int
+    """Of one image."""
+    error: float
+    """Squared change of the outputs when this layer alone is INT8, as a share of their squares."""
+
+
+@torch.inference_mode()
+def sensitivities(network: nn.Module, batches: Sequence[Tensor]) -> list[Sensitivity]:
+    """Return how much each layer changes the outputs of a network in INT8, the most sensitive
+    first.
+
+    Args:
+        network: in eval mode; inputs (B, ...) -> outputs (B, K). It is left as it was.
+        batches: calibration inputs.
+    """
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, Layer)}
+    ranges, macs, expected = _observed(network, layers, batches)
+    total = float(sum((y.double() ** 2).sum() for y in expected))
+    found = []
+    for name, layer in layers.items():
+        if name not in ranges:  # it never ran
+            continue
+        error = 0.0
+        with _rounded(layer, *ranges[name]):
+            for x, y in zip(batches, expected, strict=True):
+                error += float(((network(x) - y).double() ** 2).sum())
+        found.append(Sensitivity(name, macs[name], error / max(total, 1e-30)))
+    return sorted(found, key=lambda each: -each.error)
+
+
+def _observed(
+    network: nn.Module, layers: dict[str, Layer], batches: Sequence[Tensor]
+) -> tuple[dict[str, tuple[float, float]], dict[str, int], list[Tensor]]:
+    """Return by layer the range of its input and its MACs, and the outputs of the network."""
+    ranges: dict[str, tuple[float, float]] = {}
+    macs: dict[str, int] = {}
+
+    def watch(name: str, layer: Layer):  # type: ignore[no-untyped-def]
+        def saw(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            low, high = ranges.get(name, (0.0, 0.0))
+            x = inputs[0]
+            ranges[name] = min(low, float(x.min())), max(high, float(x.max()))
+            macs[name] = output[0].numel() * layer.weight[0].numel()
+
+        return layer.register_forward_hook(saw)
+
+    handles = [watch(name, layer) for name, layer in layers.items()]
+    try:
+        outputs = [network(x) for x in batches]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ranges, macs, outputs
+
+
+class _rounded:
+    """A layer whose weights and input are rounded to 8 bits within the block."""
+
+    def __init__(self, layer: Layer, low: float, high: float) -> None:
+        self.layer, self.low, self.high = layer, low, high
+
+    def __enter__(self) -> None:
+        self.kept = self.layer.weight.data
+        self.layer.weight.data = round_weights(self.kept)
+
+        def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (round_inputs(inputs[0], self.low, self.high), *inputs[1:])
+
+        self.handle = self.layer.register_forward_pre_hook(enter)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.handle.remove()
+        self.layer.weight.data = self.kept
+
+
+def round_weights(weight: Tensor) -> Tensor:
+    """Return weights (C_out, ...) as symmetric INT8 per output channel holds them."""
+    largest = weight.flatten(1).abs().amax(1).clamp(min=1e-12)
+    step = (largest / 127).reshape(-1, *[1] * (weight.ndim - 1))
+    return (weight / step).round().clamp(-127, 127) * step
+
+
+def round_inputs(x: Tensor, low: float, high: float) -> Tensor:
+    """Return x as affine UINT8 of the range from low to high, 0 included, holds it."""
+    step = max(high - low, 1e-12) / 255
+    zero = round(-low / step)
+    return ((x / step).round() + zero).clamp(0, 255).sub(zero) * step
+
+
+def int8_share(found: Sequence[Sensitivity], kept: Sequence[str]) -> float:
+    """Return the share of the MACs that are INT8 where the layers `kept` are not, in per cent."""
+    total = sum(each.macs for each in found)
+    return 100 * sum(each.macs for each in found if each.layer not in kept) / total
