@@ -28,6 +28,7 @@ VERBS = {
     "export": "convert a run for a device, and prove that the file answers alike",
     "quantize": "write a run in INT8, and measure what it costs",
     "latency": "time one pass of a run, a model or a file",
+    "pareto": "accuracy against MACs, parameters and measured latency",
     "publish": "write a folder that timm and the hub take",
     "predict": "classify images by the network of a run",
     "wrong": "the held-out images a run is most certain of and wrong about",

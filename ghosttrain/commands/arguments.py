@@ -16,7 +16,7 @@ OPTIONS_WITH_VALUE = (
     *("-sc", "--shell-completion"),
     *("--rounds", "--threads", "--forwards", "--images", "--steps", "--difference"),
     *("--samples", "--draws", "--precision", "--size", "--backend", "--max-drop", "--calibration"),
-    *("--seed", "--to-folder", "--to-hub", "--library"),
+    *("--seed", "--to-folder", "--to-hub", "--library", "--models"),
     *("--top", "--batch", "--curves", "--csv", "--json", "--picture", "--weights"),
 )
 """Options that take the next word: it is no verb, even where it is called like one."""

@@ -27,8 +27,8 @@ ARGUMENTS = with_config_dir(
     )
 )
 VERB_NAMES = (
-    "train", "eval", "fuse", "export", "quantize", "latency", "publish", "predict", "wrong",
-    "report", "study", "recipes", "lr_find", "data", "cache", "bench", "version",
+    "train", "eval", "fuse", "export", "quantize", "latency", "pareto", "publish", "predict",
+    "wrong", "report", "study", "recipes", "lr_find", "data", "cache", "bench", "version",
 )  # fmt: skip
 ALSO_SECTIONS = ("train", "cache", "data")
 """Verbs that a section of settings is called like: their help shows both."""
@@ -53,6 +53,7 @@ verbs (python -m ghosttrain VERB --help: all about one)
                     torch_export), run and compared with PyTorch on the held-out images
   quantize RUN      the same in INT8; layers stay in float until the accuracy holds
   latency RUN|MODEL|FILE  measured time of one pass, in PyTorch and in devices' runtimes
+  pareto [RUN...]   accuracy against MACs, parameters and measured latency: students and timm's
   publish RUN       a folder that timm loads (--to-folder D), also uploaded (--to-hub NAME)
   predict RUN IMG.. classify images and folders of them (--csv, --json, --picture FILE)
   wrong RUN         the held-out images it is most certain of and wrong about: wrong.png

@@ -16,7 +16,9 @@ from torch import Tensor
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.datasets.base import evenly
+from ghosttrain.deploy.card import update_card
 from ghosttrain.deploy.formats import Format, versions
+from ghosttrain.deploy.latency import one_pass
 from ghosttrain.deploy.network import Deployed, example_of, write_preprocess
 from ghosttrain.deploy.parity import BOUND, Comparison, compare, first_difference
 from ghosttrain.deploy.runtime import stretched
@@ -73,6 +75,7 @@ def export_run(
         except ConversionFailed as failed:  # the other formats go on
             reports.append({"format": made.name, "passed": False, "error": str(failed)})
             print(failed, flush=True)
+    update_card(source.folder)
     return reports
 
 
@@ -171,6 +174,7 @@ def export_one(source: Deployed, made: Format, wanted: Wanted, held_out: HeldOut
             )
             report |= {"verified": True, "passed": found.passes(bound), "bound": bound}
             report["comparison"] = found.record()
+            report["latency_ms"] = one_pass(path, held_out.size)
             if not report["passed"]:
                 assert bound is not None
                 report |= rejection(source, made, folder, held_out, bound)
@@ -266,7 +270,7 @@ def line(report: dict[str, Any]) -> str:
         f"{head}; {found.images:,} images: top-1 {found.top1_exported:.2f} % (PyTorch "
         f"{found.top1:.2f} %), same class for {found.agreement:.2f} %, largest difference of "
         f"{answers} {found.largest:.1e} (mean {found.mean:.1e}; "
-        f"the largest is {found.scale:.3g})"
+        f"the largest is {found.scale:.3g}); {report['latency_ms']:.2f} ms"
     )
     if report["passed"]:
         return text

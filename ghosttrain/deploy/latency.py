@@ -75,6 +75,14 @@ def measure(
     return found
 
 
+def one_pass(path: Path, size: tuple[int, int]) -> float:
+    """Return the median of 20 passes of a file, in milliseconds: on one thread, of one image or as
+    many as the file takes.
+    """
+    images = input_of(path, size, 1)
+    return measure({"file": file_side(path, images)}, [1], 20)[0].median
+
+
 def _one_pass(call: Callable[[], Any]) -> Callable[[int], Mapping[str, Any]]:
     return lambda number: {"pass": timed(call, _CPU)}
 

@@ -124,7 +124,7 @@ def _add_network(sides: _Sides, word: str, asked: Asked, folder: Path) -> str:
     """
     networks = networks_of(word, asked.size)
     images = torch.randn(asked.batch, networks.channels, *networks.size)
-    for backend in asked.backends or _default_backends():
+    for backend in asked.backends or default_backends():
         name = f"{word} {backend}" if len(asked.words) > 1 else backend
         if backend in IN_PYTORCH:
             sides.add_network(name, _in_pytorch(networks, backend), images)
@@ -167,7 +167,7 @@ def _about(word: str, networks: _Networks, batch: int) -> str:
     )
 
 
-def _default_backends() -> list[str]:
+def default_backends() -> list[str]:
     """Return PyTorch, and onnxruntime where it is installed."""
     try:
         find("onnx")

@@ -20,6 +20,7 @@ from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import eval_loader
 from ghosttrain.data.order import eval_batches
+from ghosttrain.deploy.card import update_card
 from ghosttrain.deploy.export import (
     ConversionFailed,
     HeldOut,
@@ -33,6 +34,7 @@ from ghosttrain.deploy.export import (
     validate_precision,
 )
 from ghosttrain.deploy.formats import Format, InFloat, saturates
+from ghosttrain.deploy.latency import one_pass
 from ghosttrain.deploy.network import Deployed, write_preprocess
 from ghosttrain.deploy.parity import Comparison, compare
 from ghosttrain.deploy.sensitivity import Sensitivity, int8_share, sensitivities
@@ -113,6 +115,7 @@ def quantize_run(
         except ConversionFailed as failed:  # the other formats go on
             reports.append({"format": made.name, "passed": False, "error": str(failed)})
             print(failed, flush=True)
+    update_card(source.folder)
     return reports
 
 
@@ -154,7 +157,6 @@ def quantize_one(
     shape = list(batches[0].shape)
     shape[0] = wanted.batch or 1
     tries: list[Try] = []
-    images = list(held_out.batches(source))
     with making(folder_of(source.folder, made, "int8")) as folder:
         best: Try | None = None
         for kept in candidates(found):
@@ -165,7 +167,11 @@ def quantize_one(
                 assert made.quantize is not None
                 made.quantize(source.network, batches, path, kept, free)
             seen = compare(
-                source.network, made.load(path, 1), images, None if free else shape[0], None
+                source.network,
+                made.load(path, 1),
+                held_out.batches(source),
+                None if free else shape[0],
+                None,
             )
             size = sum(p.stat().st_size for p in scratch.iterdir())
             share = int8_share(found, [*kept.layers])
@@ -184,6 +190,7 @@ def quantize_one(
             "verified": True,
             "passed": best.drop <= max_drop,
             "comparison": best.comparison.record(),
+            "latency_ms": one_pass(path, held_out.size),
             "max_drop": max_drop,
             "drop": best.drop,
             "int8_share": best.share,

@@ -19,6 +19,7 @@ from ghosttrain.cli import main
 from ghosttrain.deploy.formats import find, onnx, own_environment, torch_export
 from ghosttrain.deploy.network import inference_form
 from ghosttrain.deploy.parity import compare
+from ghosttrain.engine.run_files import damaged_products, read_result
 from ghosttrain.models.create import create_model
 
 RUN = ["+recipe=baseline", "model=shufflenetv2_050", "launch.device=cpu"]
@@ -55,6 +56,12 @@ def test_onnx_answers_as_the_run_does(finished: Path, capsys: pytest.CaptureFixt
         expected = network(images).numpy()
     (logits,) = session.run(None, {"images": images.numpy()})
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+    card = (finished / "card.md").read_text()
+    assert card.count("## Exported files") == 1 and "`export/torch_export/model.pt2`" in card
+    assert f"| {fused} | {fused} |" in card and f"{found['latency_ms']:.2f} ms" in card
+    assert main(["export", str(finished), "--to", "torch_export"]) == 0
+    assert (finished / "card.md").read_text().count("## Exported files") == 1
+    assert not damaged_products(finished, read_result(finished) or {})
     about = json.loads((finished / "export/onnx/preprocess.json").read_text())
     assert about["classes"] == [str(k) for k in range(10)] and about["size"] == [64, 64]
 

@@ -1,0 +1,70 @@
+"""`pareto`: networks beside each other, and which no other one beats."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from ghosttrain.cli import main
+from ghosttrain.deploy.pareto import Point, front
+from ghosttrain.models.cost import count_macs, count_params
+from ghosttrain.models.create import create_model
+
+
+def test_runs_and_models_beside_published_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train.max_steps=2", "train.global_batch=32", "launch.device=cpu"]
+    run = str(tmp_path / "it")
+    place = [f"run.root={tmp_path}", "run.name=it"]
+    assert main(["+recipe=baseline", "model=shufflenetv2_050", *words, *place]) == 0
+    capsys.readouterr()
+    out = tmp_path / "out"
+    asked = ["--models", "ghostnetv3_100,lcnet_050", "--backend", "torch", "--rounds", "2"]
+    assert main(["pareto", run, *asked, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    rows = list(csv.DictReader((out / "pareto.csv").read_text().splitlines()))
+    assert [row["model"] for row in rows] == [
+        "shufflenetv2_050", "ghostnetv3_100", "lcnet_050", "ghostnetv3_100",
+    ]  # fmt: skip
+    assert rows[0]["px"] == "64" and rows[0]["where"] == f"digits: {run}"
+    assert rows[1]["top1"] == "" and rows[3]["top1"] == "77.1" and "2404.11202" in rows[3]["where"]
+    fused = create_model("ghostnetv3_100", fused=True)
+    assert int(rows[1]["macs"]) == count_macs(fused, 224)
+    assert int(rows[1]["parameters"]) == count_params(fused)
+    assert all(float(row["latency_ms"]) > 0 for row in rows)
+    assert "77.10  ImageNet, 600 epochs: https://arxiv.org/abs/2404.11202" in text
+    assert (out / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    # Published values are those of 224 px.
+    assert main(["pareto", *asked, "--size", "96"]) == 0
+    assert "2404.11202" not in capsys.readouterr().out
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    def point(name: str, top1: float | None, ms: float) -> Point:
+        return Point(name, "", top1, 224, 1, 1, ms)
+
+    points = [
+        point("slow", 80, 9), point("best", 80, 5), point("beaten", 70, 6), point("fast", 60, 1),
+        point("unknown", None, 0.5), point("worse", 59, 1),
+    ]  # fmt: skip
+    assert [each.model for each in front(points, "latency_ms")] == ["fast", "best"]
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--models", "none"], "pareto --models none needs runs"),
+        (["--backend", "x", "--models", "lcnet_050"], "--backend x is none"),
+        (["--models", "ghostnetv9"], "ghostnetv9 is no run"),
+        (["--rounds", "0"], "--rounds 0: give a whole number"),
+    ],
+)
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], part: str
+) -> None:
+    assert main(["pareto", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert part in line
