@@ -13,14 +13,15 @@ from ghosttrain.errors import UserError
 ARGUMENTS = Arguments(
     "latency",
     "RUN|MODEL|FILE ... [options]",
-    "Time one pass of the network of a run, of a model by its name (ours or timm's, random\n"
-    "weights), or of an exported file, yours too. Several take turns; elapsed time.",
+    "Time one pass of the network of a run, of a model by its name (random weights; ours, else\n"
+    "timm's, timm:NAME where both have it), or of an exported file, yours too. Several take\n"
+    "turns; elapsed time.",
     takes_folders=True,
 )
 ARGUMENTS.add_argument(
     "--backend", metavar="B,...",
-    help="of runs and models: torch, torch_unfused, torch_compile, or a format of export"
-    " (torch,onnx)",
+    help="of runs and models: torch, torch_unfused, torch_compile, onnx_unfused, or a format of"
+    " export (torch,onnx)",
 )  # fmt: skip
 ARGUMENTS.add_argument("--threads", metavar="1,2", default="1", help="numbers of threads (1)")
 ARGUMENTS.add_argument("--size", metavar="S|HxW", help="of the images (the run's; 224)")

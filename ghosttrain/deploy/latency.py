@@ -24,7 +24,7 @@ IN_PYTORCH = {
     "torch_compile": "PyTorch, the inference form by torch.compile",
 }
 """What a network can be run by without being exported -> what that is."""
-BACKENDS = {**IN_PYTORCH, **FORMATS}
+BACKENDS = {**IN_PYTORCH, "onnx_unfused": "ONNX of the training form", **FORMATS}
 _CPU = torch.device("cpu")
 
 
@@ -154,7 +154,7 @@ def input_of(path: Path, size: tuple[int, int] | None, batch: int) -> np.ndarray
 
 def converted(network: nn.Module, backend: str, images: torch.Tensor, folder: Path) -> Path:
     """Convert a network for a backend into `folder`, and return the file."""
-    made = find(backend)
+    made = find(backend.removesuffix("_unfused"))
     if reason := made.runs_here():
         raise UserError(f"{backend} cannot be timed here: {reason}")
     path = folder / f"{backend}{made.suffix}"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ghosttrain.config.students import STUDENTS
-from ghosttrain.deploy.formats import find
+from ghosttrain.deploy.formats import find, of_file
+from ghosttrain.deploy.formats.onnx import count_nodes
 from ghosttrain.deploy.latency import (
     BACKENDS,
     IN_PYTORCH,
@@ -79,6 +80,11 @@ def latency_of(asked: Asked, profile: bool = False) -> list[Latency]:
                 folder.mkdir()
                 notes.append(_add_network(sides, word, asked, folder))
         found = measure(sides.calls, asked.threads, asked.rounds, sides.peaks)
+        notes += [
+            f"{name}: {count_nodes(path)} nodes after onnxruntime's own optimisation"
+            for name, path in sides.files.items()
+            if of_file(path) == "onnx"
+        ]
         print("\n".join([*notes, *table(found)]), flush=True)
         if profile:
             for name, look in sides.profiles.items():
@@ -93,9 +99,11 @@ class _Sides:
         self.calls: dict[str, Callable[[int], Callable[[], Any]]] = {}
         self.peaks: dict[str, Callable[[int], float]] = {}
         self.profiles: dict[str, Callable[[], list[Operator]]] = {}
+        self.files: dict[str, Path] = {}
 
     def add_file(self, name: str, path: Path, images: np.ndarray) -> None:
         """Add a file."""
+        self.files[name] = path
         self.calls[name], self.peaks[name] = file_side(path, images), file_peak(path, images)
         self.profiles[name] = partial(profile_file, path, images)
 
@@ -129,7 +137,9 @@ def _add_network(sides: _Sides, word: str, asked: Asked, folder: Path) -> str:
         if backend in IN_PYTORCH:
             sides.add_network(name, _in_pytorch(networks, backend), images)
         else:
-            path = converted(networks.fused, backend, images, folder)
+            unfused = backend.endswith("_unfused")
+            network = _Branches(networks.trained) if unfused else networks.fused
+            path = converted(network, backend, images, folder)
             sides.add_file(name, path, images.numpy())
     return _about(word, networks, asked.batch)
 
@@ -142,7 +152,7 @@ def networks_of(word: str, size: tuple[int, int] | None) -> _Networks:
         trained = load_run(word, "ema").requires_grad_(False)
         sides = size or (data.eval_size, data.eval_size)
         return _Networks(trained, source.network, sides, data.in_chans)
-    own = word in STUDENTS
+    own, word = word in STUDENTS, word.removeprefix("timm:")
     if not own:
         import timm
 

@@ -62,6 +62,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Pa
     return folder
 
 
+DEPLOY = {
+    "export": ["--images", "9"],
+    "quantize": ["--images", "9", "--max-drop", "100"],
+    "latency": ["--rounds", "3"],
+    "pareto": [],
+    "publish": [],
+}
+"""Verb -> what makes it short."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> None:
@@ -69,7 +79,7 @@ def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> Non
     if words[:2] == ["eval", "--weights"]:
         pass
     elif words[0] in ("eval", "fuse", "wrong", "predict"):
-        words[1] = "runs/RUN"
+        words[1] = words[1].replace("RUN", "runs/RUN")
         words = [str(photo_folder / "val") if w in ("photo.jpg", "folder") else w for w in words]
     elif words[0] == "bench":
         kept = [w for w in words[2:] if "=" in w and "cuda" not in w]
@@ -78,8 +88,9 @@ def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> Non
         words += [*SMALL, "seed=0,1"] if words[1] != "list" else []
     elif words[0] == "data":
         words = [w.replace("/path", str(photo_folder / "train")) for w in words]
-    elif words[0] == "report":
-        words = [w.replace("RUN", "runs/RUN") for w in words]
+    elif words[0] in ("report", *DEPLOY):
+        words = [w.replace("RUN", "runs/RUN", 1) for w in words]
+        words += DEPLOY.get(words[0], [])
     elif words[0] != "cache" or words[1].startswith("+"):
         verb = [word for word in words if word in ("cache", "lr_find")]
         words = [w.replace("runs/teacher", "runs/photos") for w in words]

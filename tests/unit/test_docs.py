@@ -44,6 +44,9 @@ def finished_run(folder: Path) -> Path:
     return folder
 
 
+DEPLOY = ("export", "quantize", "latency", "pareto", "publish")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_composes(command: str, tmp_path: Path) -> None:
     words = shlex.split(command, comments=True)
@@ -68,7 +71,7 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
         if options.words[0] != "list":
             study_cells(load_study(options.words[1]), [*options.words[2:], "seed=0"], None)
         return
-    if words[0] in ("lr_find", "predict", "report", "data"):
+    if words[0] in ("lr_find", "predict", "report", "data", *DEPLOY):
         verb, rest = find_verb(words)
         options = parse(importlib.import_module(f"ghosttrain.commands.{verb}").ARGUMENTS, rest)
         words = options.words if verb in ("lr_find", "data") else []

@@ -113,6 +113,16 @@ def quantize(
         )
 
 
+def count_nodes(path: Path) -> int:
+    """Return how many nodes a file has after onnxruntime's own optimisation."""
+    import onnx
+
+    with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session_of(path, optimized=optimized)
+        return len(onnx.load(str(optimized)).graph.node)
+
+
 def session_of(path: Path, threads: int = 1, optimized: Path | None = None):  # type: ignore[no-untyped-def]
     """Return onnxruntime's session of a file; with `optimized` it writes there what it made of the
     graph.
