@@ -97,7 +97,7 @@ def row(python: str, model: str, made: str, case: str, again: bool) -> dict:
     file = WORK / f"{model}-{made}-{case}.json"
     if file.exists() and not again:
         return json.loads(file.read_text())
-    run = f"runs/baseline/{model}"
+    run = f"runs/{model}"
     verb = ["quantize", run] if case == "int8" else ["export", run]
     done = call(
         python, "-m", "ghosttrain", *verb, "--to", made, "--images", IMAGES, *CASES[case],

@@ -72,7 +72,7 @@ def test_values_of_options():
         ("--cfg", "--cfg needs a value: --cfg job"),
         (
             "--out f",
-            "--out does not belong to train, but to fuse and pareto and wrong and study and data; see",
+            "--out does not belong to train, but to fuse and pareto and wrong and study and data;",
         ),
         ("eval a -m", "-m does not belong to eval, but to train; see python -m ghosttrain eval"),
         ("--dryrun cache", "unknown option '--dryrun'. Did you mean '--dry-run'?"),
