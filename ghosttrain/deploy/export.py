@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ghosttrain.deploy.runtime import stretched
 from ghosttrain.engine.evaluate import HeldOutImages
 from ghosttrain.engine.load import held_out_of
 from ghosttrain.errors import UserError
-from ghosttrain.files import file_digest, sync_folder, write_json, write_text
+from ghosttrain.files import file_digest, locked, sync_folder, write_json, write_text
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.text import byte_size, one_line
 
@@ -66,16 +66,36 @@ def export_run(
     size = wanted.size or (config.data.eval_size, config.data.eval_size)
     validate_size(source, size)
     print(about(source, size), flush=True)
-    reports = []
-    for made in formats:
-        images = HeldOut(held_out, config, batch, size, wanted.images)
-        try:
-            reports.append(export_one(source, made, wanted, images))
-            print(line(reports[-1]), flush=True)
-        except ConversionFailed as failed:  # the other formats go on
-            reports.append({"format": made.name, "passed": False, "error": str(failed)})
-            print(failed, flush=True)
-    update_card(source.folder)
+    images = HeldOut(held_out, config, batch, size, wanted.images)
+    return each_format(
+        source, formats, lambda made: export_one(source, made, wanted, images), lambda r: [line(r)]
+    )
+
+
+def each_format(
+    source: Deployed,
+    formats: Sequence[Format],
+    write: Callable[[Format], dict[str, Any]],
+    lines: Callable[[dict[str, Any]], list[str]],
+) -> list[dict[str, Any]]:
+    """Write a file in each format, say what became of it, and return the reports; a converter that
+    fails does not stop the others.
+
+    Raises:
+        UserError: another process writes exported files of this run.
+    """
+    folder = source.folder / "export"
+    folder.mkdir(exist_ok=True)
+    reports: list[dict[str, Any]] = []
+    with locked(folder, f"another process writes into {folder}: wait for it"):
+        for made in formats:
+            try:
+                reports.append(write(made))
+                print("\n".join(lines(reports[-1])), flush=True)
+            except ConversionFailed as failed:
+                reports.append({"format": made.name, "passed": False, "error": str(failed)})
+                print(failed, flush=True)
+        update_card(source.folder)
     return reports
 
 
@@ -109,19 +129,13 @@ def about(source: Deployed, size: tuple[int, int]) -> str:
     """Return what is exported, in one line."""
     config = source.config
     params = count_params(source.network)
-    macs = count_macs(network_alone(source), size[0], config.data.in_chans)
+    macs = count_macs(source.alone, size[0], config.data.in_chans)
     at = f"{size[0]} px" if size[0] == size[1] else f"{size[0]} x {size[1]} px"
     note = "" if size[0] == size[1] else f" ({size[0]} x {size[0]} px)"
     return (
         f"{source.folder}: {config.model.name}, inference form, {params / 1e6:.3f} M parameters, "
         f"{macs / 1e6:.1f} M MACs{note}; {at}"
     )
-
-
-def network_alone(source: Deployed) -> torch.nn.Module:
-    """Return the network without its preprocessing."""
-    network: Any = source.network
-    return network.network if source.include_preprocess else network
 
 
 @dataclass(frozen=True)
@@ -214,24 +228,21 @@ def folder_of(run: Path, made: Format, precision: str) -> Path:
     return run / "export" / (made.name if precision == "fp32" else f"{made.name}_{precision}")
 
 
-class making:
-    """A folder that is either the old one or complete: it is filled under another name."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.part = folder, folder.with_name(f".{folder.name}.part")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.part, ignore_errors=True)
-        self.part.mkdir(parents=True)
-        return self.part
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.part, ignore_errors=True)
-            return
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.part.rename(self.folder)
-        sync_folder(self.folder.parent)
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Give a folder that is either the old one or complete: within the block it has another
+    name.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def report_of(

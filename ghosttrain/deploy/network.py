@@ -37,6 +37,12 @@ class Deployed:
     include_preprocess: bool = False
     """Whether `network` takes pixels and gives probabilities."""
 
+    @property
+    def alone(self) -> nn.Module:
+        """The network without its preprocessing."""
+        network: Any = self.network
+        return network.network if self.include_preprocess else network
+
     def inputs_of(self, images: Tensor) -> Tensor:
         """Return normalised images (B, C, H, W) as the network takes them."""
         return pixels_of(images, self.config.data) if self.include_preprocess else images

@@ -7,9 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, cast
-
-from torch import nn
+from typing import cast
 
 from ghosttrain.deploy.network import Deployed
 from ghosttrain.engine.load import load_run
@@ -66,7 +64,7 @@ def _counterpart(source: Deployed, library: str | None) -> tuple[str, str, State
         state = load_run(source.folder, "ema").state_dict()
         return "timm", source.config.model.name, {k: v.cpu() for k, v in state.items()}, "trained"
     forms = {
-        "fused": cast(Student, _alone(source)),
+        "fused": cast(Student, source.alone),
         "in training form": cast(Student, load_run(source.folder, "ema")),
     }
     refusals: list[UserError] = []
@@ -78,11 +76,6 @@ def _counterpart(source: Deployed, library: str | None) -> tuple[str, str, State
             except UserError as refusal:
                 refusals.append(refusal)
     raise refusals[0]
-
-
-def _alone(source: Deployed) -> nn.Module:
-    network: Any = source.network
-    return network.network if source.include_preprocess else network
 
 
 def _write_timm(folder: Path, source: Deployed, name: str, state: State) -> None:

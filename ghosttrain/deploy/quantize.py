@@ -20,13 +20,12 @@ from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import eval_loader
 from ghosttrain.data.order import eval_batches
-from ghosttrain.deploy.card import update_card
 from ghosttrain.deploy.export import (
-    ConversionFailed,
     HeldOut,
     Wanted,
     about,
     converting,
+    each_format,
     folder_of,
     line,
     making,
@@ -104,19 +103,12 @@ def quantize_run(
         f"alone changes): {worst}",
         flush=True,
     )
-    reports = []
-    for made in formats:
-        images = HeldOut(held_out, config, batch, size, wanted.images)
-        try:
-            reports.append(
-                quantize_one(source, made, wanted, images, batches, found, calibration, max_drop)
-            )
-            print("\n".join(lines(reports[-1])), flush=True)
-        except ConversionFailed as failed:  # the other formats go on
-            reports.append({"format": made.name, "passed": False, "error": str(failed)})
-            print(failed, flush=True)
-    update_card(source.folder)
-    return reports
+    images = HeldOut(held_out, config, batch, size, wanted.images)
+
+    def write(made: Format) -> dict[str, Any]:
+        return quantize_one(source, made, wanted, images, batches, found, calibration, max_drop)
+
+    return each_format(source, formats, write, lines)
 
 
 def calibration_inputs(source: Deployed, config: Config, calibration: Calibration) -> list[Tensor]:

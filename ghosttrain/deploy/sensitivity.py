@@ -6,7 +6,8 @@ by the range seen on calibration images. So the order of the layers is the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,24 +76,21 @@ def _observed(
     return ranges, macs, outputs
 
 
-class _rounded:
-    """A layer whose weights and input are rounded to 8 bits within the block."""
+@contextmanager
+def _rounded(layer: Layer, low: float, high: float) -> Iterator[None]:
+    """Round the weights and the input of a layer to 8 bits within the block."""
 
-    def __init__(self, layer: Layer, low: float, high: float) -> None:
-        self.layer, self.low, self.high = layer, low, high
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (round_inputs(inputs[0], low, high), *inputs[1:])
 
-    def __enter__(self) -> None:
-        self.kept = self.layer.weight.data
-        self.layer.weight.data = round_weights(self.kept)
-
-        def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (round_inputs(inputs[0], self.low, self.high), *inputs[1:])
-
-        self.handle = self.layer.register_forward_pre_hook(enter)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.handle.remove()
-        self.layer.weight.data = self.kept
+    weight = layer.weight.data
+    handle = layer.register_forward_pre_hook(enter)
+    layer.weight.data = round_weights(weight)
+    try:
+        yield
+    finally:
+        handle.remove()
+        layer.weight.data = weight
 
 
 def round_weights(weight: Tensor) -> Tensor:
