@@ -273,7 +273,7 @@ def _difference(difference: Difference | None, p: float | None, is_control: bool
     mean = f"{difference.mean:+.2f}"
     if p is None or math.isnan(p):
         return [mean, "n < 2", "-"]
-    return [mean, f"{difference.low:+.2f} to {difference.high:+.2f}", f"{p:.3f}"]
+    return [mean, f"{difference.low:+.2f} to {difference.high:+.2f}", p_text(p)]
 
 
 def _cost(runs: Sequence[Numbers]) -> list[str]:
@@ -314,3 +314,8 @@ def study_power(study: Study, cells: Sequence[Cell], difference: float) -> str:
         )
     head = f"To find a difference of {difference:g} with a chance of 80 % (paired t-test at 5 %):"
     return "\n".join([head, "", *markdown(rows)])
+
+
+def p_text(p: float) -> str:
+    """Return a p value with three digits; none is 0."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
