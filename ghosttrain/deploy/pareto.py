@@ -78,15 +78,15 @@ def pareto(
             px = networks.size[0]
             macs = count_macs(networks.fused, px, networks.channels)
             points.append(Point(model, where, top1, px, count_params(networks.fused), macs, 0.0))
-            print(f"\r{number + 1} of {len(words) + len(names)} networks", end="", flush=True)
-        print("\r" + " " * 30 + "\r", end="")
         times = measure(sides, [1], rounds)
     medians = {each.backend: each.median for each in times}
     found = [
         replace(point, latency_ms=medians[word])
         for point, word in zip(points, [*words, *names], strict=True)
     ]
-    return [*found, *_published(found, size)]
+    known = _published(found, size)
+    replaced = {point.model for point in known}
+    return [p for p in found if p.where or p.model not in replaced] + known
 
 
 def _accuracy(word: str, is_run: bool) -> tuple[str, str, float | None]:
@@ -156,16 +156,20 @@ def draw(path: Path, points: Sequence[Point], backend: str) -> None:
     from matplotlib.figure import Figure
 
     known = [point for point in points if point.top1 is not None]
-    costs = {"macs": "MACs", "parameters": "parameters", "latency_ms": f"ms a pass ({backend})"}
+    costs = {
+        "macs": ("M MACs", 1e6),
+        "parameters": ("M parameters", 1e6),
+        "latency_ms": (f"ms a pass ({backend})", 1.0),
+    }
     figure = Figure(figsize=(15, 5), layout="constrained")
     axes = figure.subplots(1, 3)
-    for axis, (cost, name) in zip(axes, costs.items(), strict=True):
+    for axis, (cost, (name, unit)) in zip(axes, costs.items(), strict=True):
         if not known and cost == "latency_ms":
             continue
         shown = known or list(points)
         height = "top1" if known else "latency_ms"
         for point in shown:
-            x, y = getattr(point, cost), getattr(point, height)
+            x, y = getattr(point, cost) / unit, getattr(point, height)
             axis.plot([x], [y], "o", color="tab:blue")
             axis.annotate(
                 point.model, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points"
@@ -173,8 +177,11 @@ def draw(path: Path, points: Sequence[Point], backend: str) -> None:
         if known:
             line = front(points, cost)
             axis.step(
-                [getattr(p, cost) for p in line], [p.top1 for p in line], where="post", color="grey"
+                [getattr(p, cost) / unit for p in line],
+                [p.top1 for p in line],
+                where="post",
+                color="grey",
             )
         axis.set_xlabel(name)
-        axis.set_ylabel("top-1 %" if known else costs["latency_ms"])
+        axis.set_ylabel("top-1 %" if known else costs["latency_ms"][0])
     figure.savefig(path, dpi=110)
