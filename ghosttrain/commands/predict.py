@@ -66,11 +66,12 @@ def _model(path: Path, weights: WeightsKind | None) -> tuple[Callable[[], Any], 
     """Return what loads the network of a run, or what runs an exported file, and how it takes
     images.
     """
+    from ghosttrain.deploy.formats import is_file
     from ghosttrain.engine.load import load_run
     from ghosttrain.engine.run_files import read_config
     from ghosttrain.engine.student import has_fused_form
 
-    if path.is_file() or path.suffix == ".mlpackage":
+    if is_file(path):
         from ghosttrain.deploy.runtime import ExportedModel
 
         if weights:

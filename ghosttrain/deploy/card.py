@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ghosttrain.deploy.formats import folder_name
 from ghosttrain.engine.run_files import damaged_products, read_result
 from ghosttrain.files import Damaged, file_digest, read_json, write_json, write_text
 
@@ -47,7 +48,7 @@ def _rows(reports: list[dict[str, Any]]) -> list[str]:
     for report in reports:
         found, latency = report.get("comparison"), report.get("latency_ms")
         precision = report["precision"]
-        name = report["format"] + ("" if precision == "fp32" else f"_{precision}")
+        name = folder_name(report["format"], precision)
         cells = [f"`export/{name}/{report['file']}`", f"{report['bytes'] / 1e6:.1f} MB"]
         if found is None:
             cells += ["", "", "", "", report.get("note", "")]

@@ -17,7 +17,7 @@ from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.datasets.base import evenly
 from ghosttrain.deploy.card import update_card
-from ghosttrain.deploy.formats import Format, versions
+from ghosttrain.deploy.formats import Format, folder_name, versions
 from ghosttrain.deploy.latency import one_pass
 from ghosttrain.deploy.network import Deployed, example_of, write_preprocess
 from ghosttrain.deploy.parity import BOUND, Comparison, compare, first_difference
@@ -44,6 +44,10 @@ class Wanted:
     """Images at once; None: any number where the format knows it, else 1."""
     images: int | None = None
     """Held-out images that it is tried on; None: all."""
+
+    def batch_of(self, made: Format) -> int | None:
+        """Return how many images a file of this format takes at once; None: any number."""
+        return self.batch if self.batch or made.dynamic_batch else 1
 
 
 def export_run(
@@ -166,31 +170,23 @@ class HeldOut:
 
 def export_one(source: Deployed, made: Format, wanted: Wanted, held_out: HeldOut) -> dict[str, Any]:
     """Convert a network, try the file, and leave both in RUN/export/<format>; return its report."""
-    free = made.dynamic_batch and wanted.batch is None
-    fixed_batch = None if free else wanted.batch or 1
-    example = example_of(source, held_out.size, 2 if free else fixed_batch or 1)
+    batch, bound = wanted.batch_of(made), BOUND[wanted.precision]
+    example = example_of(source, held_out.size, batch or 2)  # of 1, a free one would be fixed
     with making(folder_of(source.folder, made, wanted.precision)) as folder:
         path = folder / f"model{made.suffix}"
         with converting(source, made, wanted.precision):
-            made.convert(source.network, example, path, wanted.precision, free)
+            made.convert(source.network, example, path, wanted.precision, batch is None)
+        report = report_of(source, made, wanted, path, [batch, *example.shape[1:]])
         write_preprocess(folder, source, held_out.size)
-        report = report_of(source, made, wanted, path, list(example.shape), free)
-        bound = BOUND.get(wanted.precision)
         if reason := made.runs_here():
             report |= {"verified": False, "passed": None, "note": f"not verified: {reason}"}
         else:
-            found = compare(
-                source.network,
-                made.load(path, 1),
-                held_out.batches(source),
-                fixed_batch,
-                bound,
-            )
+            runner = made.load(path, 1)
+            found = compare(source.network, runner, held_out.batches(source), batch, bound)
             report |= {"verified": True, "passed": found.passes(bound), "bound": bound}
             report["comparison"] = found.record()
-            report["latency_ms"] = one_pass(path, held_out.size)
+            report["latency_ms"] = one_pass(path, runner, held_out.size)
             if not report["passed"]:
-                assert bound is not None
                 report |= rejection(source, made, folder, held_out, bound)
         write_json(folder / "report.json", report)
     return report
@@ -224,8 +220,8 @@ def rejection(
 
 
 def folder_of(run: Path, made: Format, precision: str) -> Path:
-    """Return where a run's file of a format is: RUN/export/onnx, RUN/export/onnx_fp16."""
-    return run / "export" / (made.name if precision == "fp32" else f"{made.name}_{precision}")
+    """Return where a run's file of a format is."""
+    return run / "export" / folder_name(made.name, precision)
 
 
 @contextmanager
@@ -246,10 +242,9 @@ def making(folder: Path) -> Iterator[Path]:
 
 
 def report_of(
-    source: Deployed, made: Format, wanted: Wanted, path: Path, shape: list[int], free: bool
+    source: Deployed, made: Format, wanted: Wanted, path: Path, shape: list[int | None]
 ) -> dict[str, Any]:
-    """Return what is known of a file before it is tried."""
-    files = sorted(p for p in path.parent.rglob("*") if p.is_file() and p.name != "preprocess.json")
+    """Return what is known of a file before it is tried; its folder holds nothing else yet."""
     weights = source.folder / "model.safetensors"
     return {
         "run": str(source.folder),
@@ -257,20 +252,24 @@ def report_of(
         "format": made.name,
         "precision": wanted.precision,
         "file": path.name,
-        "bytes": sum(p.stat().st_size for p in files),
-        "input": [None if free else shape[0], *shape[1:]],
+        "bytes": bytes_in(path.parent),
+        "input": shape,
         "include_preprocess": source.include_preprocess,
         "versions": versions(made),
     }
 
 
+def bytes_in(folder: Path) -> int:
+    """Return how large the files in a folder are together."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def line(report: dict[str, Any]) -> str:
     """Return what became of a file, in one line."""
     batch = report["input"][0]
-    name = Path(report["run"]) / "export"
-    name /= report["format"] + ("" if report["precision"] == "fp32" else f"_{report['precision']}")
+    folder = Path(report["run"]) / "export" / folder_name(report["format"], report["precision"])
     head = (
-        f"{report['format']} {report['precision']}: {name / report['file']}, "
+        f"{report['format']} {report['precision']}: {folder / report['file']}, "
         f"{byte_size(report['bytes'])}, {'any batch' if batch is None else f'batch {batch}'}"
     )
     if not report["verified"]:

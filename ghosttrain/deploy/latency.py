@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ghosttrain.deploy.formats import FORMATS, find, of_file
+from ghosttrain.deploy.formats import FORMATS, Runner, find, of_file
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
 from ghosttrain.study.harness import Timings, peak_mib, quartiles, take_turns, timed
@@ -75,12 +75,12 @@ def measure(
     return found
 
 
-def one_pass(path: Path, size: tuple[int, int]) -> float:
+def one_pass(path: Path, runner: Runner, size: tuple[int, int]) -> float:
     """Return the median of 20 passes of a file, in milliseconds: on one thread, of one image or as
     many as the file takes.
     """
-    images = input_of(path, size, 1)
-    return measure({"file": file_side(path, images)}, [1], 20)[0].median
+    images = input_of(path, runner, size, 1)
+    return measure({"file": lambda threads: lambda: runner(images)}, [1], 20)[0].median
 
 
 def _one_pass(call: Callable[[], Any]) -> Callable[[int], Mapping[str, Any]]:
@@ -120,16 +120,12 @@ def file_side(path: Path, images: np.ndarray) -> Callable[[int], Callable[[], An
     return make
 
 
-def input_of(path: Path, size: tuple[int, int] | None, batch: int) -> np.ndarray:
+def input_of(path: Path, runner: Runner, size: tuple[int, int] | None, batch: int) -> np.ndarray:
     """Return noise as a file takes it.
 
     Raises:
         UserError: the file does not say what it takes, or it is not what was asked for.
     """
-    made = find(of_file(path))
-    if reason := made.runs_here():
-        raise UserError(f"{path} cannot be run here: {reason}")
-    runner = made.load(path, 1)
     shape, dtype = runner.shape, runner.dtype
     if shape is None:
         if size is None:

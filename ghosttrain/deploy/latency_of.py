@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghosttrain.config.students import STUDENTS
-from ghosttrain.deploy.formats import find, of_file
+from ghosttrain.deploy.formats import find, is_file, of_file, runnable
 from ghosttrain.deploy.formats.onnx import count_nodes
 from ghosttrain.deploy.latency import (
     BACKENDS,
@@ -73,7 +73,7 @@ def latency_of(asked: Asked, profile: bool = False) -> list[Latency]:
     with tempfile.TemporaryDirectory(prefix="ghosttrain-") as scratch:
         sides, notes = _Sides(), []
         for number, word in enumerate(asked.words):
-            if is_file(word):
+            if is_file(Path(word)):
                 notes.append(_add_file(sides, word, asked))
             else:
                 folder = Path(scratch) / str(number)
@@ -113,15 +113,10 @@ class _Sides:
         self.profiles[name] = partial(profile_network, network, images)
 
 
-def is_file(word: str) -> bool:
-    """Whether a word names a file, not a run or a model; that of Core ML is a folder."""
-    return Path(word).is_file() or (Path(word).is_dir() and word.endswith(".mlpackage"))
-
-
 def _add_file(sides: _Sides, word: str, asked: Asked) -> str:
     """Add an exported file; return a line about it."""
     path = Path(word)
-    images = input_of(path, asked.size, asked.batch)
+    images = input_of(path, runnable(path).load(path, 1), asked.size, asked.batch)
     sides.add_file(word, path, images)
     return f"{word}: {byte_size(path.stat().st_size)}, input {list(images.shape)}"
 
@@ -135,11 +130,9 @@ def _add_network(sides: _Sides, word: str, asked: Asked, folder: Path) -> str:
     for backend in asked.backends or default_backends():
         name = f"{word} {backend}" if len(asked.words) > 1 else backend
         if backend in IN_PYTORCH:
-            sides.add_network(name, _in_pytorch(networks, backend), images)
+            sides.add_network(name, network_for(networks, backend), images)
         else:
-            unfused = backend.endswith("_unfused")
-            network = _Branches(networks.trained) if unfused else networks.fused
-            path = converted(network, backend, images, folder)
+            path = converted(network_for(networks, backend), backend, images, folder)
             sides.add_file(name, path, images.numpy())
     return _about(word, networks, asked.batch)
 
@@ -186,12 +179,13 @@ def default_backends() -> list[str]:
     return ["torch", "onnx"]
 
 
-def _in_pytorch(networks: _Networks, backend: str) -> nn.Module:
-    if backend == "torch":
-        return networks.fused
+def network_for(networks: _Networks, backend: str) -> nn.Module:
+    """Return the form of a network that a backend runs or converts."""
+    if backend.endswith("_unfused"):
+        return _Branches(networks.trained)
     if backend == "torch_compile":
         return torch.compile(networks.fused)  # type: ignore[return-value]
-    return _Branches(networks.trained)
+    return networks.fused
 
 
 class _Branches(nn.Module):

@@ -13,7 +13,7 @@ import torch
 
 from ghosttrain.config.students import STUDENTS
 from ghosttrain.deploy.latency import IN_PYTORCH, converted, file_side, measure, network_side
-from ghosttrain.deploy.latency_of import default_backends, networks_of
+from ghosttrain.deploy.latency_of import network_for, networks_of
 from ghosttrain.engine.run_files import read_config, read_result
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
@@ -46,7 +46,7 @@ class Point:
 
 
 def pareto(
-    words: Sequence[str], models: Sequence[str] | None, size: int, backend: str | None, rounds: int
+    words: Sequence[str], models: Sequence[str] | None, size: int, backend: str, rounds: int
 ) -> list[Point]:
     """Return runs, students and compact networks of timm, with accuracy where it is known.
 
@@ -54,13 +54,12 @@ def pareto(
         words: run folders; each at its own size and with its own classes.
         models: names, ours or timm's; None: all students and `TIMM`.
         size: pixels of networks that belong to no run.
-        backend: what times them (`latency.BACKENDS`); None: onnx where it is installed, else torch.
+        backend: what times them (`latency.BACKENDS`).
         rounds: passes that count; all networks take turns.
 
     Raises:
         UserError: an unfinished run, an unknown model.
     """
-    backend = backend or default_backends()[-1]
     points, sides = [], {}
     with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder:
         names = list(models) if models is not None else [*STUDENTS, *TIMM]
@@ -68,11 +67,11 @@ def pareto(
             networks = networks_of(word, None if word in words else (size, size))
             images = torch.randn(1, networks.channels, *networks.size)
             if backend in IN_PYTORCH:
-                sides[word] = network_side(networks.fused, images)
+                sides[word] = network_side(network_for(networks, backend), images)
             else:
                 scratch = Path(folder) / str(number)
                 scratch.mkdir()
-                path = converted(networks.fused, backend, images, scratch)
+                path = converted(network_for(networks, backend), backend, images, scratch)
                 sides[word] = file_side(path, images.numpy())
             model, where, top1 = _accuracy(word, word in words)
             px = networks.size[0]

@@ -16,7 +16,7 @@ from ghosttrain.deploy.network import Tapped, layers_in_order
 
 BOUND = {"fp32": 1e-4, "fp16": 2e-2}
 """Precision -> largest difference of an output that is let through, as a share of the largest
-output. None for int8: its accuracy decides."""
+output. Of INT8 the accuracy decides."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ class Comparison:
     top1_exported: float
     """Of the file, in per cent."""
 
-    def passes(self, bound: float | None) -> bool:
+    def passes(self, bound: float) -> bool:
         """Whether the differences stay within `bound`, a share of the largest output."""
-        if bound is None:
-            return True
         return self.largest <= bound * self.scale and self.clear_agreement == 100
 
     def record(self) -> dict[str, float]:
@@ -56,7 +54,7 @@ def compare(
     runner: Runner,
     batches: Iterable[tuple[Tensor, Tensor]],
     fixed_batch: int | None,
-    bound: float | None,
+    bound: float = 0.0,
 ) -> Comparison:
     """Show the same images to a network and to what runs its file.
 
@@ -80,7 +78,7 @@ def compare(
     scale = float(np.abs(ours).max())
     same = ours.argmax(1) == theirs.argmax(1)
     two_best = np.partition(ours, -2, axis=1)[:, -2:]
-    clear = two_best[:, 1] - two_best[:, 0] > (bound or 0) * scale
+    clear = two_best[:, 1] - two_best[:, 0] > bound * scale
     return Comparison(
         images=len(right),
         largest=float(apart.max()),

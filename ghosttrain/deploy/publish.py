@@ -19,6 +19,7 @@ from ghosttrain.models.layers import Student
 from ghosttrain.models.weights.export import export_state
 from ghosttrain.models.weights.files import State
 from ghosttrain.models.weights.packing import packed
+from ghosttrain.text import one_line
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -187,7 +188,7 @@ def push(folder: Path, name: str, private: bool) -> str:
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"--to-hub {name}: the hub could not be reached or refuses "
-            f"({' '.join(str(error).split())[:200]}): type huggingface-cli login; the folder is "
+            f"({one_line(error)[:200]}): type huggingface-cli login; the folder is "
             f"{folder}"
         ) from None
     return str(address)

@@ -24,6 +24,7 @@ from ghosttrain.deploy.export import (
     HeldOut,
     Wanted,
     about,
+    bytes_in,
     converting,
     each_format,
     folder_of,
@@ -145,9 +146,7 @@ def quantize_one(
     max_drop: float,
 ) -> dict[str, Any]:
     """Try ever fewer layers in INT8 until the accuracy holds, and leave the best file."""
-    free = made.dynamic_batch and wanted.batch is None
-    shape = list(batches[0].shape)
-    shape[0] = wanted.batch or 1
+    batch = wanted.batch_of(made)
     tries: list[Try] = []
     with making(folder_of(source.folder, made, "int8")) as folder:
         best: Try | None = None
@@ -157,17 +156,10 @@ def quantize_one(
             path = scratch / f"model{made.suffix}"
             with converting(source, made, "int8"):
                 assert made.quantize is not None
-                made.quantize(source.network, batches, path, kept, free)
-            seen = compare(
-                source.network,
-                made.load(path, 1),
-                held_out.batches(source),
-                None if free else shape[0],
-                None,
-            )
-            size = sum(p.stat().st_size for p in scratch.iterdir())
+                made.quantize(source.network, batches, path, kept, batch is None)
+            seen = compare(source.network, made.load(path, 1), held_out.batches(source), batch)
             share = int8_share(found, [*kept.layers])
-            tries.append(Try(kept, share, seen.top1 - seen.top1_exported, size, seen))
+            tries.append(Try(kept, share, seen.top1 - seen.top1_exported, bytes_in(scratch), seen))
             if best is None or tries[-1].drop < best.drop:
                 best = tries[-1]
                 for part in scratch.iterdir():
@@ -177,12 +169,12 @@ def quantize_one(
                 break
         assert best is not None
         path = folder / f"model{made.suffix}"
-        report = report_of(source, made, Wanted("int8"), path, shape, free)
+        report = report_of(source, made, Wanted("int8"), path, [batch, *batches[0].shape[1:]])
         report |= {
             "verified": True,
             "passed": best.drop <= max_drop,
             "comparison": best.comparison.record(),
-            "latency_ms": one_pass(path, held_out.size),
+            "latency_ms": one_pass(path, made.load(path, 1), held_out.size),
             "max_drop": max_drop,
             "drop": best.drop,
             "int8_share": best.share,

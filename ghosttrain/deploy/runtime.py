@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ghosttrain.config.schema import DataConfig
-from ghosttrain.deploy.formats import find, of_file
+from ghosttrain.deploy.formats import runnable
 from ghosttrain.deploy.network import KEPT, PREPROCESS, pixels_of
 from ghosttrain.deploy.parity import run_in_batches
 from ghosttrain.engine.predict import AnImage, ImageTransform
@@ -28,9 +28,7 @@ class ExportedModel:
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         """Raises UserError: no such file, another one, or its packages or runtime are missing."""
-        self.format = find(of_file(path))
-        if reason := self.format.runs_here():
-            raise UserError(f"{path} cannot be run here: {reason}")
+        self.format = runnable(path)
         self.about = read_beside(path, PREPROCESS)
         shape = read_beside(path, "report.json")["input"]
         self.batch: int | None = shape[0]

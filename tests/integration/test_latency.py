@@ -49,9 +49,10 @@ def test_a_model_by_name_in_turn_with_a_file(
 
 
 def test_a_file_says_what_it_takes(file: Path) -> None:
-    assert input_of(file, None, 3).shape == (3, 3, 16, 12)
+    runner = find("onnx").load(file, 1)
+    assert input_of(file, runner, None, 3).shape == (3, 3, 16, 12)
     with pytest.raises(UserError, match="takes images of 16x12 pixels only"):
-        input_of(file, (16, 16), 1)
+        input_of(file, runner, (16, 16), 1)
 
 
 def test_a_profile_names_the_operators(file: Path) -> None:

@@ -150,6 +150,28 @@ def of_file(path: Path) -> str:
     )
 
 
+def runnable(path: Path) -> Format:
+    """Return the format of an exported file that can be run here.
+
+    Raises:
+        UserError: as `of_file` and `find`, or its runtime does not run on this system.
+    """
+    found = find(of_file(path))
+    if reason := found.runs_here():
+        raise UserError(f"{path} cannot be run here: {reason}")
+    return found
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a file, not a run or the name of a model; that of Core ML is a folder."""
+    return path.is_file() or (path.is_dir() and path.suffix == ".mlpackage")
+
+
+def folder_name(name: str, precision: str) -> str:
+    """Return the folder of a format's file in RUN/export: onnx, onnx_fp16."""
+    return name if precision == "fp32" else f"{name}_{precision}"
+
+
 def own_environment(name: str, also: str = "") -> str:
     """Return what makes an environment for a format that does not go together with others."""
     packages = " ".join(filter(None, (_extra(name), also and f"'{also}'")))
