@@ -139,6 +139,16 @@ def validate_counts(**counts: int) -> None:
             raise UserError(f"--{name} {count}: give a whole number of 1 or more")
 
 
+def parsed_size(text: str | None) -> tuple[int, int] | None:
+    """Return height and width of `224` or `256x320`; UserError where it is neither."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise UserError(f"--size {text}: give a side in pixels, 224, or height x width, 256x320")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def one_folder(verb: str, folders: Sequence[str]) -> Path:
     """Return the one run folder; UserError where there are none or several."""
     if len(folders) != 1:

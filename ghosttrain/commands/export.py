@@ -4,13 +4,13 @@ as it does.
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 
 from ghosttrain.commands.arguments import (
     Arguments,
     folders_and_overrides,
     one_folder,
+    parsed_size,
     validate_counts,
 )
 from ghosttrain.deploy.formats import FORMATS, PRECISIONS
@@ -76,13 +76,3 @@ def run(options: Namespace) -> int:
     else:
         reports = export_run(source, config, formats, wanted)
     return int(any(report["passed"] is False for report in reports))
-
-
-def parsed_size(text: str | None) -> tuple[int, int] | None:
-    """Return height and width of `224` or `256x320`; UserError where it is neither."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if match is None:
-        raise UserError(f"--size {text}: give a side in pixels, 224, or height x width, 256x320")
-    return int(match[1]), int(match[2] or match[1])

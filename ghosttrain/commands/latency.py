@@ -6,8 +6,7 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-from ghosttrain.commands.arguments import Arguments, validate_counts
-from ghosttrain.commands.export import parsed_size
+from ghosttrain.commands.arguments import Arguments, parsed_size, validate_counts
 from ghosttrain.errors import UserError
 
 ARGUMENTS = Arguments(

@@ -7,16 +7,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import cast
 
 from ghosttrain.deploy.network import Deployed
+from ghosttrain.engine.fuse import in_library
 from ghosttrain.engine.load import load_run
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.engine.student import has_fused_form
 from ghosttrain.errors import UserError
 from ghosttrain.files import PACKAGE, write_bytes, write_text
-from ghosttrain.models.layers import Student
-from ghosttrain.models.weights.export import export_state
 from ghosttrain.models.weights.files import State
 from ghosttrain.models.weights.packing import packed
 from ghosttrain.text import one_line
@@ -64,18 +62,14 @@ def _counterpart(source: Deployed, library: str | None) -> tuple[str, str, State
             raise UserError(f"{source.config.model.name} is a network of timm's, not torchvision's")
         state = load_run(source.folder, "ema").state_dict()
         return "timm", source.config.model.name, {k: v.cpu() for k, v in state.items()}, "trained"
-    forms = {
-        "fused": cast(Student, source.alone),
-        "in training form": cast(Student, load_run(source.folder, "ema")),
-    }
+    model = load_run(source.folder, "ema")
     refusals: list[UserError] = []
     for wanted in [library] if library else LIBRARIES:
-        for form, model in forms.items():
-            try:
-                name, state = export_state(model, wanted)
-                return wanted, name, state, form
-            except UserError as refusal:
-                refusals.append(refusal)
+        try:
+            form, name, state = in_library(model, source.alone, wanted)
+            return wanted, name, state, form
+        except UserError as refusal:
+            refusals.append(refusal)
     raise refusals[0]
 
 

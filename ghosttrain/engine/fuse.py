@@ -17,6 +17,7 @@ from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.layers import Student
 from ghosttrain.models.reparam import using_forward
 from ghosttrain.models.weights.export import export_state
+from ghosttrain.models.weights.files import State
 from ghosttrain.models.weights.packing import packed
 
 FUSE_BOUND = 1e-3
@@ -66,15 +67,25 @@ def fuse_run(folder: str | Path, out: str | None = None, library: str | None = N
     return path
 
 
-def _write_for(library: str, model: nn.Module, fused: nn.Module, path: Path) -> Path:
-    """Write a run's weights for a network of `library`: the plain one, or timm's GhostNetV3."""
+def in_library(model: nn.Module, fused: nn.Module, library: str) -> tuple[str, str, State]:
+    """Return the form that `library` has a network for, fused before training form; its name there
+    and its state dict.
+
+    Raises:
+        UserError: it has neither; the message is about the fused one.
+    """
     try:
-        shown, (name, state) = "fused", export_state(cast("Student", fused), library)
+        return "fused", *export_state(cast("Student", fused), library)
     except UserError as refusal:
         try:
-            shown, (name, state) = "in training form", export_state(cast("Student", model), library)
+            return "in training form", *export_state(cast("Student", model), library)
         except UserError:
             raise refusal from None
+
+
+def _write_for(library: str, model: nn.Module, fused: nn.Module, path: Path) -> Path:
+    """Write a run's weights for a network of `library`: the plain one, or timm's GhostNetV3."""
+    shown, name, state = in_library(model, fused, library)
     write_bytes(path, packed(state, {"format": "pt"}))
     classes, chans = (getattr(model, key) for key in ("num_classes", "in_chans"))
     commands = {
