@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ghosttrain.cli import main
+from ghosttrain.deploy.latency_of import network_for, networks_of
 from ghosttrain.deploy.pareto import Point, front
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.create import create_model
@@ -38,6 +39,15 @@ def test_runs_and_models_beside_published_values(
     # Published values are those of 224 px.
     assert main(["pareto", *asked, "--size", "96"]) == 0
     assert "2404.11202" not in capsys.readouterr().out
+
+
+def test_a_backend_times_the_form_it_names() -> None:
+    networks = networks_of("shufflenetv2_050", (64, 64))
+    for backend in ("torch", "onnx"):
+        assert network_for(networks, backend) is networks.fused
+    for backend in ("torch_unfused", "onnx_unfused"):
+        assert count_params(network_for(networks, backend)) == count_params(networks.trained)
+    assert count_params(networks.trained) > count_params(networks.fused)
 
 
 def test_the_front_is_what_no_other_beats() -> None:
