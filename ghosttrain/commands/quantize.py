@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 
 from ghosttrain.commands.arguments import (
     Arguments,
@@ -36,6 +37,11 @@ ARGUMENTS.add_argument(
 )
 ARGUMENTS.add_argument("--seed", metavar="N", type=int, default=0, help="of their choice (0)")
 ARGUMENTS.add_argument(
+    "--finetune", action="store_true",
+    help="train it on before, rounded as the file rounds, by the run's own command with a tenth of "
+    "its epochs and a hundredth of its learning rate; key=value changes settings of that training",
+)  # fmt: skip
+ARGUMENTS.add_argument(
     "--include-preprocess", action="store_true",
     help="the file takes uint8 pixels (B, H, W, C) and gives probabilities",
 )  # fmt: skip
@@ -64,13 +70,19 @@ def run(options: Namespace) -> int:
 
     from ghosttrain.config.compose import override_saved
     from ghosttrain.deploy.export import Wanted
+    from ghosttrain.deploy.finetune import finetune
     from ghosttrain.deploy.network import deployed
-    from ghosttrain.deploy.quantize import Calibration, quantize_run
+    from ghosttrain.deploy.quantize import Calibration, quantize_run, weight_bits
 
-    source = deployed(folder, options.include_preprocess)
+    source, before = deployed(folder, options.include_preprocess), None
+    if options.finetune:
+        bits = min(weight_bits(each) for each in formats)
+        trained = finetune(folder, source.config, bits, overrides)
+        before, overrides = source.network, []
+        source = replace(deployed(trained, options.include_preprocess), folder=source.folder)
     config = override_saved(source.config, overrides, "eval")
     go_on_without()
     wanted = Wanted("int8", None, options.batch, options.images)
     calibration = Calibration(options.calibration, options.seed)
-    reports = quantize_run(source, config, formats, wanted, calibration, options.max_drop)
+    reports = quantize_run(source, config, formats, wanted, calibration, options.max_drop, before)
     return int(any(not report["passed"] for report in reports))

@@ -447,6 +447,16 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             f"model.freeze={_shown(model.freeze)} would keep random weights: type "
             "model.weights=FILE, RUN, hub or efficientnet-lite, or model.freeze=none"
         )
+    if model.weight_bits and (model.source == "timm" or model.weights in (None, *NAMED_SOURCES)):
+        raise UserError(
+            f"model.weight_bits={model.weight_bits} trains the fused form of a finished run: type "
+            "model.weights=RUN with a student of this project, or quantize RUN --finetune"
+        )
+    if model.weight_bits and config.ema.decay and not config.ema.warmup:
+        raise UserError(
+            f"model.weight_bits={model.weight_bits}: the ranges of inputs begin empty, and so "
+            "would their average: type ema.warmup=true"
+        )
     elsewhere = model.weights in (None, *NAMED_SOURCES)
     if not elsewhere and not expanded(str(model.weights)).exists():
         raise UserError(

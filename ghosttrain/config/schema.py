@@ -159,6 +159,10 @@ class ModelConfig(Section):
     `[[0,backbone],[0.2,none]]` trains the classifier first."""
     input_stride: Literal["standard", "small"] = "standard"
     """Stride of the stem: `standard` 2, as published; `small` 1, for images of 32x32 or so."""
+    weight_bits: Literal[7, 8] | None = None
+    """Quantization-aware training: the fused network goes on from the `weights` of a finished run,
+    the weights of its layers rounded to so many bits and their inputs to 8; null: no rounding.
+    `quantize RUN --finetune` types it."""
 
 
 Forward = Literal["auto", "branches", "stacked", "collapsed"]

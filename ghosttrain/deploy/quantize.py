@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import build_datasets
@@ -78,6 +78,7 @@ def quantize_run(
     wanted: Wanted,
     calibration: Calibration,
     max_drop: float,
+    before: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
     """Write INT8 files of a run into RUN/export/<format>_int8; return what their reports say.
 
@@ -88,6 +89,7 @@ def quantize_run(
         wanted: how large, how many at once, tried on how many images.
         calibration: which images the ranges are taken from.
         max_drop: points of top-1 that may be lost; layers stay in float until it holds.
+        before: the network that was fine-tuned into `source`: what the files are compared with.
 
     Raises:
         UserError: a format without INT8; images that are not there.
@@ -107,7 +109,9 @@ def quantize_run(
     images = HeldOut(held_out, config, batch, size, wanted.images)
 
     def write(made: Format) -> dict[str, Any]:
-        return quantize_one(source, made, wanted, images, batches, found, calibration, max_drop)
+        return quantize_one(
+            source, made, wanted, images, batches, found, calibration, max_drop, before
+        )
 
     return each_format(source, formats, write, lines)
 
@@ -144,6 +148,7 @@ def quantize_one(
     found: Sequence[Sensitivity],
     calibration: Calibration,
     max_drop: float,
+    before: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Try ever fewer layers in INT8 until the accuracy holds, and leave the best file."""
     batch = wanted.batch_of(made)
@@ -157,7 +162,8 @@ def quantize_one(
             with converting(source, made, "int8"):
                 assert made.quantize is not None
                 made.quantize(source.network, batches, path, kept, batch is None)
-            seen = compare(source.network, made.load(path, 1), held_out.batches(source), batch)
+            runner, batches_seen = made.load(path, 1), held_out.batches(source)
+            seen = compare(before or source.network, runner, batches_seen, batch)
             share = int8_share(found, [*kept.layers])
             tries.append(Try(kept, share, seen.top1 - seen.top1_exported, bytes_in(scratch), seen))
             if best is None or tries[-1].drop < best.drop:
@@ -184,14 +190,22 @@ def quantize_one(
                  "drop": t.drop, "bytes": t.bytes}
                 for t in tries
             ],
+            "finetuned": before is not None,
             "calibration": {"images": sum(map(len, batches)), "seed": calibration.seed},
-            "seven_bits": saturates() and made.name in ("onnx", "openvino"),
+            "seven_bits": weight_bits(made) == 7,
         }  # fmt: skip
         write_preprocess(folder, source, held_out.size)
         write_sensitivities(folder, found)
         draw(folder / "int8.png", found, tries, f"{source.config.model.name}, {made.name}")
         write_json(folder / "report.json", report)
     return report
+
+
+def weight_bits(made: Format) -> int:
+    """Return how many bits the weights of an INT8 file have: 7 where this processor would overflow
+    with 8 in the runtimes that compute as it does.
+    """
+    return 7 if saturates() and made.name in ("onnx", "openvino") else 8
 
 
 def candidates(found: Sequence[Sensitivity]) -> Iterator[InFloat]:
@@ -239,9 +253,10 @@ def lines(report: dict[str, Any]) -> list[str]:
     held = f"{len(kept['layers'])} layers in float" if kept["layers"] else "every layer"
     rest = ", sums and products in float" if kept["rest"] else ""
     bits = "; weights with 7 bits, this processor has no VNNI" if report["seven_bits"] else ""
+    since = " since before the fine-tuning" if report["finetuned"] else ""
     said = [
         line(report),
-        f"  drop {report['drop']:+.2f} points (at most {report['max_drop']:g} wanted), "
+        f"  drop {report['drop']:+.2f} points{since} (at most {report['max_drop']:g} wanted), "
         f"{report['int8_share']:.1f} % of the MACs in INT8 ({held}{rest}), "
         f"{len(report['tries'])} tried, calibrated on {report['calibration']['images']} training "
         f"images{bits}",

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ghosttrain.models.int8 import round_inputs, round_weights
+
 Layer = nn.Conv2d | nn.Linear
 
 
@@ -81,7 +83,7 @@ def _rounded(layer: Layer, low: float, high: float) -> Iterator[None]:
     """Round the weights and the input of a layer to 8 bits within the block."""
 
     def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (round_inputs(inputs[0], low, high), *inputs[1:])
+        return (round_inputs(inputs[0], torch.tensor(low), torch.tensor(high)), *inputs[1:])
 
     weight = layer.weight.data
     handle = layer.register_forward_pre_hook(enter)
@@ -91,20 +93,6 @@ def _rounded(layer: Layer, low: float, high: float) -> Iterator[None]:
     finally:
         handle.remove()
         layer.weight.data = weight
-
-
-def round_weights(weight: Tensor) -> Tensor:
-    """Return weights (C_out, ...) as symmetric INT8 per output channel holds them."""
-    largest = weight.flatten(1).abs().amax(1).clamp(min=1e-12)
-    step = (largest / 127).reshape(-1, *[1] * (weight.ndim - 1))
-    return (weight / step).round().clamp(-127, 127) * step
-
-
-def round_inputs(x: Tensor, low: float, high: float) -> Tensor:
-    """Return x as affine UINT8 of the range from low to high, 0 included, holds it."""
-    step = max(high - low, 1e-12) / 255
-    zero = round(-low / step)
-    return ((x / step).round() + zero).clamp(0, 255).sub(zero) * step
 
 
 def int8_share(found: Sequence[Sensitivity], kept: Sequence[str]) -> float:

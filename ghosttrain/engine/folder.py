@@ -294,9 +294,8 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     )
     sizes = f"{form['params_train'] / 1e6:.3f} M parameters, {form['macs_train'] / 1e6:.1f} M MACs"
     if "fused" in result["weights"]:
-        lines.append(
-            f"fused vs unfused: largest difference of a logit {result['fuse_max_diff']:.1e}"
-        )
+        pair = "in float vs rounded as INT8" if form.get("weight_bits") else "fused vs unfused"
+        lines.append(f"{pair}: largest difference of a logit {result['fuse_max_diff']:.1e}")
         fused = f"{form['params_fused'] / 1e6:.3f} M, {form['macs_fused'] / 1e6:.1f} M"
         sizes = f"{sizes} in training form; {fused} fused"
     lines.append(f"{sizes}; at {form['eval_size']} px")

@@ -17,6 +17,7 @@ from ghosttrain.engine.freeze import frozen_throughout
 from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.depth import block_depths
+from ghosttrain.models.int8 import round_layers
 from ghosttrain.models.sync_bn import synchronize
 from ghosttrain.models.timm_limits import validate_timm_sides
 from ghosttrain.models.weights.files import other_input_stride, other_normalisation
@@ -95,12 +96,14 @@ def build_student(
             config.reparam,
             model.dropout,
             model.weights,
-            fused=fused,
+            fused=fused or model.weight_bits is not None,
             input_stride=model.input_stride,
             new_classifier=new_classifier,
             classes=classes,
             drop_path=model.drop_path,
         )
+    if model.weight_bits is not None:
+        round_layers(student, model.weight_bits)
     if model.weights:
         about, notes = student.weights_about, [student.weights_note]
         if model.source == "ghosttrain":  # a timm model has no such setting

@@ -27,6 +27,7 @@ from ghosttrain.models.collapse import (
     forward_together,
     identity_kernel,
 )
+from ghosttrain.models.int8 import in_float
 from ghosttrain.models.layers import BatchNorm, ConvBN
 
 
@@ -144,7 +145,8 @@ def fuse(model: nn.Module) -> nn.Module:
     The copy computes the same function up to rounding (float64: relative error of the logits below
     1e-12 on randomised statistics, `tests/numerics/test_fuse.py`) and can be trained: the new
     parameters require gradients. Folding is done in float64 whatever the dtype of the model, and
-    draws no random numbers. What is folded already, or is none of these layers, is copied as it is.
+    draws no random numbers. Layers that round as INT8 files do become ordinary ones. What is folded
+    already, or is none of these layers, is copied as it is.
 
     Raises UserError in training mode, where the outputs of `model` depend on the batch.
     """
@@ -162,6 +164,7 @@ def _folded(module: nn.Module) -> nn.Module:
         return _fold_branches(module)
     if isinstance(module, ConvBN):
         return _conv_like(module.conv, *_fold(module.conv.weight, module.bn))
+    in_float(module)
     for name, child in module.named_children():
         setattr(module, name, _folded(child))
     return module

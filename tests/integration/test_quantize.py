@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from ghosttrain.cli import main
 from ghosttrain.deploy.formats import InFloat, onnx, saturates
-from ghosttrain.deploy.sensitivity import int8_share, round_inputs, round_weights, sensitivities
+from ghosttrain.deploy.sensitivity import int8_share, sensitivities
+from ghosttrain.engine.load import load_run
+from ghosttrain.files import read_json, write_json
 from ghosttrain.models.cost import count_macs
+from ghosttrain.models.int8 import round_inputs, round_weights
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +32,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "it"
 
 
-def test_rounding_is_that_of_pytorch() -> None:
+def test_rounding_is_to_the_nearest_of_256_steps() -> None:
+    def nearest(x: torch.Tensor, step: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        return (x.double() / step.double()).round().clamp(low, high) * step.double()
+
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(7, 3, 5, 5, generator=draw)
-    step = weight.flatten(1).abs().amax(1) / 127
-    zeros = torch.zeros(7, dtype=torch.int32)
-    expected = torch.fake_quantize_per_channel_affine(weight, step, zeros, 0, -127, 127)
-    assert torch.allclose(round_weights(weight), expected, atol=1e-6)
+    step = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    assert torch.allclose(round_weights(weight).double(), nearest(weight, step, -127, 127))
     x = torch.randn(1000, generator=draw) * 2 + 1
-    low, high = float(x.min()) / 2, float(x.max()) / 2  # half of them are outside
+    low, high = x.min() / 2, x.max() / 2  # half of them are outside
     step = (high - low) / 255
-    expected = torch.fake_quantize_per_tensor_affine(x, step, round(-low / step), 0, 255)
-    assert torch.allclose(round_inputs(x, low, high), expected, atol=1e-6)
+    below = float((-low / step).round())
+    expected = nearest(x, step, -below, 255 - below)
+    assert torch.allclose(round_inputs(x, low, high).double(), expected, atol=1e-6)
 
 
 def test_sensitivity_is_the_change_of_the_outputs() -> None:
@@ -52,13 +59,71 @@ def test_sensitivity_is_the_change_of_the_outputs() -> None:
     assert [found[name].macs for name in ("0", "3")] == [8 * 36 * 27, 8 * 36 * 5]
     assert sum(each.macs for each in found.values()) == count_macs(network, 8)
     hidden = network[:3](x)
-    rounded = round_inputs(hidden, 0.0, float(hidden.max()))
+    rounded = round_inputs(hidden, torch.zeros(()), hidden.max())
     apart = nn.functional.linear(rounded, round_weights(network[3].weight), network[3].bias)
     expected = ((apart - network(x)).double() ** 2).sum() / (network(x).double() ** 2).sum()
     assert found["3"].error == pytest.approx(float(expected), rel=1e-5)
     assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
     shares = int8_share(list(found.values()), ["0"])
     assert shares == pytest.approx(100 * 5 / (5 + 27))
+
+
+def test_finetuning_goes_on_by_the_runs_own_command(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "train.max_steps=5",
+        "optim.lr=0.05",
+        "--finetune",
+        "--images",
+        "100",
+        "--max-drop",
+        "100",
+    ]
+    assert main(["quantize", str(finished), "--calibration", "64", *words]) == 0
+    text = capsys.readouterr().out
+    rounded = finished.with_name("it-int8")
+    assert f"run folder: {rounded}" in text and "since before the fine-tuning" in text
+    assert "in float vs rounded as INT8" in text
+    before, after = (
+        yaml.safe_load((each / "config.yaml").read_text()) for each in (finished, rounded)
+    )
+    changed = {
+        f"{section}.{name}"
+        for section, values in before.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if value != after[section][name]
+    }
+    assert changed == {
+        "model.weights", "model.weights_digest", "model.weight_bits", "train.epochs",
+        "train.max_steps", "optim.lr", "schedule.warmup_epochs", "run.name",
+    }  # fmt: skip
+    assert f"optim.lr={before['optim']['lr'] / 100:g} " in text and after["optim"]["lr"] == 0.05
+    # The file holds what the fine-tuned network computes; the drop counts from before it.
+    report = json.loads((finished / "export/onnx_int8/report.json").read_text())
+    seen = report["comparison"]
+    assert report["finetuned"] is True
+    assert report["drop"] == pytest.approx(seen["top1"] - seen["top1_exported"])
+    runner = onnx.load(finished / "export/onnx_int8/model.onnx")
+    x = torch.randn(4, 3, 64, 64)
+    with torch.inference_mode():
+        tuned, old = load_run(rounded, "fused")(x), load_run(finished, "fused")(x)
+    found = torch.from_numpy(runner(x.numpy())[0])
+    assert (found - tuned).abs().mean() < (found - old).abs().mean()
+    assert main(["eval", str(rounded)]) == 0
+    assert main(["fuse", str(rounded)]) == 0
+
+
+def test_finetuning_needs_a_command(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    made = read_json(copy / "provenance.json", 100_000)
+    write_json(copy / "provenance.json", {**made, "command": None})
+    assert main(["quantize", str(copy), "--finetune"]) == 2
+    error = capsys.readouterr().err
+    assert f"was not begun by a command: type one with model.weights={copy} " in error
 
 
 def test_a_file_in_int8(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
