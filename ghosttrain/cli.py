@@ -20,6 +20,7 @@ from ghosttrain.commands.arguments import (
 )
 from ghosttrain.errors import UserError, did_you_mean, mistake
 from ghosttrain.terminal import Output, lasting_output, reason
+from ghosttrain.threads import wait_asleep
 
 VERBS = {
     "train": "train a run; the same command again resumes it, or shows its result",
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     or what was asked for could not be printed), 130 (Ctrl-C).
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    wait_asleep()
     with lasting_output():
         return _main(args) or _unprinted()
 

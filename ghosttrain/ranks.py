@@ -48,8 +48,7 @@ def environment(number: int, nproc: int, rendezvous: str) -> dict[str, str]:
         "GHOSTTRAIN_RENDEZVOUS": rendezvous,
         "GHOSTTRAIN_PARENT": str(os.getpid()),
     }
-    threads = str(max(1, (os.cpu_count() or 1) // nproc))
-    return {"OMP_NUM_THREADS": threads} | dict(os.environ) | variables
+    return dict(os.environ) | variables
 
 
 def rendezvous() -> str | None:

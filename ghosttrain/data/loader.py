@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from ghosttrain import ranks
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import Transform, View, eval_transform, normalise, train_transform
 from ghosttrain.data.datasets import Dataset
@@ -43,6 +42,7 @@ from ghosttrain.data.order import mix
 from ghosttrain.errors import UserError
 from ghosttrain.memory import keep_freed_memory
 from ghosttrain.text import one_line
+from ghosttrain.threads import cores
 
 SETTLED, SLOW = 20.0, 0.3
 """Seconds of training before it is judged whether the images come too slowly, and the share of the
@@ -185,7 +185,7 @@ class Loader:
         if self._told or both < SETTLED or self._waited < SLOW * both:
             return []
         self._told = True
-        workers, free = self._loader.num_workers, cores()
+        workers, free = self._loader.num_workers, max(int(cores()), 1)
         share = f"{100 * self._waited / both:.0f} % of the time is spent waiting for images"
         if workers < free:
             # As many as would have kept up, if each brings what it brings now.
@@ -233,21 +233,12 @@ class Loader:
         )
 
 
-def cores() -> int:
-    """Return how many cores this process may use, shared among the ranks of its machine."""
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        usable = os.cpu_count() or 1
-    return max(usable // ranks.local_world_size(), 1)
-
-
 def worker_count(setting: int | str, device: str) -> int:
     """Return the number of workers under `data.workers` on a device of this type."""
     if isinstance(setting, int):
         return setting
-    share = cores()
-    if share == 1:
+    share = int(cores())
+    if share <= 1:
         return 0
     return min(share - 1, MOST_WORKERS) if device == "cuda" else max(share // 4, 1)
 

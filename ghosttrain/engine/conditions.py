@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ghosttrain import threads
+from ghosttrain.engine import distributed
 from ghosttrain.engine.plan import Plan
 from ghosttrain.models.depthwise import compiled
 
@@ -30,6 +32,30 @@ def conditions(plan: Plan, device: torch.device) -> Conditions:
         "kernels": "on" if compiled(device.type) else "off",
         "torch": str(torch.__version__),  # a class of its own, which a checkpoint cannot hold
     }
+
+
+def settle_threads(device: torch.device, before: Conditions | None) -> tuple[int, list[str]]:
+    """Let as many threads compute on a CPU as a run had before, or as cores are free now; return
+    their number on this rank, and a line where that is fewer than it has cores.
+
+    What the user says (OMP_NUM_THREADS) stands, and what torchrun sets; beside a GPU one computes.
+    """
+    if device.type != "cpu":
+        return 1, []
+    most = torch.get_num_threads()
+    if threads.are_given():
+        return most, []
+    most = min(most, max(int(threads.cores()), 1))
+    kept = (before or {}).get("threads", "")
+    count = int(kept) if kept.isdigit() else threads.threads_for(threads.free_cores(), most)
+    count = distributed.broadcast(count)
+    torch.set_num_threads(count)
+    if kept or count == most:
+        return count, []
+    return count, [
+        f"threads: {count} of {most}, other processes keep the cores busy; OMP_NUM_THREADS={most} "
+        "before the command takes all"
+    ]
 
 
 def changed_conditions(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:

@@ -26,7 +26,7 @@ from ghosttrain.data.order import mix
 from ghosttrain.engine import distributed, folder, same_data, skipped, summary, track
 from ghosttrain.engine.advice import advice
 from ghosttrain.engine.checkpoint import newest_checkpoint, set_damaged_aside
-from ghosttrain.engine.conditions import changed_conditions, conditions
+from ghosttrain.engine.conditions import changed_conditions, conditions, settle_threads
 from ghosttrain.engine.cuda_graph import record
 from ghosttrain.engine.evaluate import Evaluation, HeldOutImages, try_first_batch
 from ghosttrain.engine.freeze import freeze_at, freeze_network
@@ -45,6 +45,7 @@ from ghosttrain.optim.build import build_optimizer
 from ghosttrain.optim.clip import clip_gradients
 from ghosttrain.optim.ema import Ema
 from ghosttrain.optim.schedule import set_lr, set_weight_decay
+from ghosttrain.threads import Neighbours
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     saved, found, damaged = newest_checkpoint(checkpoints) or (None, None, [])
     if saved is not None:
         folder.validate_settings(run, saved["settings"], config)
+    threads, few = settle_threads(device, saved and saved["conditions"])
+    notes += few
+    neighbours = Neighbours(threads)
     data_record = same_data.validate_same_data(
         saved, same_data.describe_data(train_set, held_out), config.data.changed
     )
@@ -221,7 +225,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                         validate_finite(state.tensors(), state.step, run)
                         save()
 
-            tracker.say(*train_images.slow_note())
+            tracker.say(*train_images.slow_note(), *neighbours.note())
 
             # -------------------------------------------------------- Save
             # Before the evaluation, which a resumed run repeats: it may fail.
