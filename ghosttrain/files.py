@@ -38,6 +38,12 @@ def shipped(folder: str) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / folder
 
 
+def extra(name: str) -> str:
+    """Return what pip installs for an extra of pyproject.toml: of this checkout, or of the package."""
+    checkout = (PACKAGE.parent / "pyproject.toml").is_file()
+    return f"'{PACKAGE.parent if checkout else 'ghosttrain'}[{name}]'"
+
+
 def expanded(path: str | Path) -> Path:
     """Return `path` with `~` replaced by the user's home; `~nobody` stays as it is, and will not be
     found.

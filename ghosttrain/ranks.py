@@ -1,36 +1,77 @@
-"""Where this process stands among those of a job, by the variables of torchrun or our own `spawn`.
+"""Where this process stands among those of a job, by the variables of torchrun, of our own `spawn`, of
+an srun step or of submitit's local jobs.
 
 The only place that reads or writes these variables. Imports no torch.
+
+torchrun and `spawn` set RANK, and what they set counts. Else a process is a rank where Slurm started
+it as one of several tasks of a step. The variables of the step decide that, not SLURM_NTASKS and
+SLURM_PROCID: a batch script has these too, with SLURM_PROCID=0, and starts one process. Only srun
+sets SLURM_STEP_NUM_TASKS (srun's manual, output environment variables); the shell of `salloc` may
+have it, in a step of a reserved number (slurm.h: SLURM_MAX_NORMAL_STEP_ID 0xfffffff0). PyTorch
+Lightning goes by SLURM_NTASKS and the job's name (`bash`, `interactive`), timm by SLURM_NTASKS alone:
+both take a batch script for a rank.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import zlib
+
+SLURM = {
+    "RANK": "SLURM_PROCID",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+}
+"""torchrun's name -> Slurm's; the tasks of this node are those of SLURM_GTIDS."""
+SUBMITIT_LOCAL = {
+    "RANK": "SUBMITIT_LOCAL_GLOBALID",
+    "LOCAL_RANK": "SUBMITIT_LOCAL_LOCALID",
+    "WORLD_SIZE": "SUBMITIT_LOCAL_NTASKS",
+    "LOCAL_WORLD_SIZE": "SUBMITIT_LOCAL_NTASKS",
+}
+"""torchrun's name -> that of submitit's local jobs, all of one machine."""
+RESERVED_STEPS = 0xFFFFFFF0
+"""Steps from this number on are no srun of the user: batch script, `salloc`'s shell (slurm.h)."""
 
 
 def rank() -> int:
     """Return this process's rank, 0 when there is one process."""
-    return int(os.environ.get("RANK", "0"))
+    return int(_value("RANK") or 0)
 
 
 def local_rank() -> int:
     """Return this process's rank on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(_value("LOCAL_RANK") or 0)
 
 
 def world_size(default: int = 1) -> int:
     """Return the number of processes; `default` where nobody launched this one as a rank."""
-    return int(os.environ.get("WORLD_SIZE", default))
+    return int(_value("WORLD_SIZE") or default)
 
 
 def local_world_size() -> int:
     """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if is_slurm_task():
+        return len(os.environ.get("SLURM_GTIDS", "0").split(","))
+    return int(_value("LOCAL_WORLD_SIZE") or 1)
 
 
 def is_launched() -> bool:
-    """Whether this process is a rank already: started by torchrun, or by `spawn`."""
-    return "WORLD_SIZE" in os.environ
+    """Whether this process is a rank already: started by torchrun, `spawn`, srun or submitit."""
+    return _value("WORLD_SIZE") is not None
+
+
+def is_slurm_task() -> bool:
+    """Whether Slurm started this process as one of several tasks of a step."""
+    step, tasks = (os.environ.get(f"SLURM_STEP_{name}", "") for name in ("ID", "NUM_TASKS"))
+    is_task = step.isdecimal() and int(step) < RESERVED_STEPS and tasks.isdecimal()
+    return is_task and int(tasks) > 1 and "SLURM_PROCID" in os.environ and "RANK" not in os.environ
+
+
+def is_on_its_own() -> bool:
+    """Whether this process is a rank, and nobody ends the others when one fails."""
+    return is_slurm_task() or _is_task_of_submitit()
 
 
 def must_spawn(nproc: int) -> bool:
@@ -52,10 +93,48 @@ def environment(number: int, nproc: int, rendezvous: str) -> dict[str, str]:
 
 
 def rendezvous() -> str | None:
-    """Return where the ranks of our own `spawn` meet; None under torchrun, which says it itself."""
-    return os.environ.get("GHOSTTRAIN_RENDEZVOUS")
+    """Return where ranks meet that no torchrun started: a file of our own `spawn`, or a port of
+    the machine of rank 0. None under torchrun, which says it itself.
+
+    MASTER_ADDR and MASTER_PORT count where they are set, also alone.
+    """
+    if is_slurm_task():
+        host = first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        job = ".".join(os.environ.get(name, "0") for name in names)
+    elif _is_task_of_submitit():
+        host, job = "127.0.0.1", os.environ["SUBMITIT_LOCAL_JOB_ID"]
+    else:
+        return os.environ.get("GHOSTTRAIN_RENDEZVOUS")
+    port = 10_000 + zlib.crc32(job.encode()) % 20_000  # below those that Linux gives to clients
+    place = os.environ.get("MASTER_ADDR", host), os.environ.get("MASTER_PORT", port)
+    return "tcp://{}:{}".format(*place)
 
 
-def parent() -> int:
-    """Return the process that spawned this rank."""
-    return int(os.environ["GHOSTTRAIN_PARENT"])
+def first_host(nodes: str) -> str:
+    """Return the first machine of a list as Slurm writes it: `gpu[07-09,12],cpu3` -> `gpu07`."""
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
+
+
+def parent() -> int | None:
+    """Return the process that spawned this rank; None where another program started it."""
+    number = os.environ.get("GHOSTTRAIN_PARENT")
+    return None if number is None else int(number)
+
+
+def _value(name: str) -> str | None:
+    """Return the value of a variable of torchrun, by the name that the starter of this process has
+    for it; None where nobody started it as a rank.
+    """
+    if is_slurm_task():
+        name = SLURM[name]
+    elif _is_task_of_submitit():
+        name = SUBMITIT_LOCAL[name]
+    return os.environ.get(name)
+
+
+def _is_task_of_submitit() -> bool:
+    """Whether submitit started this process on this machine, as one of several tasks of a job."""
+    tasks = os.environ.get("SUBMITIT_LOCAL_NTASKS", "1")
+    number = os.environ.get("SUBMITIT_LOCAL_GLOBALID")
+    return number is not None and tasks != "1" and "RANK" not in os.environ

@@ -9,7 +9,6 @@ from typing import Any
 from ghosttrain import ranks
 from ghosttrain.commands.arguments import Arguments, with_config_dir
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.terminal import go_on_without
 
 ARGUMENTS = with_config_dir(
     Arguments(
@@ -73,18 +72,17 @@ def run(options: Namespace) -> int:
         from ghosttrain.study.sweep import sweep
 
         return sweep(overrides, hydra_words, options.config_dir)
-    if ranks.rank() > 0:
-        from ghosttrain.engine.classification import CLASSIFICATION
-        from ghosttrain.engine.train import train
-
-        go_on_without()
-        train(CLASSIFICATION, None, [])  # the settings come from rank 0
-        return 0
     if options.cfg:
-        return _print_settings(overrides, options)
-    from ghosttrain.engine.launch import launch
+        return 0 if ranks.rank() else _print_settings(overrides, options)
+    if ranks.rank() > 0:
+        from ghosttrain.engine.launch import follow
 
-    return launch(compose(overrides, options.config_dir))
+        follow()
+        return 0
+    from ghosttrain.engine.launch import launch, others_told
+
+    with others_told():
+        return launch(compose(overrides, options.config_dir))
 
 
 def _print_settings(overrides: list[str], options: Namespace) -> int:

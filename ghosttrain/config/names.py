@@ -27,7 +27,7 @@ from ghosttrain.config.identity import field_of, flatten, unflatten
 from ghosttrain.config.schema import Config, MemberConfig
 from ghosttrain.config.small import LIMIT, computed, training_images
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import expanded, shipped
+from ghosttrain.files import expanded, extra, shipped
 from ghosttrain.text import listed
 
 MEMBERS = "teacher.members"
@@ -37,6 +37,8 @@ NAME_A_MEMBER = (
     f"name each network of an ensemble and set what it is: type {MEMBERS}.a.name=MODEL "
     f"{MEMBERS}.a.weights=hub (a: a name of your choice)"
 )
+EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm"}
+"""Launchers of Hydra whose package is called otherwise -> the extra that brings them."""
 
 
 @dataclass(frozen=True)
@@ -420,6 +422,8 @@ def _validate_plugin(word: str) -> None:
     if name not in there:
         kind = key.removeprefix("hydra/")
         package = f" (pip install hydra-{name}-{kind})" if name.isidentifier() else ""
+        if name in EXTRAS:
+            package = f" (pip install {extra(EXTRAS[name])})"
         raise UserError(
             f"{word!r}: no {kind} of this name is installed; there is {', '.join(there)}{package}"
         )

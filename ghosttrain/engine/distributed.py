@@ -1,4 +1,4 @@
-"""Ranks: torchrun's environment, what rank 0 tells the others, sums over ranks. One process needs
+"""Ranks: joining the others, what rank 0 tells the others, sums over ranks. One process needs
 none of it.
 
 Every function does the obvious thing when there is one process, so that the training loop has no
@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -24,27 +24,51 @@ from torch.nn.parallel import DistributedDataParallel
 from ghosttrain import ranks
 from ghosttrain.errors import UserError
 from ghosttrain.ranks import rank, world_size
+from ghosttrain.text import one_line
 
 
 def start(patience: timedelta | None = None) -> None:
-    """Join the other ranks (torchrun's variables, or the file that `spawn` names).
+    """Join the other ranks, where `ranks.rendezvous` says, or torchrun's variables.
 
     `patience` is how long a rank waits for the others before it gives up; None: as torch does.
+
+    Raises:
+        UserError: the ranks that Slurm or submitit started do not find each other.
     """
     if world_size() > 1 and not dist.is_initialized():
-        meeting = ranks.rendezvous()
-        if meeting is not None:
-            threading.Thread(target=_end_with, args=(ranks.parent(),), daemon=True).start()
+        meeting, parent = ranks.rendezvous(), ranks.parent()
+        if parent is not None:
+            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(
-            backend,
-            init_method=meeting or "env://",
-            timeout=patience,
-            rank=rank(),
-            world_size=world_size(),
-        )
-        if meeting is not None:  # not before: no handler runs while torch waits
+        try:
+            dist.init_process_group(
+                backend,
+                init_method=meeting or "env://",
+                timeout=patience,
+                rank=rank(),
+                world_size=world_size(),
+            )
+        except dist.DistError as error:
+            if not ranks.is_on_its_own():
+                raise
+            raise UserError(
+                f"the {world_size()} processes do not meet at {meeting} ({one_line(error)[:200]}); "
+                "see what process 0 wrote; where that place is wrong or taken, set MASTER_ADDR and "
+                "MASTER_PORT for all of them"
+            ) from None
+        if parent is not None:  # not before: no handler runs while torch waits
             signal.signal(signal.SIGTERM, _terminated)
+
+
+def call_off() -> None:
+    """Tell the other ranks, which wait for the settings, that none come; nothing where this one has
+    joined them already: its end is seen.
+    """
+    if not dist.is_initialized():
+        with suppress(UserError, RuntimeError):  # they may be gone
+            start(timedelta(minutes=2))
+            broadcast(None)
+            stop()
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -78,6 +102,8 @@ def pick_device(setting: str, key: str = "launch.device") -> torch.device:
     if not torch.cuda.is_available():
         raise UserError(f"{key}=cuda, but PyTorch sees no CUDA device; type {key}=cpu or auto")
     local = ranks.local_rank()
+    if ranks.is_slurm_task() and torch.cuda.device_count() == 1:
+        local = 0  # --gpus-per-task: every task sees its own, as number 0
     if local >= torch.cuda.device_count():
         raise UserError(
             f"{local + 1} processes on {torch.cuda.device_count()} GPUs; start one process per GPU"

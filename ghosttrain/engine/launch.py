@@ -5,6 +5,8 @@ Imports no torch: a finished run answers at once.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from ghosttrain.terminal import go_on_without
 def launch(composed: Composed) -> int:
     """Train, finish or show this run; return the exit code."""
     config, notes = settled(composed), replaced_lines(composed)
+    _validate_nproc(config.launch.nproc)
     folder = run_folder(config)
     result = None if config.run.fresh else _finished(folder, config, notes)
     if result is not None:
@@ -54,6 +57,41 @@ def launch(composed: Composed) -> int:
 
         train(CLASSIFICATION, config, notes)
     return 0
+
+
+def follow() -> None:
+    """Be one of the ranks after the first: train what rank 0 says."""
+    from ghosttrain.engine.classification import CLASSIFICATION
+    from ghosttrain.engine.train import train
+
+    go_on_without()
+    train(CLASSIFICATION, None, [])  # the settings come from rank 0
+
+
+@contextmanager
+def others_told() -> Iterator[None]:
+    """Let the ranks that `follow` end when rank 0 fails inside this block, before it has joined
+    them: torchrun and `spawn` end them, srun and submitit wait for all.
+    """
+    try:
+        yield
+    except Exception:
+        if ranks.is_on_its_own():
+            from ghosttrain.engine import distributed
+
+            distributed.call_off()
+        raise
+
+
+def _validate_nproc(nproc: int) -> None:
+    """Refuse `launch.nproc` where Slurm or submitit starts several processes already."""
+    tasks = ranks.world_size()
+    if ranks.is_on_its_own() and nproc not in (1, tasks):
+        raise UserError(
+            f"launch.nproc={nproc}, but {tasks} tasks of one job run this command, and each is one "
+            "process: leave launch.nproc out, and start one task per GPU (--ntasks-per-node=N of "
+            "srun, hydra.launcher.tasks_per_node=N of a sweep)"
+        )
 
 
 def _finished(folder: Path, config: Config, notes: list[str]) -> dict[str, Any] | None:

@@ -30,15 +30,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from ghosttrain import ranks
 from ghosttrain.config.compose import Composed, as_mistakes, compose
 from ghosttrain.config.names import Cells, Names
 from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.identify import settled
-from ghosttrain.engine.launch import launch
+from ghosttrain.engine.launch import follow, launch, others_told
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError, mistake
 from ghosttrain.files import expanded, read_json, write_json
 from ghosttrain.study.report import report
+from ghosttrain.study.submitted import jobs_of
 
 
 def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) -> int:
@@ -101,7 +103,8 @@ def run_cells(
         "total": len(composed) if cells.listed is not None else None,
     }
     try:
-        _hydra_main(context, [*cells.swept, *hydra_words])
+        with jobs_of(hydra_words):
+            _hydra_main(context, [*cells.swept, *hydra_words])
     finally:
         with suppress(OSError):  # a refused sweep leaves no empty folder
             folder.rmdir()
@@ -142,6 +145,9 @@ def run_cell(given: DictConfig) -> float:
     """Run one cell, in the process that Hydra's launcher chose; return its EMA top-1 in percent,
     NaN where it failed: what a sweeper that searches goes by.
     """
+    if ranks.rank() > 0:  # one of several tasks of this cell; only rank 0's result counts
+        follow()
+        return float("nan")
     context = json.loads(given.context)
     job = HydraConfig.get()
     os.environ.setdefault("WANDB_RUN_GROUP", context["group"])
@@ -156,9 +162,10 @@ def run_cell(given: DictConfig) -> float:
     print(f"\n=== {job.job.num + 1}{of}: {' '.join(words)}", flush=True)
     folder, top1 = None, float("nan")
     try:
-        composed = compose(words, context["config_dir"])
-        folder = run_folder(settled(composed))
-        code = launch(composed)
+        with others_told():
+            composed = compose(words, context["config_dir"])
+            folder = run_folder(settled(composed))
+            code = launch(composed)
     except Exception as error:  # the other cells still run
         message = mistake(error)
         if message is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import PACKAGE
+from ghosttrain.files import extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,7 +119,7 @@ def find(name: str) -> Format:
     if missing:
         raise UserError(
             f"{name} needs {' and '.join(missing)}, not installed here: "
-            + (own_environment(name) if found.conflicts else f"pip install {_extra(name)}")
+            + (own_environment(name) if found.conflicts else f"pip install {extra(name)}")
         )
     return found
 
@@ -174,14 +174,8 @@ def folder_name(name: str, precision: str) -> str:
 
 def own_environment(name: str, also: str = "") -> str:
     """Return what makes an environment for a format that does not go together with others."""
-    packages = " ".join(filter(None, (_extra(name), also and f"'{also}'")))
+    packages = " ".join(filter(None, (extra(name), also and f"'{also}'")))
     return f"python -m venv .venv-{name} && .venv-{name}/bin/pip install {packages}"
-
-
-def _extra(name: str) -> str:
-    """Return what pip installs for a format: of this checkout, or of the package."""
-    checkout = (PACKAGE.parent / "pyproject.toml").is_file()
-    return f"'{PACKAGE.parent if checkout else 'ghosttrain'}[{name}]'"
 
 
 def versions(found: Format) -> dict[str, str]:

@@ -1,0 +1,71 @@
+"""Cells that submitit runs as jobs, of Slurm or of this machine: what Hydra's launcher leaves open.
+
+Its launcher gives up at the first job that is lost (out of time or of memory, `scancel`), while the
+others still run. Here a lost job is one failed cell. A job that is preempted is no lost one: Slurm,
+or submitit, puts it into the queue again, and its run goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ghosttrain.errors import UserError
+from ghosttrain.text import one_line
+
+
+@contextmanager
+def jobs_of(hydra_words: Sequence[str]) -> Iterator[None]:
+    """Wait inside this block for all jobs of a sweep, whatever became of one; nothing where the
+    launcher in `hydra_words` is none of submitit.
+
+    Raises:
+        UserError: no Slurm here, or it refuses the jobs.
+    """
+    name = _launcher(hydra_words)
+    if not name.startswith("submitit_"):
+        yield
+        return
+    for program in ("sbatch", "srun"):
+        if name == "submitit_slurm" and shutil.which(program) is None:
+            raise UserError(
+                f"hydra/launcher={name}: there is no {program} here: type the command on a machine "
+                "of the cluster, or hydra/launcher=submitit_local"
+            )
+    from hydra.core.utils import JobReturn, JobStatus
+    from submitit.core.core import Job
+    from submitit.core.utils import FailedSubmissionError, UncompletedJobError
+
+    results_of = Job.results
+
+    def results(job: Any) -> list[Any]:
+        try:
+            return results_of(job)
+        except UncompletedJobError:
+            print(
+                f"ghosttrain: job {job.job_id} ended without a result (state {job.state}); what it "
+                f"wrote: {job.paths.stderr}",
+                file=sys.stderr,
+            )
+            return [JobReturn(_return_value=float("nan"), status=JobStatus.COMPLETED)]
+
+    Job.results = results
+    try:
+        yield
+    except UserError:
+        raise
+    except (UncompletedJobError, FailedSubmissionError, ValueError) as error:
+        raise UserError(f"hydra/launcher={name}: {one_line(error)[:500]}") from None
+    finally:
+        Job.results = results_of
+
+
+def _launcher(hydra_words: Sequence[str]) -> str:
+    """Return the name of the launcher that the command chose; empty where it chose none."""
+    names = [
+        w.partition("=")[2] for w in hydra_words if w.lstrip("+").startswith("hydra/launcher=")
+    ]
+    return names[-1] if names else ""
