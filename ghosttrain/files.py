@@ -39,7 +39,7 @@ def shipped(folder: str) -> Path:
 
 
 def extra(name: str) -> str:
-    """Return what pip installs for an extra of pyproject.toml: of this checkout, or of the package."""
+    """Return what pip installs for an extra: of this checkout, or of the package."""
     checkout = (PACKAGE.parent / "pyproject.toml").is_file()
     return f"'{PACKAGE.parent if checkout else 'ghosttrain'}[{name}]'"
 

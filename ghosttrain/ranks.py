@@ -1,15 +1,15 @@
-"""Where this process stands among those of a job, by the variables of torchrun, of our own `spawn`, of
-an srun step or of submitit's local jobs.
+"""Where this process stands among those of a job, by the variables of torchrun, of our own `spawn`,
+of a step of Slurm or of submitit's local jobs.
 
 The only place that reads or writes these variables. Imports no torch.
 
-torchrun and `spawn` set RANK, and what they set counts. Else a process is a rank where Slurm started
-it as one of several tasks of a step. The variables of the step decide that, not SLURM_NTASKS and
-SLURM_PROCID: a batch script has these too, with SLURM_PROCID=0, and starts one process. Only srun
-sets SLURM_STEP_NUM_TASKS (srun's manual, output environment variables); the shell of `salloc` may
-have it, in a step of a reserved number (slurm.h: SLURM_MAX_NORMAL_STEP_ID 0xfffffff0). PyTorch
-Lightning goes by SLURM_NTASKS and the job's name (`bash`, `interactive`), timm by SLURM_NTASKS alone:
-both take a batch script for a rank.
+torchrun and `spawn` set RANK, and what they set counts. Else a process is a rank where Slurm
+started it as one of several tasks of a step. The variables of the step decide that, not
+SLURM_NTASKS and SLURM_PROCID: a batch script has these too, with SLURM_PROCID=0, and is one
+process. SLURM_STEP_NUM_TASKS is srun's (its manual, output environment variables); the shell of
+`salloc` may have it too, in a step of a reserved number (slurm.h: SLURM_MAX_NORMAL_STEP_ID
+0xfffffff0). PyTorch Lightning goes by SLURM_NTASKS and the job's name (`bash`, `interactive`), timm
+by SLURM_NTASKS: both take such a batch script for a rank.
 """
 
 from __future__ import annotations

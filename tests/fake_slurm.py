@@ -1,10 +1,10 @@
-"""Slurm for tests: `sbatch` executes the script it is given, `srun` starts the tasks of two nodes, both
-of this machine, with the variables that Slurm sets (sbatch's and srun's manuals).
+"""Slurm for tests: `sbatch` executes the script it is given, `srun` starts the tasks of two nodes,
+both of this machine, with the variables that Slurm sets (sbatch's and srun's manuals).
 
 `install` puts the programs into a folder for the PATH. A job whose training waits at its second
 checkpoint (`pause_at_second_save`) is preempted, once: its steps are signalled, then all of its
-processes killed, and it starts again with SLURM_RESTART_COUNT=1. Jobs and what they wrote lie in the
-folder of the variable FAKE_SLURM.
+processes killed, and it starts again with SLURM_RESTART_COUNT=1. Jobs and what they wrote lie in
+the folder of the variable FAKE_SLURM.
 """
 
 from __future__ import annotations

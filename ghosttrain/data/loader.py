@@ -519,10 +519,11 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _prepare_worker(worker: int) -> None:
-    """Leave Ctrl-C, which reaches every process of the terminal, to the main one: it ends the
-    workers. Keep the memory of one image for the next.
+    """Leave signals that reach every process of a terminal, or of a step of Slurm, to the main one:
+    it ends the workers. Keep the memory of one image for the next.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from ghosttrain.errors import UserError
 from ghosttrain.text import one_line
@@ -52,15 +53,13 @@ def jobs_of(hydra_words: Sequence[str]) -> Iterator[None]:
             )
             return [JobReturn(_return_value=float("nan"), status=JobStatus.COMPLETED)]
 
-    Job.results = results
     try:
-        yield
+        with patch.object(Job, "results", results):
+            yield
     except UserError:
         raise
     except (UncompletedJobError, FailedSubmissionError, ValueError) as error:
         raise UserError(f"hydra/launcher={name}: {one_line(error)[:500]}") from None
-    finally:
-        Job.results = results_of
 
 
 def _launcher(hydra_words: Sequence[str]) -> str:
