@@ -173,9 +173,10 @@ def srun(words: list[str]) -> int:
         )
         (_folder() / f"step-{os.getpgrp()}-{processes[-1].pid}").touch()
     codes: list[int | None] = [None]
+    kill = os.environ.get("SLURM_KILL_BAD_EXIT")
     while None in codes:
         codes = [process.poll() for process in processes]
-        if "--kill-on-bad-exit" in options and any(codes):
+        if "1" in (_options([], options).get("kill-on-bad-exit"), kill) and any(codes):
             for process in processes:
                 process.kill()
         time.sleep(0.02)

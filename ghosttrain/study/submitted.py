@@ -7,6 +7,7 @@ or submitit, puts it into the queue again, and its run goes on from the last che
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,9 @@ from unittest.mock import patch
 
 from ghosttrain.errors import UserError
 from ghosttrain.text import one_line
+
+ENVIRONMENT = {"SLURM_KILL_BAD_EXIT": "1"}
+"""Variables of the jobs: srun ends all tasks of a cell when one fails (srun's manual)."""
 
 
 @contextmanager
@@ -54,7 +58,7 @@ def jobs_of(hydra_words: Sequence[str]) -> Iterator[None]:
             return [JobReturn(_return_value=float("nan"), status=JobStatus.COMPLETED)]
 
     try:
-        with patch.object(Job, "results", results):
+        with patch.object(Job, "results", results), patch.dict(os.environ, ENVIRONMENT):
             yield
     except UserError:
         raise

@@ -5,6 +5,7 @@ requeued, and equal to the bit to a run without it.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,12 +40,14 @@ def assert_same_run(root: Path, plain: Path) -> None:
     assert load_script("durability").differences(only_run(root), only_run(plain)) == []
 
 
-def batch(folder: Path, options: str, *words: str, command: str = "srun") -> str:
+def command(*words: str) -> str:
+    return " ".join(f"'{word}'" for word in [sys.executable, "-m", "ghosttrain", *words])
+
+
+def batch(folder: Path, script: str) -> str:
     """Submit a script; return what its job wrote when it has ended."""
-    script = folder / "job.sh"
-    line = " ".join(f"'{word}'" for word in [sys.executable, "-m", "ghosttrain", *words])
-    script.write_text(f"#!/bin/bash\n#SBATCH {options}\n{command} {line}\n")
-    done = subprocess.run(["sbatch", script], capture_output=True, text=True, check=True)
+    (folder / "job.sh").write_text(script)
+    done = subprocess.run(["sbatch", folder / "job.sh"], capture_output=True, text=True, check=True)
     assert done.stdout == "Submitted batch job 1\n"
     state = folder / "state-1"
     while not state.exists() or state.read_text() not in ("COMPLETED", "FAILED"):
@@ -82,8 +85,12 @@ def test_a_preempted_cell_goes_on_and_ends_the_same(
 def test_two_nodes_of_srun_preempted_are_two_processes_of_one_machine(
     ghosttrain, slurm, words, tmp_path
 ):
-    options = "--nodes=2 --ntasks-per-node=1 --requeue"
-    batch(slurm, options, *words, f"run.root={tmp_path / 'jobs'}")
+    """The script of the page, with one task a node."""
+    script = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "scale.md").read_text(), re.S)[0]
+    parts = re.split(r"python -m ghosttrain .*(?= &$)", script, flags=re.M)
+    assert len(parts) == 2
+    here = command(*words, f"run.root={tmp_path / 'jobs'}")
+    batch(slurm, here.join(parts).replace("--ntasks-per-node=8", "--ntasks-per-node=1"))
     log = (only_run(tmp_path / "jobs") / "log.txt").read_text()
     assert "x 2 processes, on CPU" in log and "\nresumed after epoch" in log
     assert (slurm / "watch.log").read_text() == "job 1 requeued\n"
@@ -94,17 +101,18 @@ def test_two_nodes_of_srun_preempted_are_two_processes_of_one_machine(
 
 @pytest.mark.slow
 def test_a_mistake_under_srun_is_one_line_and_ends_all_tasks(slurm, words):
-    out = batch(slurm, "--nodes=2", *words, "train.global_batch=7")
+    line = command(*words, "train.global_batch=7")
+    out = batch(slurm, f"#!/bin/bash\n#SBATCH --nodes=2\nsrun {line}\n")
     assert (slurm / "state-1").read_text() == "FAILED"
     assert out.count("ghosttrain: error") == 1 and "Traceback" not in out, out
 
 
 @pytest.mark.slow
 def test_a_batch_script_without_srun_is_one_process(slurm, words, tmp_path):
-    run = [*words, "train.save_every=9steps", f"run.root={tmp_path / 'jobs'}"]
-    batch(slurm, "--nodes=2", *run, command="")
+    line = command(*words, "train.max_steps=1", f"run.root={tmp_path / 'jobs'}")
+    batch(slurm, f"#!/bin/bash\n#SBATCH --nodes=2\n{line}\n")
     log = (only_run(tmp_path / "jobs") / "log.txt").read_text()
-    assert "x 1 process, on CPU" in log or "processes" not in log
+    assert "processes, on CPU" not in log and "\nbatch: 16 = 16 " in log
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from helpers import load_script
 from ghosttrain.cli import VERBS, find_verb, parse
 from ghosttrain.commands.study import ACTIONS
 from ghosttrain.config.compose import cells, compose
+from ghosttrain.config.hydra_words import split_words
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.launch import replaced_lines
 from ghosttrain.engine.run_files import write_config
@@ -24,9 +25,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 COMMANDS = list(
     dict.fromkeys(
-        line.split(" -m ghosttrain ", 1)[1]
+        line.split(" -m ghosttrain ", 1)[1].removesuffix(" &")
         for text in TEXTS.values()
-        for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
         for line in block.replace("\\\n", " ").splitlines()
         if " -m ghosttrain " in line
     )
@@ -85,6 +86,7 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
     words = [w.replace("/path", str(tmp_path)) for w in words if w != "-m"]
     words = [w.replace("runs/teacher", str(finished_run(tmp_path))) for w in words]
     words = [re.sub(r"data.root=/usr/.*", f"data.root={tmp_path}", w) for w in words]
+    words, _ = split_words(words, sweep)
     for cell in cells(words) if sweep else [words]:
         compose(cell)
 
