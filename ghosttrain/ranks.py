@@ -57,6 +57,16 @@ def local_world_size() -> int:
     return int(_value("LOCAL_WORLD_SIZE") or 1)
 
 
+def processes_sharing_cores() -> int:
+    """Return how many processes share the cores that this one may use: those of its machine, but
+    one where Slurm bound each task to its own (`--cpus-per-task`).
+    """
+    own = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if is_slurm_task() and own.isdecimal() and len(os.sched_getaffinity(0)) <= int(own):
+        return 1
+    return local_world_size()
+
+
 def is_launched() -> bool:
     """Whether this process is a rank already: started by torchrun, `spawn`, srun or submitit."""
     return _value("WORLD_SIZE") is not None

@@ -54,7 +54,7 @@ def cores() -> float:
     """Return how many cores this process may use: those it is bound to, or less where its control
     group has a limit (containers), shared among the ranks of its machine.
     """
-    return min(float(len(_bound_to())), _group_limit()) / ranks.local_world_size()
+    return min(float(len(_bound_to())), _group_limit()) / ranks.processes_sharing_cores()
 
 
 def free_cores() -> float:
@@ -75,7 +75,7 @@ def others(before: Load | None, now: Load | None) -> float:
 
 def _left_by(busy: float) -> float:
     """Return how many cores are left to this process where others keep so many busy."""
-    return max(cores() - busy / ranks.local_world_size(), 0.0)
+    return max(cores() - busy / ranks.processes_sharing_cores(), 0.0)
 
 
 def threads_for(free: float, most: int) -> int:

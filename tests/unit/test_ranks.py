@@ -91,6 +91,15 @@ def test_tasks_meet_on_the_first_machine_of_their_step(variables):
     assert ranks.rendezvous() == "tcp://login:1234"
 
 
+def test_cores_are_shared_unless_slurm_bound_them(variables, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    for given, count in (({}, 1), (STEP, 2), (STEP | {"SLURM_CPUS_PER_TASK": "2"}, 2)):
+        variables(given)
+        assert ranks.processes_sharing_cores() == count
+    variables(STEP, SLURM_CPUS_PER_TASK="3")
+    assert ranks.processes_sharing_cores() == 1
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
