@@ -185,7 +185,7 @@ class Loader:
         if self._told or both < SETTLED or self._waited < SLOW * both:
             return []
         self._told = True
-        workers, free = self._loader.num_workers, max(int(cores()), 1)
+        workers, free = self._loader.num_workers, int(cores())
         share = f"{100 * self._waited / both:.0f} % of the time is spent waiting for images"
         if workers < free:
             # As many as would have kept up, if each brings what it brings now.
@@ -193,7 +193,7 @@ class Loader:
             help_ = f"type data.workers={min(max(needed, workers + 1), free)}"
         else:
             help_ = (
-                f"all {free} cores work on them: save the images no larger than needed, or draw "
+                "all cores work on them: save the images no larger than needed, or draw "
                 "fewer operations (augment.randaugment_ops)"
             )
         return [f"note: {share} (data.workers={workers}); {help_}"]
