@@ -72,6 +72,7 @@ verbs (python -m ghosttrain VERB --help: all about one)
 
 options of train
   -m, --multirun    sweep over comma-separated values; finished runs are not repeated
+  --confirm K       after a search (-m +recipe=tune_lr): run its best trial with K new seeds
   --cfg job         print the composed settings and stop (hydra, all: Hydra's own)
   --info defaults   where they come from (also: defaults-tree, config, searchpath, plugins)
   --config-dir D    your own groups (D/optim/x.yaml) and recipes (D/recipe/x.yaml); with --help

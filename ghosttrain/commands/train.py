@@ -7,7 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from ghosttrain import ranks
-from ghosttrain.commands.arguments import Arguments, with_config_dir
+from ghosttrain.commands.arguments import Arguments, validate_counts, with_config_dir
 from ghosttrain.errors import UserError, did_you_mean
 
 ARGUMENTS = with_config_dir(
@@ -21,6 +21,10 @@ ARGUMENTS = with_config_dir(
 ARGUMENTS.add_argument(
     "-m", "--multirun", action="store_true",
     help="sweep over comma-separated values; finished runs are not repeated",
+)  # fmt: skip
+ARGUMENTS.add_argument(
+    "--confirm", type=int, metavar="SEEDS",
+    help="after a search (hydra/sweeper=optuna): run its best trial with this many new seeds",
 )  # fmt: skip
 ARGUMENTS.add_argument(
     "-c", "--cfg", choices=("job", "hydra", "all"),
@@ -41,13 +45,23 @@ ARGUMENTS.add_argument(
 def run(options: Namespace) -> int:
     """Train, sweep, or print settings; return the exit code."""
     from ghosttrain.config.compose import cells, compose
-    from ghosttrain.config.hydra_words import split_words
+    from ghosttrain.config.hydra_words import split_words, sweeper_of
+    from ghosttrain.config.names import Names
 
     if options.shell_completion:
         from ghosttrain.commands.completion import complete
 
         return complete(options.shell_completion, ARGUMENTS._option_string_actions)
     overrides, hydra_words = split_words(options.words, options.multirun)
+    if options.multirun:
+        overrides, hydra_words = Names(options.config_dir).sweep_words(overrides, hydra_words)
+    if options.confirm is not None:
+        validate_counts(confirm=options.confirm)
+        if sweeper_of(hydra_words) != "optuna":
+            raise UserError(
+                f"--confirm {options.confirm} runs the best trial of a search again: add -m and "
+                "+recipe=tune_lr, or hydra/sweeper=optuna with optim.lr=interval(A,B)"
+            )
     if not options.words and not (options.info or options.cfg):
         raise UserError(
             "name what to train: python -m ghosttrain +recipe=compact_kd model=ghostnetv3_130 (the "
@@ -69,6 +83,10 @@ def run(options: Namespace) -> int:
     if options.multirun:
         if ranks.is_launched():
             raise UserError("a sweep starts its own processes: launch.nproc=N in place of torchrun")
+        if sweeper_of(hydra_words) == "optuna":
+            from ghosttrain.study.search import search
+
+            return search(overrides, hydra_words, options.config_dir, options.confirm)
         from ghosttrain.study.sweep import sweep
 
         return sweep(overrides, hydra_words, options.config_dir)

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 
 from ghosttrain.errors import UserError
 
-PASSED = ("hydra.launcher.", "hydra.sweeper.", "hydra.sweep.", "hydra/launcher=", "hydra/sweeper=")
+PASSED = (
+    *("hydra.launcher.", "hydra.sweeper.", "hydra.sweep."),
+    *("hydra/launcher=", "hydra/sweeper=", "hydra/sweeper/sampler="),
+)
 """Beginnings of the words that Hydra gets; they mean something in a sweep."""
 INSTEAD = {
     "hydra.run": "the folder of a run is run.root=FOLDER run.name=NAME",
@@ -29,6 +32,12 @@ INSTEAD = {
     "hydra/help": "help is python -m ghosttrain --help",
 }
 """Setting or group of Hydra -> this project's own way."""
+
+
+def sweeper_of(hydra_words: Sequence[str]) -> str:
+    """Return the name of the sweeper that these words choose; `basic` where they choose none."""
+    chosen = [word.partition("=")[2] for word in hydra_words if word.startswith("hydra/sweeper=")]
+    return chosen[-1] if chosen else "basic"
 
 
 def split_words(words: Sequence[str], multirun: bool) -> tuple[list[str], list[str]]:

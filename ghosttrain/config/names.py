@@ -7,6 +7,7 @@ and parses overrides: every key and every choice must exist. It does not merge (
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ghosttrain.config.hydra_words import sweeper_of
 from ghosttrain.config.identity import field_of, flatten, unflatten
 from ghosttrain.config.schema import Config, MemberConfig
 from ghosttrain.config.small import LIMIT, computed, training_images
@@ -37,8 +39,10 @@ NAME_A_MEMBER = (
     f"name each network of an ensemble and set what it is: type {MEMBERS}.a.name=MODEL "
     f"{MEMBERS}.a.weights=hub (a: a name of your choice)"
 )
-EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm"}
-"""Launchers of Hydra whose package is called otherwise -> the extra that brings them."""
+EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "optuna": "optuna"}
+"""Plugins of Hydra whose package is called otherwise, or needs other versions -> the extra that
+brings them.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Layer:
     name: str
     groups: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, str] = field(default_factory=dict)
+    """What `-m` does: settings of Hydra's sweeper and launcher, and the values to search."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ def stacked(layers: Sequence[Layer], chosen: Mapping[str, str]) -> dict[str, Any
 def merged_layer(name: str, layers: Sequence[Layer]) -> Layer:
     """Return several layers, the strongest last, as one."""
     groups = {group: choice for layer in layers for group, choice in layer.groups.items()}
-    return Layer(name, groups, stacked(layers, groups))
+    sweep = {key: text for layer in layers for key, text in layer.sweep.items()}
+    return Layer(name, groups, stacked(layers, groups), sweep)
 
 
 class Names:
@@ -129,7 +136,7 @@ class Names:
 
     def search_path(self) -> list[str]:
         """Return the override that lets Hydra find the user's groups too."""
-        folders = [_quoted(f"file://{root}") for root in self.conf[1:]]
+        folders = [quoted(f"file://{root}") for root in self.conf[1:]]
         return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
     def default_groups(self) -> dict[str, str]:
@@ -177,8 +184,7 @@ class Names:
         with self.hydra():
             for word in hydra_words:
                 _validate_plugin(word)
-            sweepers = [w.partition("=")[2] for w in hydra_words if w.startswith("hydra/sweeper=")]
-            search = bool(sweepers) and sweepers[-1] != "basic"
+            search = sweeper_of(hydra_words) != "basic"
             parser = OverridesParser.create()
             words, swept, names, values = [], [], {}, []
             for place, o in enumerate(self.parse(overrides, sweep=True, search=search)):
@@ -205,6 +211,41 @@ class Names:
             listed = None if search else [list(cell) for cell in itertools.product(*values)]
             corners = [[texts[end] for texts in values] for end in (0, -1)]
             return Cells(tuple(words), tuple(swept), names, listed, corners, [])
+
+    def sweep_words(
+        self, overrides: Sequence[str], hydra_words: Sequence[str]
+    ) -> tuple[list[str], list[str]]:
+        """Return the words of a sweep and those that its recipe brings; a word that was
+        typed replaces the recipe's.
+
+        Args:
+            overrides: of the runs.
+            hydra_words: overrides of Hydra's launcher, sweeper and sweep folder.
+
+        Raises:
+            UserError: as `parse`; several recipes, one of which says how to sweep.
+        """
+        with self.hydra():
+            parsed = self.parse(overrides, sweep=True, search=True)
+            typed = {o.key_or_group for o in parsed}
+            typed.update(word.lstrip("+").partition("=")[0] for word in hydra_words)
+            brought: dict[str, str] = {}
+            for o in parsed:
+                if o.key_or_group == "recipe" and not o.is_sweep_override():
+                    brought = merged_layer("recipes", self.recipes(o.value())).sweep
+                elif o.key_or_group == "recipe":
+                    for name in map(str, o.sweep_iterator()):
+                        if name in self.choices("recipe") and self._recipe(name).sweep:
+                            raise UserError(
+                                f"{o.input_line!r}: {name} says how to sweep; type it alone"
+                            )
+        sweeper = sweeper_of(hydra_words) if "hydra/sweeper" in typed else None
+        if sweeper not in (None, brought.get("hydra/sweeper")):  # another one has other settings
+            brought = {k: v for k, v in brought.items() if not k.startswith("hydra.sweeper.")}
+        words = [f"{key}={text}" for key, text in brought.items() if key not in typed]
+        theirs = [word for word in words if word.startswith(("hydra.", "hydra/"))]
+        ours = [word for word in words if word not in theirs]
+        return [*overrides, *ours], [*theirs, *hydra_words]
 
     def lines(self, lines: list[list[str]], hydra_words: Sequence[str] = ()) -> Cells:
         """Return the runs of a sweep over whole command lines.
@@ -244,7 +285,7 @@ class Names:
         if not names:
             hint = did_you_mean(" ".join(value.include), self.choices(key))
             raise UserError(f"{text!r}: no {key} matches.{hint}")
-        listed = ",".join(_quoted(name) for name in names)
+        listed = ",".join(quoted(name) for name in names)
         return replace(
             parser.parse_override(f"{key}=choice({listed})"), type=o.type, input_line=text
         )
@@ -325,7 +366,8 @@ class Names:
                 f"{path.name}: write a recipe's defaults as a list, a line '- override /GROUP: "
                 f"CHOICE' or '- /recipe/NAME' each, not {lines!r}"
             )
-        own = Layer(name, {}, self._recipe_values(path, body))
+        sweep = _recipe_sweep(path, body.pop("hydra", {}))
+        own = Layer(name, {}, self._recipe_values(path, body), sweep)
         layers = []
         for line in lines if "_self_" in lines else [*lines, "_self_"]:
             if line == "_self_":
@@ -336,6 +378,8 @@ class Names:
                     hint = did_you_mean(base, self.choices("recipe"))
                     raise UserError(f"{path.name}: no recipe is called {base!r}.{hint}")
                 layers.append(self._recipe(base, (*above, name)))
+            elif plugin := _recipe_plugin(line):
+                own.sweep.update(plugin)
             else:
                 own.groups.update([self._recipe_group(path, line)])
         return merged_layer(name, layers)
@@ -413,6 +457,34 @@ class Names:
         return Layer(name, groups, unflatten(values))
 
 
+def _recipe_sweep(path: Path, section: Any) -> dict[str, str]:
+    """Return the section `hydra:` of a recipe: name -> text, as they would be typed. As in Hydra,
+    `sweeper.params` holds the values of a sweep.
+    """
+    flat = flatten(section) if isinstance(section, dict) else {"": section}
+    params = "sweeper.params."
+    for key in flat:
+        if not key.startswith(("sweeper.", "launcher.")):
+            raise UserError(
+                f"{path.name}: below hydra: a recipe has sweeper: and launcher:, not {key!r}"
+            )
+    return {
+        key.removeprefix(params) if key.startswith(params) else f"hydra.{key}": str(value)
+        if key.startswith(params)
+        else json.dumps(value)
+        for key, value in flat.items()
+    }
+
+
+def _recipe_plugin(line: Any) -> dict[str, str]:
+    """Return the choice of a line `override /hydra/sweeper: NAME` (or launcher), else nothing."""
+    if not (isinstance(line, dict) and len(line) == 1):
+        return {}
+    key, name = next(iter(line.items()))
+    plugin = re.fullmatch(r"override /(hydra/(launcher|sweeper|sweeper/sampler))", str(key))
+    return {plugin[1]: str(name)} if plugin else {}
+
+
 def _validate_plugin(word: str) -> None:
     """Refuse a launcher or sweeper of Hydra that is not installed."""
     key, _, name = word.partition("=")
@@ -450,11 +522,11 @@ def parse_override(parser: OverridesParser, text: str) -> Override:
         override = parser.parse_override(f"{key}={value}")
         if _is_text(plain) and not override.is_sweep_override():
             if not (override.value() is None or isinstance(override.value(), str)):
-                override = parser.parse_override(f"{key}={_quoted(value)}")
+                override = parser.parse_override(f"{key}={quoted(value)}")
     except HydraException:
         if not _is_text(plain) and plain != "recipe":
             raise UserError(f"cannot read {text!r}: write key=value, lists as key=[a,b]") from None
-        override = parser.parse_override(f"{key}={_quoted(value)}")
+        override = parser.parse_override(f"{key}={quoted(value)}")
     return replace(override, key_or_group=plain, input_line=text) if member else override
 
 
@@ -473,7 +545,7 @@ def _spread(parser: OverridesParser, text: str) -> list[str]:
     if not isinstance(tree, dict):
         return [text]
     return [
-        f"{leaf}={_quoted(v) if isinstance(v, str) else 'null' if v is None else v}"
+        f"{leaf}={quoted(v) if isinstance(v, str) else 'null' if v is None else v}"
         for leaf, v in flatten({key: tree}).items()
     ]
 
@@ -492,7 +564,8 @@ def _above_settings(key: str) -> bool:
     return key == MEMBERS or (key.startswith(f"{MEMBERS}.") and key.count(".") == 2)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Return a text as Hydra's grammar reads it whatever it holds."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

@@ -55,7 +55,7 @@ def jobs_of(hydra_words: Sequence[str]) -> Iterator[None]:
                 f"wrote: {job.paths.stderr}",
                 file=sys.stderr,
             )
-            return [JobReturn(_return_value=float("nan"), status=JobStatus.COMPLETED)]
+            return [JobReturn(_return_value=None, status=JobStatus.COMPLETED)]
 
     try:
         with patch.object(Job, "results", results), patch.dict(os.environ, ENVIRONMENT):

@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -42,6 +43,13 @@ from ghosttrain.files import expanded, read_json, write_json
 from ghosttrain.study.report import report
 from ghosttrain.study.submitted import jobs_of
 
+Conduct = Callable[[Path, Callable[[list[str], int, int], None]], None]
+"""See `run_cells`. What lets Hydra run some cells gets more words for Hydra, how many cells ran
+before, and how many there will be.
+"""
+OWNER = "owner"
+"""Name below which a search tells Hydra's sweeper whose the trials are; it is no setting."""
+
 
 def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) -> int:
     """Run all cells; return 0, or 1 when a cell failed.
@@ -56,7 +64,7 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
         KeyboardInterrupt: Ctrl-C ends the sweep, not only the cell that runs.
     """
     cells = Names(config_dir).cells(overrides, hydra_words)
-    composed = _all_composed(cells, overrides, config_dir)
+    composed = all_composed(cells, overrides, config_dir)
     done, failed = run_cells(cells, composed, hydra_words, config_dir)
     if done:
         print(f"\n=== {len(done)} of {len(done) + len(failed)} runs finished\n" + report(done))
@@ -71,7 +79,11 @@ def name_failures(failed: Sequence[str]) -> int:
 
 
 def run_cells(
-    cells: Cells, composed: Sequence[Composed], hydra_words: list[str], config_dir: str | None
+    cells: Cells,
+    composed: Sequence[Composed],
+    hydra_words: list[str],
+    config_dir: str | None,
+    conduct: Conduct | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Let Hydra's launcher run all cells; return the folders of the finished ones, and a line about
     each of the others.
@@ -81,18 +93,15 @@ def run_cells(
         composed: every cell that can be listed, else some of them.
         hydra_words: overrides of Hydra's launcher, sweeper and sweep folder.
         config_dir: the user's own groups and recipes.
+        conduct: gets the sweep's folder and what lets Hydra run some cells; calls it until there is
+            nothing left to do. None: Hydra once runs all.
 
     Raises:
         UserError: the folder of the sweep cannot be written.
         KeyboardInterrupt: Ctrl-C ends the sweep, not only the cell that runs.
     """
     root = expanded(composed[0].config.run.root)
-    try:
-        folder = _new_folder(root / ".sweeps" / time.strftime("%Y-%m-%d_%H-%M-%S"))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {root / '.sweeps'}: {error.strerror}; type another run.root"
-        ) from None
+    folder = _new_folder(sweeps_folder(root) / time.strftime("%Y-%m-%d_%H-%M-%S"))
     context = {
         "words": cells.words,
         "names": cells.names,
@@ -101,10 +110,20 @@ def run_cells(
         "folder": str(folder.resolve()),
         "group": f"sweep-{_group(cells)}",
         "total": len(composed) if cells.listed is not None else None,
+        "first": 0,
     }
+
+    def run_some(words: list[str], first: int, total: int) -> None:
+        _hydra_main(
+            {**context, "first": first, "total": total}, [*cells.swept, *hydra_words, *words]
+        )
+
     try:
         with jobs_of(hydra_words):
-            _hydra_main(context, [*cells.swept, *hydra_words])
+            if conduct is None:
+                _hydra_main(context, [*cells.swept, *hydra_words])
+            else:
+                conduct(folder, run_some)
     finally:
         with suppress(OSError):  # a refused sweep leaves no empty folder
             folder.rmdir()
@@ -124,6 +143,20 @@ def run_cells(
     return done, failed
 
 
+def sweeps_folder(root: Path) -> Path:
+    """Make and return the folder of the sweeps of `run.root`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = root / ".sweeps"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; type another run.root") from None
+    return folder
+
+
 def _group(cells: Cells) -> str:
     """Return eight hexadecimal digits: the same for the same sweep."""
     text = " ".join([*cells.words, *cells.swept, *map(" ".join, cells.lines)])
@@ -141,26 +174,30 @@ def _new_folder(path: Path) -> Path:
             folder = path.with_name(f"{path.name}.{next(numbers)}")
 
 
-def run_cell(given: DictConfig) -> float:
+def run_cell(given: DictConfig) -> float | None:
     """Run one cell, in the process that Hydra's launcher chose; return its EMA top-1 in percent,
-    NaN where it failed: what a sweeper that searches goes by.
+    what a sweeper that searches goes by. None where it failed, or where that is no number: with NaN
+    Optuna's plugin ends.
     """
     if ranks.rank() > 0:  # one of several tasks of this cell; only rank 0's result counts
         follow()
-        return float("nan")
+        return None
     context = json.loads(given.context)
     job = HydraConfig.get()
     os.environ.setdefault("WANDB_RUN_GROUP", context["group"])
     words = list(context["words"])
     for word in job.overrides.task:
         key, _, value = word.removeprefix("++").partition("=")
+        if key == OWNER:
+            continue
         place, name = context["names"][key]
         words[place] = f"{name}={value}"
         if context["lines"]:
             words = context["lines"][int(value)]
+    number = context["first"] + job.job.num
     of = f"/{context['total']}" if context["total"] else ""
-    print(f"\n=== {job.job.num + 1}{of}: {' '.join(words)}", flush=True)
-    folder, top1 = None, float("nan")
+    print(f"\n=== {number + 1}{of}: {' '.join(words)}", flush=True)
+    folder, top1 = None, math.nan
     try:
         with others_told():
             composed = compose(words, context["config_dir"])
@@ -174,13 +211,13 @@ def run_cell(given: DictConfig) -> float:
             print(f"ghosttrain: error: {message}", file=sys.stderr)
         code = 1 if message is None else 2
     outcome = {"words": words, "exit_code": code, "run": str(folder and folder.resolve())}
-    write_json(Path(context["folder"]) / f"{job.job.num}.json", outcome)
+    write_json(Path(context["folder"]) / f"{number}.json", outcome)
     if not code and folder is not None and (result := read_result(folder)):
         top1 = float(result["weights"]["ema"]["top1"])
-    return top1
+    return top1 if math.isfinite(top1) else None
 
 
-def _all_composed(cells: Cells, overrides: list[str], config_dir: str | None) -> list[Composed]:
+def all_composed(cells: Cells, overrides: list[str], config_dir: str | None) -> list[Composed]:
     """Compose every cell that can be listed, else the first and the last values of each."""
     every = cells.listed if cells.listed is not None else cells.corners
     composed = []
