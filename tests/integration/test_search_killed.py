@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_killed_search_goes_on(ghosttrain, tmp_path):
     optuna = pytest.importorskip("optuna")
     words = ["-m", "+recipe=tune_lr", "hydra.sweeper.n_trials=2", "train.max_steps=2",
-             "train.global_batch=16", "data.workers=0", "launch.device=cpu",
+             "train.global_batch=16", "data.train_size=32", "data.eval_size=32",
+             "data.workers=0", "launch.device=cpu",
              f"run.root={tmp_path}"]  # fmt: skip
     command = [sys.executable, "-m", "ghosttrain", *words]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

@@ -83,6 +83,7 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
         assert len([word for word in words if word not in ("--to", "timm")]) == 2
         return
     sweep = "-m" in words
+    words = parse(importlib.import_module("ghosttrain.commands.train").ARGUMENTS, words).words
     words = [w.replace("/path", str(tmp_path)) for w in words if w != "-m"]
     words = [w.replace("runs/teacher", str(finished_run(tmp_path))) for w in words]
     words = [re.sub(r"data.root=/usr/.*", f"data.root={tmp_path}", w) for w in words]
