@@ -1,9 +1,9 @@
-"""What can only be checked on a GPU: python scripts/gpu_check.py [NAME ...] [--device cuda]
+"""What can only be checked on a GPU: scripts/gpu_check [NAME ...] [--device cuda] [--json FILE]
 
-Each check runs by itself and prints `ok` with its figures, or `FAILED` with what went wrong; the
-exit code is 1 when one failed. Errors are relative to the largest value of a result, against
-float64.
-`--device cpu` runs what a CPU can run, to test the script.
+Each check runs by itself and prints `ok` with its figures, or `FAILED` with what went wrong; at the
+end stands a table, the same is in gpu_check.json, and the exit code is 1 when one failed. Errors
+are relative to the largest value of a result, against float64. Without a GPU it lists what it would
+run. `--device cpu` runs what a CPU can run, to test the script.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,14 @@ from ghosttrain.config.schema import ReparamConfig
 from ghosttrain.distill.features import Network
 from ghosttrain.engine.cuda_graph import record
 from ghosttrain.engine.train import mixed_precision
+from ghosttrain.files import write_json
 from ghosttrain.models import depthwise
 from ghosttrain.models.create import create_model
 from ghosttrain.models.depthwise import reference
 from ghosttrain.models.reparam import RepConv2d, fuse, using_forward
 from ghosttrain.models.sync_bn import synchronize
+from ghosttrain.optim.ema import Ema
+from ghosttrain.optim.lamb import Lamb
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("ghostnetv3_050", "mobilenetv2_050", "shufflenetv2_050")
@@ -49,25 +53,40 @@ DEPTHWISE = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(CHECKS)}")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--json", default="gpu_check.json", metavar="FILE")
     options = parser.parse_args()
     if unknown := set(options.names) - set(CHECKS):
         parser.error(f"{unknown.pop()!r} is no check; choose from: {', '.join(CHECKS)}")
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here; on a machine with one this runs:")
+        for check in options.names or CHECKS:
+            print(f"  {check:15} {(CHECKS[check].__doc__ or '').splitlines()[0]}")
+        return 0
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}", flush=True)
-    failed = []
+    found: dict[str, dict[str, Any]] = {}
     for check in options.names or CHECKS:
         started = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
             lines = CHECKS[check](device)
             state = "ok"
         except Exception:
             lines, state = traceback.format_exc().splitlines(), "FAILED"
-            failed.append(check)
-        print(f"--- {check}: {state} ({time.perf_counter() - started:.0f} s)", *lines, sep="\n  ")
-        sys.stdout.flush()
-    print(f"failed: {', '.join(failed)}" if failed else "all passed")
+        seconds = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
+        found[check] = {"state": state, "seconds": seconds, "peak_mib": peak, "lines": lines}
+        print(f"--- {check}: {state} ({seconds:.0f} s)", *lines, sep="\n  ", flush=True)
+    about = {"device": name, "torch": str(torch.__version__), "cuda": torch.version.cuda}
+    write_json(Path(options.json), {**about, "checks": found})
+    print(f"\n{'check':15} state   seconds  peak MiB of this process")
+    for check, each in found.items():
+        print(f"{check:15} {each['state']:6} {each['seconds']:8.0f} {each['peak_mib']:9.0f}")
+    failed = [check for check, each in found.items() if each["state"] != "ok"]
+    print(f"{options.json}: " + (f"failed: {', '.join(failed)}" if failed else "all passed"))
     return int(bool(failed))
 
 
@@ -266,6 +285,53 @@ def nccl(device: torch.device) -> list[str]:
     return [f"{backend}, 1 rank: loss {losses[0]:.6f}, synchronized under DDP {losses[1]:.6f}"]
 
 
+def ranks(device: torch.device) -> list[str]:
+    """A run of six steps on every GPU there is, one process each, against one process."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 2
+    if count == 1:
+        return ["there is one GPU: several processes were not tried"]
+    tops = []
+    with tempfile.TemporaryDirectory() as folder:
+        for nproc in (1, count):
+            _cli(
+                "+recipe=compact_kd", "model=ghostnetv3_050", f"launch.device={device.type}",
+                "train.max_steps=6", f"train.global_batch={16 * count}", "train.sync_bn=true",
+                "train.precision=fp32", f"launch.nproc={nproc}", f"run.root={folder}",
+                f"run.name=on{nproc}",
+            )  # fmt: skip
+            tops.append(load_file(f"{folder}/on{nproc}/model.safetensors"))
+    one, several = (torch.cat([t.double().flatten() for _, t in sorted(w.items())]) for w in tops)
+    difference = (one - several).norm() / one.norm()
+    assert difference < 1e-3, difference
+    return [f"{count} processes: weights differ by {difference:.1e} of their norm from one's"]
+
+
+def optimizer(device: torch.device) -> list[str]:
+    """Twenty steps of LAMB and of the average on the device against float64 on the CPU."""
+    torch.manual_seed(0)
+    model = create_model(FAMILIES[0], 10).to(device)
+    exact = copy.deepcopy(model).cpu().double()
+    sides = [(each, Lamb(each.parameters(), lr=1e-2), Ema(each, 0.9)) for each in (model, exact)]
+    for step in range(20):
+        generator = torch.Generator().manual_seed(step)
+        grads = [torch.randn(p.shape, generator=generator) for p in exact.parameters()]
+        for each, lamb, ema in sides:
+            for parameter, grad in zip(each.parameters(), grads, strict=True):
+                parameter.grad = grad.to(parameter.device, parameter.dtype)
+            lamb.step()
+            ema.update(each)
+    lines = []
+    for what, ours, truth in (
+        ("LAMB", model, exact),
+        ("EMA", sides[0][2].model, sides[1][2].model),
+    ):
+        pairs = zip(ours.parameters(), truth.parameters(), strict=True)
+        error = max(worst_error((a.detach(),), (b.detach(),)) for a, b in pairs)
+        lines.append(f"{what}: largest error of a weight {error:.1e}")
+        assert error < 1e-4, lines
+    return lines
+
+
 def cuda_graph(device: torch.device) -> list[str]:
     """A run of two micro-batches a step with `train.cuda_graph` against one without; and times."""
     if device.type != "cuda":
@@ -334,6 +400,35 @@ def run(device: torch.device) -> list[str]:
         return [*tail, f"compiled ({time.perf_counter() - since:.0f} s): {last}"]
 
 
+def resume(device: torch.device) -> list[str]:
+    """A digits run of 200 steps, asked to end on the way and gone on with, against a whole one."""
+    steps = 200 if device.type == "cuda" else 6
+    weights = []
+    with tempfile.TemporaryDirectory() as folder:
+        for root in ("whole", "stopped"):
+            job = [
+                sys.executable, "-m", "ghosttrain", "+recipe=compact_kd", "model=ghostnetv3_050",
+                f"launch.device={device.type}", f"train.max_steps={steps}", "tracker.log_every=2",
+                f"run.root={folder}/{root}", "run.name=it",
+            ]  # fmt: skip
+            if root == "stopped":
+                process = subprocess.Popen(job, cwd=ROOT, stdout=subprocess.DEVNULL)
+                rows = Path(folder, root, "it", "metrics.jsonl")
+                while process.poll() is None and not (rows.is_file() and rows.stat().st_size):
+                    time.sleep(0.05)
+                process.terminate()
+                code = process.wait()
+                assert code == 75, f"exit code {code} after SIGTERM"
+            output = _cli(*job[3:])
+            weights.append(load_file(f"{folder}/{root}/it/model.safetensors"))
+    place = next(line for line in output.splitlines() if line.startswith("resumed"))
+    whole, stopped = weights
+    apart = sum(not torch.equal(whole[key], stopped[key]) for key in whole)
+    largest = max((whole[key].double() - stopped[key].double()).abs().max().item() for key in whole)
+    assert largest < 1e-2, (place, largest)
+    return [f"{place}: {apart} of {len(whole)} tensors differ, by at most {largest:.1e}"]
+
+
 def bench(device: torch.device) -> list[str]:
     """`bench step` and `bench optim` of the 1.0x networks."""
     lines = []
@@ -360,8 +455,11 @@ CHECKS: dict[str, Callable[[torch.device], list[str]]] = {
     "layers": layers,
     "students": students,
     "nccl": nccl,
+    "ranks": ranks,
+    "optimizer": optimizer,
     "cuda_graph": cuda_graph,
     "run": run,
+    "resume": resume,
     "bench": bench,
 }
 
