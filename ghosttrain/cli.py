@@ -36,6 +36,7 @@ VERBS = {
     "report": "results side by side",
     "recipes": "list the recipes: what for, what they reach, what they cost",
     "study": "run a declared study, and report what it shows",
+    "cost": "estimate what a run or a sweep will cost",
     "lr_find": "try learning rates in a short run",
     "data": "look at the images: augmented, or their statistics",
     "cache": "store the teacher's outputs once",

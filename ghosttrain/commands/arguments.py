@@ -17,6 +17,7 @@ OPTIONS_WITH_VALUE = (
     *("--rounds", "--threads", "--forwards", "--images", "--steps", "--difference"),
     *("--samples", "--draws", "--precision", "--size", "--backend", "--max-drop", "--calibration"),
     *("--seed", "--to-folder", "--to-hub", "--library", "--models"),
+    *("--images-per-second", "--classes"),
     *("--top", "--batch", "--curves", "--csv", "--json", "--picture", "--weights", "--confirm"),
 )
 """Options that take the next word: it is no verb, even where it is called like one."""

@@ -28,7 +28,7 @@ ARGUMENTS = with_config_dir(
 )
 VERB_NAMES = (
     "train", "eval", "fuse", "export", "quantize", "latency", "pareto", "publish", "predict",
-    "wrong", "report", "study", "recipes", "lr_find", "data", "cache", "bench", "version",
+    "wrong", "report", "study", "recipes", "cost", "lr_find", "data", "cache", "bench", "version",
 )  # fmt: skip
 ALSO_SECTIONS = ("train", "cache", "data")
 """Verbs that a section of settings is called like: their help shows both."""
@@ -62,6 +62,8 @@ verbs (python -m ghosttrain VERB --help: all about one)
   study run NAME    run what is missing of a declared comparison and report it (study report,
                     study power, study list)
   recipes           all recipes: what for, what they reach, what they cost
+  cost              what a run, or with -m a sweep, will cost: steps, multiplications, disk,
+                    memory, hours on 1 to 64 devices (--measure, --images-per-second X)
   lr_find           a short run in which the learning rate rises: a picture, and which to take
   data show         some training images under several draws of the augmentation; data stats:
                     sizes, formats, classes, mean and std

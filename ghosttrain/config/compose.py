@@ -82,7 +82,10 @@ class Composed:
 
 
 def compose(
-    overrides: Sequence[str], config_dir: str | None = None, trains: bool = True
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+    trains: bool = True,
+    needs_data: bool = True,
 ) -> Composed:
     """Compose and check one run.
 
@@ -91,6 +94,7 @@ def compose(
         config_dir: a folder of the user's own groups (`D/optim/x.yaml`) and recipes
             (`D/recipe/x.yaml`).
         trains: whether the batch must fit the processes and the student.
+        needs_data: whether the images must be on this machine.
 
     Raises:
         UserError: unknown name, wrong type, missing or contradictory value; the message is one
@@ -140,7 +144,7 @@ def compose(
         )
     config = _replace(config, "data", **_data_paths(config.data))
     config = _replace(config, "cache", dir=_absolute(config.cache.dir))
-    _check(config, names, chosen, trains)
+    _check(config, names, chosen, trains, needs_data)
     if config.model.source == "timm":  # it has no branches: no setting of them tells runs apart
         config = config.model_copy(update={"reparam": PLAIN})
     replaced = _replaced(budget, before, flatten(tree) | chosen)
@@ -420,7 +424,9 @@ def _absolute(path: str | None) -> str | None:
 # --- checks across sections -----------------------------------------------------------------------
 
 
-def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -> None:
+def _check(
+    config: Config, names: Names, chosen: dict[str, str], trains: bool, needs_data: bool = True
+) -> None:
     """Refuse contradictions between settings, each in one line that says what to type."""
     model, data, augment = config.model, config.data, config.augment
     students = [n for n in names.groups["model"] if n in STUDENTS]
@@ -489,7 +495,7 @@ def _check(config: Config, names: Names, chosen: dict[str, str], trains: bool) -
             )
     _validate_root_is_read(data)
     _validate_split(data)
-    if data.name != "digits":
+    if data.name != "digits" and needs_data:
         if not data.root:
             variable = " or set IMAGENET_DIR" if data.name == "imagenet" else ""
             raise UserError(f"data={data.name} needs a folder: type data.root=/path{variable}")

@@ -176,6 +176,11 @@ def open_cache(folder: str | Path) -> TeacherCache:
     return TeacherCache(folder, info, codec)
 
 
+def stored_bytes(samples: int, draws: int, bytes_per_image: int, shard_size: int) -> int:
+    """Return the size on disk of all shards of a complete cache (`CacheInfo` explains each)."""
+    return draws * (samples * bytes_per_image + -(-samples // shard_size) * _HEADER)
+
+
 class TeacherCache:
     """Cached outputs. May be sent to other processes; each maps the files that it reads itself."""
 
@@ -223,8 +228,8 @@ class TeacherCache:
 
     def total_bytes(self) -> int:
         """Return the size on disk of all shards of the complete cache."""
-        per_draw = self.info.samples * self.info.bytes_per_image
-        return self.info.draws * per_draw + len(self.shards()) * _HEADER
+        info = self.info
+        return stored_bytes(info.samples, info.draws, info.bytes_per_image, info.shard_size)
 
     def missing(self) -> list[Shard]:
         """Return the shards that are not there, or not whole: by their size, nothing is read."""

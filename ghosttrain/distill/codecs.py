@@ -42,12 +42,12 @@ def candidates(num_classes: int, widths: Sequence[int]) -> list[str]:
 
     A `topk` is worth it while it is smaller than the smallest `logits`.
     """
-    most = min(_bytes_per_image("logits:4", num_classes), 4 * num_classes)
+    most = min(bytes_per_image("logits:4", num_classes), 4 * num_classes)
     top = [k for k in (10, 20, 50, 100) if 4 * k < most] or [k for k in (2, 5) if 4 * k < most]
     names = [f"topk:{k}" for k in top if num_classes <= 65536]
     names += [f"features:{bits}" for bits in (3, 4, 6, 8) if widths]
     names += [f"logits:{bits}" for bits in (4, 6, 8, 16)]
-    return sorted(names, key=lambda name: _bytes_per_image(name, num_classes, widths))
+    return sorted(names, key=lambda name: bytes_per_image(name, num_classes, widths))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Codec:
     @property
     def bytes_per_image(self) -> int:
         """R, bytes of one output."""
-        return _bytes_per_image(self.name, self.num_classes, self.widths)
+        return bytes_per_image(self.name, self.num_classes, self.widths)
 
     def to(self, device: torch.device | str) -> Codec:
         """Return the codec that decodes on `device`."""
@@ -170,7 +170,8 @@ def make_codec(
     return Codec(name, num_classes, widths, kept)
 
 
-def _bytes_per_image(name: str, num_classes: int, widths: Sequence[int] = ()) -> int:
+def bytes_per_image(name: str, num_classes: int, widths: Sequence[int] = ()) -> int:
+    """Return the bytes of one output (`make_codec` explains the arguments)."""
     kind, number = parse_codec(name)
     if kind == "topk":
         return 4 * number

@@ -90,16 +90,18 @@ def fill_cache(
                 cache = _begin(inference, key, about_teacher, dry_run)
             if cache is not None and not dry_run:
                 lock.enter_context(cache.locked())
-                cache = cache if repair else cache.extended(_draws(config))
+                cache = cache if repair else cache.extended(draws_of(config))
         cache = distributed.broadcast(cache)
         if cache is not None and dry_run:
-            _print_missing(cache, _draws(config))
+            _print_missing(cache, draws_of(config))
         elif cache is not None:
-            write_missing(cache, inference, cache.info.draws if repair else _draws(config), repair)
+            write_missing(
+                cache, inference, cache.info.draws if repair else draws_of(config), repair
+            )
     distributed.stop()
 
 
-def _draws(config: Config) -> int:
+def draws_of(config: Config) -> int:
     """Return how many draws to store: without augmentation they would all be the same."""
     if config.augment.policy == "none":
         return 1
@@ -132,7 +134,7 @@ def _begin(
     inference: TeacherInference, key: dict[str, Any], about_teacher: str, dry_run: bool
 ) -> TeacherCache | None:
     """Choose a codec, print what storing will cost, and make a cache; None if `dry_run`."""
-    config, n, draws = inference.config, len(inference.train_set), _draws(inference.config)
+    config, n, draws = inference.config, len(inference.train_set), draws_of(inference.config)
     sample = sample_outputs(inference)
     rate = sample.images_per_second
     codec, quality = choose_codec(config, inference.teacher, sample)

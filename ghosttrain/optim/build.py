@@ -31,3 +31,10 @@ def build_optimizer(
     if cfg.name == "adamw":
         return AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, foreach=True)
     return SGD(groups, lr=cfg.lr, momentum=cfg.beta1, nesterov=cfg.beta1 > 0, foreach=True)
+
+
+def moments_per_weight(cfg: OptimConfig) -> int:
+    """Return how many tensors of a weight's size the optimizer keeps beside it."""
+    if cfg.name == "sgd":
+        return int(cfg.beta1 > 0)
+    return 2

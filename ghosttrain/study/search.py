@@ -38,7 +38,7 @@ from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded, extra, locked
 from ghosttrain.study.report import spread
-from ghosttrain.study.sweep import OWNER, all_composed, name_failures, run_cells, sweeps_folder
+from ghosttrain.study.sweep import OWNER, compose_cells, name_failures, run_cells, sweeps_folder
 from ghosttrain.study.table import markdown
 from ghosttrain.text import counted, one_line
 
@@ -99,7 +99,7 @@ def search(
     cells = Names(config_dir).cells(overrides, hydra_words)
     if not cells.swept:
         raise UserError("a search needs what to choose: type a range, optim.lr=interval(0.001,0.1)")
-    composed = all_composed(cells, overrides, config_dir)
+    composed = compose_cells(cells, overrides, config_dir)
     found = _opened(cells, composed, hydra_words)
     print(_state(found))
     failed: list[str] = []

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from ghosttrain.config.names import Names
+from ghosttrain.engine.identify import settled
+from ghosttrain.study.cost import Known, run_cost
 from ghosttrain.study.studies import Cell, Study, load_study, study_cells
 from ghosttrain.study.study_report import faults_of, study_report
 from ghosttrain.study.sweep import name_failures, run_cells
+from ghosttrain.study.trial import kept_trial
 from ghosttrain.text import clock
 
 
@@ -58,19 +62,37 @@ def _plan(name: str, study: Study, cells: Sequence[Cell]) -> str:
 
 
 def _cost(cells: Sequence[Cell], missing: Sequence[Cell]) -> str:
-    """Return what is left to do: in time by the finished runs of the same arm, else of any arm; in
-    epochs or steps where none has finished.
+    """Return what is left to do: in time by the finished runs of the same arm, else by a trial of
+    such a run on this device (`cost --measure`), else by the finished runs of any arm; in epochs or
+    steps where none of them is known.
     """
     seconds: dict[str, list[float]] = {}
     for cell in cells:
         if cell.numbers is not None:
             seconds.setdefault(cell.arm, []).append(cell.numbers["seconds"])
-    if not seconds:
-        runs = [cell.composed.config.train for cell in missing]
-        steps = [train.max_steps for train in runs if train.max_steps is not None]
-        epochs = [train.epochs for train in runs if train.max_steps is None]
-        parts = [f"{sum(epochs):,} epochs"] * bool(epochs) + [f"{sum(steps):,} steps"] * bool(steps)
-        return f"length: {' and '.join(parts)} in all; the time is known when a run has finished"
     any_arm = [each for of_arm in seconds.values() for each in of_arm]
-    left = sum(statistics.mean(seconds.get(cell.arm, any_arm)) for cell in missing)
+    known, left = Known(), 0.0
+    for cell in missing:
+        of_arm = seconds.get(cell.arm)
+        each = statistics.mean(of_arm) if of_arm else _by_trial(cell, known)
+        if each is None and not any_arm:
+            trial = f"python -m ghosttrain cost {shlex.join(cell.composed.arguments)} --measure"
+            return (
+                f"{_length(missing)}; the time is known when a run has finished, or by a trial: "
+                f"{trial}"
+            )
+        left += statistics.mean(any_arm) if each is None else each
     return f"time: about {clock(left)}, one after another"
+
+
+def _by_trial(cell: Cell, known: Known) -> float | None:
+    trial = kept_trial(settled(cell.composed))
+    return None if trial is None else run_cost(cell.composed, known, trial=trial).seconds
+
+
+def _length(missing: Sequence[Cell]) -> str:
+    runs = [cell.composed.config.train for cell in missing]
+    steps = [train.max_steps for train in runs if train.max_steps is not None]
+    epochs = [train.epochs for train in runs if train.max_steps is None]
+    parts = [f"{sum(epochs):,} epochs"] * bool(epochs) + [f"{sum(steps):,} steps"] * bool(steps)
+    return f"length: {' and '.join(parts)} in all"

@@ -64,7 +64,7 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
         KeyboardInterrupt: Ctrl-C ends the sweep, not only the cell that runs.
     """
     cells = Names(config_dir).cells(overrides, hydra_words)
-    composed = all_composed(cells, overrides, config_dir)
+    composed = compose_cells(cells, overrides, config_dir)
     done, failed = run_cells(cells, composed, hydra_words, config_dir)
     if done:
         print(f"\n=== {len(done)} of {len(done) + len(failed)} runs finished\n" + report(done))
@@ -217,13 +217,25 @@ def run_cell(given: DictConfig) -> float | None:
     return top1 if math.isfinite(top1) else None
 
 
-def all_composed(cells: Cells, overrides: list[str], config_dir: str | None) -> list[Composed]:
-    """Compose every cell that can be listed, else the first and the last values of each."""
+def compose_cells(
+    cells: Cells, overrides: list[str], config_dir: str | None, needs_data: bool = True
+) -> list[Composed]:
+    """Compose every cell that can be listed, else the first and the last values of each.
+
+    Args:
+        cells: of the sweep.
+        overrides: as typed, for messages.
+        config_dir: the user's own groups and recipes.
+        needs_data: whether the images must be on this machine.
+
+    Raises:
+        UserError: a cell has a mistake; the line names the cell.
+    """
     every = cells.listed if cells.listed is not None else cells.corners
     composed = []
     for cell in every:
         try:
-            composed.append(compose(cell, config_dir))
+            composed.append(compose(cell, config_dir, needs_data=needs_data))
         except UserError as error:
             distinct = [word for word in cell if any(word not in other for other in every)]
             where = f"{' '.join(distinct)}: " if distinct else ""

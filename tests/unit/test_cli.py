@@ -74,7 +74,7 @@ def test_values_of_options():
             "--out f",
             "--out does not belong to train, but to fuse and pareto and wrong and study and data;",
         ),
-        ("eval a -m", "-m does not belong to eval, but to train; see python -m ghosttrain eval"),
+        ("eval a -m", "-m does not belong to eval, but to train and cost; see python -m"),
         ("--dryrun cache", "unknown option '--dryrun'. Did you mean '--dry-run'?"),
         ("--cfg yes", "--cfg yes: choose job, hydra or all"),
         ("trian seed=1", "'trian' is neither a verb nor key=value. Did you mean 'train'?"),

@@ -72,6 +72,11 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
         if options.words[0] != "list":
             study_cells(load_study(options.words[1]), [*options.words[2:], "seed=0"], None)
         return
+    if words[0] == "cost":
+        options = parse(importlib.import_module("ghosttrain.commands.cost").ARGUMENTS, words[1:])
+        for cell in cells(options.words) if options.multirun else [options.words]:
+            compose(cell, needs_data=False)
+        return
     if words[0] in ("lr_find", "predict", "report", "data", *DEPLOY):
         verb, rest = find_verb(words)
         options = parse(importlib.import_module(f"ghosttrain.commands.{verb}").ARGUMENTS, rest)

@@ -158,7 +158,7 @@ def test_a_mistake_is_one_line(trials, ghosttrain, tmp_path):
     root = f"run.root={tmp_path}"
     overrides, hydra_words = Names(None).sweep_words([SEARCH[1], root], [])
     cells = Names(None).cells(overrides, hydra_words)
-    composed = sweep.all_composed(cells, overrides, None)
+    composed = sweep.compose_cells(cells, overrides, None)
     for word, message in (
         ("hydra.sweeper.direction=minimize", "as large as possible; leave it out"),
         ("hydra.sweeper.storage=null", "storage=null would forget the trials"),
