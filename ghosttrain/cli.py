@@ -18,7 +18,7 @@ from ghosttrain.commands.arguments import (
     validate_known,
     validate_not_hydras,
 )
-from ghosttrain.errors import UserError, did_you_mean, mistake
+from ghosttrain.errors import Stopped, UserError, did_you_mean, mistake
 from ghosttrain.terminal import Output, lasting_output, reason
 from ghosttrain.threads import wait_asleep
 
@@ -49,7 +49,8 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; return the exit code: 0, 1 (a run of a sweep failed), 2 (a mistake of the user,
-    or what was asked for could not be printed), 130 (Ctrl-C).
+    or what was asked for could not be printed), 75 (asked to end by a signal; the same command
+    goes on), 130 (Ctrl-C).
     """
     args = list(sys.argv[1:] if argv is None else argv)
     wait_asleep()
@@ -78,13 +79,15 @@ def _main(args: list[str]) -> int:
             raise
         print(f"ghosttrain: rank {ranks.rank()} stops because another rank did", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(
-            "\nghosttrain: interrupted; the same command goes on from its last "
-            + ("file" if verb == "cache" else "checkpoint"),
-            file=sys.stderr,
-        )
-        return 130
+    except (KeyboardInterrupt, Stopped) as stopped:
+        if ranks.rank() == 0 and ranks.parent() is None:  # else who started it says it
+            kept = "file" if verb == "cache" else "checkpoint"
+            why = str(stopped) or "interrupted"
+            print(
+                f"\nghosttrain: {why}; the same command goes on from its last {kept}",
+                file=sys.stderr,
+            )
+        return stopped.exit_code if isinstance(stopped, Stopped) else 130
 
 
 def find_verb(args: list[str]) -> tuple[str, list[str]]:

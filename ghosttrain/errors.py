@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import signal
 from collections.abc import Iterable
 
 from ghosttrain.text import listed
@@ -46,6 +47,25 @@ class UserError(ValueError):
     """A mistake the user can mend. `str(error)` is one line; `cli.main` prints it and exits with
     code 2.
     """
+
+
+SAVED = 75
+"""Exit code of work that was asked to end by a signal, and goes on by the same command: EX_TEMPFAIL
+of sysexits.h, "try again later". After Ctrl-C it is 130, as everywhere."""
+
+
+class Stopped(SystemExit):
+    """Somebody asked the work to end, by a signal; what is done is kept."""
+
+    def __init__(self, number: int) -> None:
+        """`number`: of the signal."""
+        self.number = number
+        self.exit_code = 130 if number == signal.SIGINT else SAVED
+        super().__init__(self.exit_code)
+
+    def __str__(self) -> str:
+        interrupted = self.number == signal.SIGINT
+        return "interrupted" if interrupted else signal.Signals(self.number).name
 
 
 def mistake(error: BaseException) -> str | None:

@@ -58,8 +58,10 @@ def run(options: Namespace) -> int:
             own_dir = ["--config-dir", options.config_dir] if options.config_dir else []
             return spawn(("cache", *options.words, *flags, *own_dir), config.launch.nproc)
     from ghosttrain.engine.cache_writer import fill_cache
+    from ghosttrain.engine.stop import ending_at_once
 
-    fill_cache(config, **what)
+    with ending_at_once():
+        fill_cache(config, **what)
     return 0
 
 

@@ -57,7 +57,7 @@ def start(patience: timedelta | None = None) -> None:
                 "MASTER_PORT for all of them"
             ) from None
         if parent is not None:  # not before: no handler runs while torch waits
-            signal.signal(signal.SIGTERM, _terminated)
+            signal.signal(signal.SIGTERM, terminated)
 
 
 def call_off() -> None:
@@ -71,7 +71,7 @@ def call_off() -> None:
             stop()
 
 
-def _terminated(number: int, frame: object) -> None:
+def terminated(number: int, frame: object) -> None:
     """End as an error does, so that worker processes, logs and trackers are closed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report ended workers

@@ -22,6 +22,7 @@ from ghosttrain.data.loader import Batch, Broken, eval_loader
 from ghosttrain.data.order import eval_batches, eval_indices
 from ghosttrain.engine import distributed
 from ghosttrain.engine.metrics import BINS, MOST_CONFUSED, UNIT, Counts, row_of
+from ghosttrain.engine.stop import Stop
 from ghosttrain.models.reparam import using_forward
 
 Table = dict[str, dict[str, float]]
@@ -44,15 +45,37 @@ class HeldOutImages:
     Every image is on exactly one rank. The worker processes end with the block or with `close`.
     """
 
-    def __init__(self, dataset: Dataset, config: Config, device: torch.device, batch: int) -> None:
-        """`batch`: images per forward pass and rank."""
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: Config,
+        device: torch.device,
+        batch: int,
+        stop: Stop | None = None,
+    ) -> None:
+        """Begin nothing yet.
+
+        Args:
+            dataset: the held-out set.
+            config: all settings.
+            device: of this rank.
+            batch: images per forward pass and rank.
+            stop: where it is asked for, the iteration raises Stopped on all ranks.
+        """
+        self.stop = stop
         self.indices: Sequence[int]
         self.indices = eval_indices(len(dataset), distributed.rank(), distributed.world_size())
         self.batch = batch
         self.loader = eval_loader(dataset, config.data, device, config.train.channels_last)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.loader.batches(eval_batches(self.indices, self.batch))
+        asked = False
+        for batch in self.loader.batches(eval_batches(self.indices, self.batch)):
+            yield batch
+            if asked := self.stop is not None and self.stop.is_asked():
+                break
+        if self.stop is not None:
+            self.stop.agree(asked)
 
     def __enter__(self) -> HeldOutImages:
         self.loader.__enter__()

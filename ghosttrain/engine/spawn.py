@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import IO
 
 from ghosttrain import ranks
+from ghosttrain.errors import SAVED, Stopped
 
 GRACE = 3.0
 """Seconds in which ranks may end by themselves when another one has failed."""
 PATIENCE = 10.0
-"""Seconds in which ranks that were asked to end may do so."""
+"""Seconds in which ranks may end after another one has failed."""
+SAVING = 120.0
+"""Seconds in which ranks that were asked to end may save and do so; a second signal is faster."""
 
 
 def spawn(arguments: tuple[str, ...], nproc: int) -> int:
@@ -30,8 +33,9 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
     rank 0 did not. The ranks hold Ctrl-C back: this process alone decides, and ends them.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; all ranks have ended.
-        SystemExit: SIGTERM (exit code 143); all ranks have ended.
+        Stopped: a signal asked to end; all ranks saved and have ended.
+        KeyboardInterrupt, SystemExit: Ctrl-C, another signal (exit code 128 + its number) before
+            there was something to save, or a second one; all ranks have ended.
     """
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
@@ -40,7 +44,8 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
             stack.enter_context(open(scratch / f"rank{r}", "w+", errors="replace"))
             for r in range(nproc)
         ]
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
+        for each in (signal.SIGTERM, signal.SIGUSR1):
+            stack.callback(signal.signal, each, signal.signal(each, _terminated))
         try:
             # A blocked signal stays blocked in the processes that are started meanwhile.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -51,8 +56,13 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             codes = _wait(processes)
+        except (KeyboardInterrupt, SystemExit) as asked:
+            _end(processes, SAVING)
+            if any(process.returncode == SAVED for process in processes):
+                raise Stopped(_number(asked)) from None
+            raise
         finally:
-            _end(processes)
+            _end(processes, PATIENCE)
         failed = [rank for rank, code in codes.items() if code]
         if not failed:
             return 0
@@ -80,6 +90,11 @@ def _terminated(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _number(asked: KeyboardInterrupt | SystemExit) -> int:
+    """Return the signal that asked."""
+    return signal.SIGINT if isinstance(asked, KeyboardInterrupt) else int(asked.code or 0) - 128
+
+
 def _wait(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
     """Wait for all; once one has failed the others get `GRACE` seconds to end by themselves.
 
@@ -93,13 +108,13 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
     return {rank: p.returncode for rank, p in enumerate(processes) if p.poll() is not None}
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Ask those that still run to end; kill those that do not, or all at a second Ctrl-C."""
+def _end(processes: list[subprocess.Popen[bytes]], patience: float) -> None:
+    """Ask those that still run to end; kill those that do not, or all at a second signal."""
     try:
         for process in processes:
             if process.poll() is None:
                 process.terminate()
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + patience
         while any(p.poll() is None for p in processes) and time.monotonic() < until:
             time.sleep(0.05)
     finally:

@@ -20,6 +20,7 @@ from ghosttrain.distill.features import Network
 from ghosttrain.engine import distributed
 from ghosttrain.engine.checkpoint import Checkpoint
 from ghosttrain.engine.conditions import Conditions
+from ghosttrain.engine.track import Meter
 from ghosttrain.models.weights.fit import fit_state
 from ghosttrain.optim.ema import Ema
 
@@ -43,6 +44,8 @@ class TrainState:
     """Optimizer steps of the whole run."""
     conditions: Conditions
     """Under which this process computes."""
+    meter: Meter = field(default_factory=Meter)
+    """The losses since the last row of the metrics."""
     step: int = 0
     """Optimizer steps done."""
     seconds: float = 0.0
@@ -59,6 +62,7 @@ class TrainState:
         """
         several = distributed.world_size() > 1
         buffers = distributed.gathered([b.cpu() for b in self._buffers()]) if several else []
+        meter = distributed.gathered(self.meter.state())
         if distributed.rank():
             return None
         return _copied(
@@ -68,6 +72,7 @@ class TrainState:
                 "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "buffers": buffers,
+                "meter": meter,
                 "step": self.step,
                 "seconds": self.seconds,
                 "best": self.best,
@@ -107,6 +112,9 @@ class TrainState:
         if len(saved["buffers"]) > 1:
             self._restore_buffers(saved["buffers"])
         self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
+        # Checkpoints of earlier versions were written at rows only, and have none.
+        if saved.get("meter"):
+            self.meter.restore(saved["meter"], next(self.network.parameters()).device)
         if saved["data"]["held_out"] != self.data_record["held_out"]:
             self.best = dict(NO_BEST)  # it was measured on other images
 

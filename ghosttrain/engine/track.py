@@ -14,7 +14,7 @@ import secrets
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -48,12 +48,19 @@ class Meter:
     """Mean losses and speed since the last reading; summed on the device: no step waits for it."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was added, and start the clock."""
         self.sums: dict[str, Tensor] = {}
+        self.count = self.images = 0
+        self.seconds = 0.0
         self.start()
 
     def start(self) -> None:
-        """Forget what was added and start the clock."""
-        self.sums, self.count, self.images, self.since = {}, 0, 0, time.perf_counter()
+        """Start the clock again, `seconds` ahead; what was added stays."""
+        self.since = time.perf_counter() - self.seconds
+        self.seconds = 0.0
 
     def add(self, losses: dict[str, Tensor], images: int) -> None:
         """Add the losses of one forward pass, and the images it stands for over all ranks."""
@@ -64,13 +71,34 @@ class Meter:
         self.images += images
 
     def read(self) -> Row:
-        """Return the mean losses over ranks and images_per_second, and start again."""
+        """Return the mean losses over ranks and images_per_second, and begin again."""
         sums = distributed.all_sum(torch.stack([s.float() for s in self.sums.values()]))
         means = sums / (self.count * distributed.world_size())
         row = dict(zip(self.sums, means.tolist(), strict=True))
         row["images_per_second"] = self.images / (time.perf_counter() - self.since)
-        self.start()
+        self.forget()
         return row
+
+    def state(self) -> dict[str, Any]:
+        """Return what was added since the last reading, on the CPU."""
+        return {
+            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "count": self.count,
+            "images": self.images,
+            "seconds": time.perf_counter() - self.since,
+        }
+
+    def restore(self, saved: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        """Go on from what every rank had added (`state`); with another number of ranks each takes
+        their mean.
+        """
+        rank, ranks = distributed.rank(), distributed.world_size()
+        own = saved[rank if len(saved) == ranks else 0]
+        self.count, self.images, self.seconds = own["count"], own["images"], own["seconds"]
+        for name, value in own["sums"].items():
+            if len(saved) != ranks:
+                value = torch.stack([each["sums"][name] for each in saved]).mean(0)
+            self.sums[name] = value.to(device)
 
 
 class Journal:

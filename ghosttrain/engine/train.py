@@ -35,6 +35,7 @@ from ghosttrain.engine.plan import make_plan
 from ghosttrain.engine.run_files import write_result
 from ghosttrain.engine.saving import Saver, validate_room
 from ghosttrain.engine.state import TrainState
+from ghosttrain.engine.stop import Stop
 from ghosttrain.engine.student import build_network, has_fused_form, trained_depths
 from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.weights_file import describe_weights, weights_bytes, write_weights
@@ -110,8 +111,9 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
         views=teacher.views,
         cached=teacher.cached,
     )
+    stop = Stop(device, config.tracker.log_every)
     held_images = HeldOutImages(
-        held_out, config, device, batch=config.train.eval_batch or plan.micro_batch
+        held_out, config, device, config.train.eval_batch or plan.micro_batch, stop
     )
 
     # ---------------------------------------------------------------- Network, optimizer
@@ -152,13 +154,14 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
         same_data.write_split(run, config.data, train_set, held_out)
     saver = Saver(config.train, checkpoints, state.step, device, tracker.sync, tracker.say)
     seen = {"train": (train_set, train_images), "held_out": (held_out, held_images.loader)}
-    started, meter = time.perf_counter() - state.seconds, track.Meter()
+    started, meter = time.perf_counter() - state.seconds, state.meter
 
     def save() -> None:
+        validate_finite(state.tensors(), state.step, run)
         state.seconds = time.perf_counter() - started
         saver.save(state.step, lambda: state.snapshot(teacher.state()))
 
-    with train_images, held_images, tracker, saver:
+    with train_images, held_images, tracker, saver, stop.saving(save):
         if rank == 0:
             tracker.say(*summary.head(about, student, notes), *tracker.about())
         try_first_batch(student, held_images)
@@ -222,8 +225,9 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                     validate_finite_row(row, state.step, run)
                     tracker.log("train", state.step, row)
                     if state.step < plan.end_of(epoch) and saver.is_due(state.step):
-                        validate_finite(state.tensors(), state.step, run)
                         save()
+                if state.step < plan.end_of(epoch):
+                    stop.poll(state.step)
 
             tracker.say(*train_images.slow_note(), *neighbours.note())
 
@@ -231,6 +235,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             # Before the evaluation, which a resumed run repeats: it may fail.
             distributed.average_buffers(student, ema.model)
             validate_finite(state.tensors(), state.step, run)
+            stop.poll(state.step)
             if state.step >= plan.total_steps or saver.is_due(state.step, epoch + 1):
                 save()
 

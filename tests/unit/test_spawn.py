@@ -100,6 +100,7 @@ def test_ctrl_c_and_sigterm_end_every_rank(ranks, tmp_path, monkeypatch):
 
 
 def test_a_rank_that_does_not_listen_is_killed(ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(spawn_module, "SAVING", 0.3)
     monkeypatch.setattr(spawn_module, "PATIENCE", 0.3)
     ranks("trap '' TERM; touch ready0; while :; do sleep .02; done", "touch ready1; exec sleep 600")
     thread = interrupt_when_both_run(tmp_path, signal.SIGINT)
