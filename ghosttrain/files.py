@@ -45,10 +45,10 @@ def extra(name: str) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return `path` with `~` replaced by the user's home; `~nobody` stays as it is, and will not be
-    found.
+    """Return `path` with `~` replaced by the user's home and `$NAME` by that environment variable;
+    `~nobody` and a variable that is not set stay as they are, and will not be found.
     """
-    return Path(os.path.expanduser(path))
+    return Path(os.path.expanduser(os.path.expandvars(path)))
 
 
 @contextmanager

@@ -102,9 +102,18 @@ def environment(number: int, nproc: int, rendezvous: str) -> dict[str, str]:
     return dict(os.environ) | variables
 
 
+def environment_of_cell(prefix: str) -> dict[str, str]:
+    """Return the variables of this rank's process for one cell of a sweep under torchrun: the ranks
+    of the cell meet in torchrun's store, under keys that begin with `prefix`.
+    """
+    ours = {"GHOSTTRAIN_RENDEZVOUS": f"store:{prefix}", "GHOSTTRAIN_PARENT": str(os.getpid())}
+    return dict(os.environ) | ours
+
+
 def rendezvous() -> str | None:
-    """Return where ranks meet that no torchrun started: a file of our own `spawn`, or a port of
-    the machine of rank 0. None under torchrun, which says it itself.
+    """Return where ranks meet that no torchrun started: a file of our own `spawn`, torchrun's store
+    (`store:PREFIX`, of the cells of a sweep), or a port of the machine of rank 0. None under
+    torchrun, which says it itself.
 
     MASTER_ADDR and MASTER_PORT count where they are set, also alone.
     """

@@ -34,7 +34,7 @@ ARGUMENTS.add_argument(
 def run(options: Namespace) -> int:
     """Run, report, or list; return the exit code."""
     from ghosttrain.config.hydra_words import split_words
-    from ghosttrain.study import studies, study_report, study_run
+    from ghosttrain.study import studies, study_report, study_run, sweep
 
     names = [word for word in options.words if "=" not in word]
     action, *rest = names or [""]
@@ -49,7 +49,9 @@ def run(options: Namespace) -> int:
     overrides, hydra_words = split_words(words, multirun=True)
     out = None if options.out is None else Path(options.out)
     if action == "run":
-        return study_run.run_study(rest[0], overrides, hydra_words, options.config_dir, out)
+        return sweep.on_all_ranks(
+            lambda: study_run.run_study(rest[0], overrides, hydra_words, options.config_dir, out)
+        )
     study = studies.load_study(rest[0], options.config_dir)
     cells = studies.study_cells(study, overrides, options.config_dir, out)
     if action == "report":

@@ -81,15 +81,16 @@ def run(options: Namespace) -> int:
             _print_settings(cell, options)
         return 0
     if options.multirun:
-        if ranks.is_launched():
-            raise UserError("a sweep starts its own processes: launch.nproc=N in place of torchrun")
+        from ghosttrain.study.sweep import on_all_ranks, sweep
+
         if sweeper_of(hydra_words) == "optuna":
             from ghosttrain.study.search import search
 
-            return search(overrides, hydra_words, options.config_dir, options.confirm)
-        from ghosttrain.study.sweep import sweep
+            return on_all_ranks(
+                lambda: search(overrides, hydra_words, options.config_dir, options.confirm)
+            )
 
-        return sweep(overrides, hydra_words, options.config_dir)
+        return on_all_ranks(lambda: sweep(overrides, hydra_words, options.config_dir))
     if options.cfg:
         return 0 if ranks.rank() else _print_settings(overrides, options)
     if ranks.rank() > 0:

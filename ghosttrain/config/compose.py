@@ -235,7 +235,7 @@ def _validate_split(data: DataConfig) -> None:
         return
     if not data.table:
         raise UserError("data=table needs its file: type data.table=FILE.csv (or .jsonl)")
-    if not Path(data.table).is_file():
+    if not expanded(data.table).is_file():
         raise UserError(f"data.table={data.table}: no such file; give a .csv or .jsonl file")
     if bool(given) == bool(data.split_column):
         both = f"{given[0]} and data.split_column={data.split_column} both" if given else ""
@@ -400,7 +400,7 @@ def _data_paths(data: DataConfig) -> dict[str, str | None]:
     """
     root = _data_root(data)
     table = _absolute(data.table)
-    if data.table and root and not Path(str(table)).is_file():
+    if data.table and root and not expanded(str(table)).is_file():
         table = _absolute(str(Path(root) / data.table))
     if table and root is None and data.name == "table":
         root = str(Path(table).parent)
@@ -415,6 +415,11 @@ def _data_root(data: DataConfig) -> str | None:
 
 
 def _absolute(path: str | None) -> str | None:
+    """Return a path from the root; one with a `$VARIABLE` as it is typed: every machine of a job
+    puts its own value there.
+    """
+    if path and os.path.expandvars(path) != path:
+        return path
     try:
         return str(expanded(path).resolve()) if path else None
     except ValueError as error:  # a null byte
@@ -499,11 +504,11 @@ def _check(
         if not data.root:
             variable = " or set IMAGENET_DIR" if data.name == "imagenet" else ""
             raise UserError(f"data={data.name} needs a folder: type data.root=/path{variable}")
-        if not Path(data.root).is_dir():
+        if not expanded(data.root).is_dir():
             raise UserError(f"data.root={data.root}: no such folder")
     if config.cache.dir and data.root:
-        images = (Path(data.root) / split for split in (data.train_split, data.val_split))
-        if any(Path(config.cache.dir).is_relative_to(folder) for folder in images):
+        images = (expanded(data.root) / split for split in (data.train_split, data.val_split))
+        if any(expanded(config.cache.dir).is_relative_to(folder) for folder in images):
             raise UserError(
                 f"cache.dir={config.cache.dir} lies among the images of data.root={data.root}; "
                 "type another folder"

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from ghosttrain.engine.distributed import say
 from ghosttrain.engine.run_files import config_text
 from ghosttrain.engine.teacher_source import ready_teacher
 from ghosttrain.errors import UserError
+from ghosttrain.files import expanded
 from ghosttrain.text import byte_size, clock, counted
 
 
@@ -63,7 +63,7 @@ def fill_cache(
     assert config is not None and config.cache.dir is not None
     device = distributed.pick_device(config.launch.device)
     train_set, _ = build_datasets(config.data)
-    folder = Path(config.cache.dir)
+    folder = expanded(config.cache.dir)
     if repair and not is_cache(folder):
         raise UserError(f"there is nothing to repair: {folder} holds no cached outputs")
     validate_folder(folder)
@@ -165,7 +165,7 @@ def _begin(
             "cosine": quality.cosine,
         },
     )
-    return create(Path(str(config.cache.dir)), info, codec.tables, config_text(config))
+    return create(expanded(str(config.cache.dir)), info, codec.tables, config_text(config))
 
 
 def write_missing(

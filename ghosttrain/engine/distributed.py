@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -40,10 +41,12 @@ def start(patience: timedelta | None = None) -> None:
         if parent is not None:
             threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        shared = _store(meeting)
         try:
             dist.init_process_group(
                 backend,
-                init_method=meeting or "env://",
+                init_method=None if shared else meeting or "env://",
+                store=shared,
                 timeout=patience,
                 rank=rank(),
                 world_size=world_size(),
@@ -58,6 +61,15 @@ def start(patience: timedelta | None = None) -> None:
             ) from None
         if parent is not None:  # not before: no handler runs while torch waits
             signal.signal(signal.SIGTERM, terminated)
+
+
+def _store(meeting: str | None) -> dist.Store | None:
+    """Return the part of torchrun's store in which the ranks of a cell meet; None elsewhere."""
+    if meeting is None or not meeting.startswith("store:"):
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)
+    return dist.PrefixStore(meeting.removeprefix("store:"), store)
 
 
 def call_off() -> None:
@@ -125,6 +137,29 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def validate_same(name: str, value: str, remedy: str) -> None:
+    """Refuse to go on where ranks have other values than rank 0, on all of them alike.
+
+    Args:
+        name: what is compared, such as "checkpoint".
+        value: this rank's.
+        remedy: what to do about a difference.
+
+    Raises:
+        UserError: naming the first rank that has another one, and its machine.
+    """
+    if world_size() == 1:
+        return
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, (value, socket.gethostname()))
+    first, host = found[0]
+    for number, (other, where) in enumerate(found):
+        if other != first:
+            raise UserError(
+                f"{name}: {other} on rank {number} ({where}), {first} on rank 0 ({host}); {remedy}"
+            )
 
 
 def gathered(value: Any) -> list[Any]:

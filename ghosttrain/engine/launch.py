@@ -5,7 +5,7 @@ Imports no torch: a finished run answers at once.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,14 @@ from ghosttrain.errors import UserError
 from ghosttrain.terminal import go_on_without
 
 
-def launch(composed: Composed) -> int:
-    """Train, finish or show this run; return the exit code."""
+def launch(
+    composed: Composed, run_everywhere: Callable[[tuple[str, ...]], int] | None = None
+) -> int:
+    """Train, finish or show this run; return the exit code.
+
+    `run_everywhere` trains it in processes of their own, from the arguments of the command; None:
+    this process does, or the ranks that it starts.
+    """
     config, notes = settled(composed), replaced_lines(composed)
     _validate_nproc(config.launch.nproc)
     folder = run_folder(config)
@@ -41,7 +47,7 @@ def launch(composed: Composed) -> int:
         print(f"finished: {folder}")
         notes_on_it = (made_by_other_code(folder), unknown)
         print("\n".join([*filter(None, notes_on_it), *result_lines(result)]))
-        if ranks.is_launched():
+        if ranks.is_launched() and run_everywhere is None:
             from ghosttrain.engine import distributed
 
             distributed.start()
@@ -49,6 +55,8 @@ def launch(composed: Composed) -> int:
             distributed.stop()
         return 0
     go_on_without()
+    if run_everywhere is not None:
+        return run_everywhere(composed.arguments)
     if ranks.must_spawn(config.launch.nproc):
         return spawn(composed.arguments, config.launch.nproc)
     with opened(config, notes, composed.arguments) as config:

@@ -9,6 +9,7 @@ both are compared.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,13 @@ HALVES = {"train": "training", "held_out": "held-out"}
 def describe_data(train_set: Dataset, held_out: Dataset) -> DataRecord:
     """Return the record of both halves of the data."""
     return {"train": train_set.identity(), "held_out": held_out.identity(), "accepted": []}
+
+
+def short(data: DataRecord) -> str:
+    """Return a record in one line: the same data, wherever they lie, give the same line."""
+    halves = [f"{data[key]['images']:,} {HALVES[key]}" for key in HALVES]
+    digest = hashlib.sha256("".join(data[key]["digest"] for key in HALVES).encode())
+    return f"{' and '.join(halves)} images with digest {digest.hexdigest()[:8]}"
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
@@ -45,29 +46,28 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
             for r in range(nproc)
         ]
         for each in (signal.SIGTERM, signal.SIGUSR1):
-            stack.callback(signal.signal, each, signal.signal(each, _terminated))
+            stack.callback(signal.signal, each, signal.signal(each, raise_exit))
         try:
             # A blocked signal stays blocked in the processes that are started meanwhile.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 for rank in range(nproc):
                     quiet = errors[rank] if rank else None
-                    processes.append(_start(arguments, rank, nproc, scratch, quiet))
+                    env = ranks.environment(rank, nproc, f"file://{scratch}/rendezvous")
+                    processes.append(start(arguments, env, quiet))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             codes = _wait(processes)
         except (KeyboardInterrupt, SystemExit) as asked:
-            _end(processes, SAVING)
+            end(processes, SAVING)
             if any(process.returncode == SAVED for process in processes):
                 raise Stopped(_number(asked)) from None
             raise
         finally:
-            _end(processes, PATIENCE)
-        failed = [rank for rank, code in codes.items() if code]
-        if not failed:
+            end(processes, PATIENCE)
+        if not any(codes.values()):
             return 0
-        # A mistake of the user (2), or a rank that was killed, breaks the others' connections.
-        cause = min(failed, key=lambda rank: (codes[rank] != 2, codes[rank] >= 0, rank))
+        cause = cause_of(codes)
         errors[cause].seek(0)
         sys.stderr.write(errors[cause].read())
         if codes[cause] < 0:
@@ -77,16 +77,24 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
         return codes[cause]
 
 
-def _start(
-    arguments: tuple[str, ...], rank: int, nproc: int, scratch: Path, quiet: IO[str] | None
+def cause_of(codes: Mapping[int, int]) -> int:
+    """Return the rank that made the others fail, of rank -> exit code: a mistake of the user (2),
+    or a rank that was killed, breaks the others' connections.
+    """
+    failed = [rank for rank, code in codes.items() if code]
+    return min(failed, key=lambda rank: (codes[rank] != 2, codes[rank] >= 0, rank))
+
+
+def start(
+    arguments: tuple[str, ...], env: Mapping[str, str], quiet: IO[str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start one rank; `quiet` takes its output."""
-    env = ranks.environment(rank, nproc, rendezvous=f"file://{scratch}/rendezvous")
+    """Start one rank with these environment variables; `quiet` takes its output."""
     command = [sys.executable, "-m", "ghosttrain", *arguments]
     return subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet)
 
 
-def _terminated(number: int, frame: object) -> None:
+def raise_exit(number: int, frame: object) -> None:
+    """Handle a signal: end as an error does, with the exit code of that signal."""
     raise SystemExit(128 + number)
 
 
@@ -108,7 +116,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
     return {rank: p.returncode for rank, p in enumerate(processes) if p.poll() is not None}
 
 
-def _end(processes: list[subprocess.Popen[bytes]], patience: float) -> None:
+def end(processes: list[subprocess.Popen[bytes]], patience: float) -> None:
     """Ask those that still run to end; kill those that do not, or all at a second signal."""
     try:
         for process in processes:

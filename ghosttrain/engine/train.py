@@ -99,6 +99,14 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     data_record = same_data.validate_same_data(
         saved, same_data.describe_data(train_set, held_out), config.data.changed
     )
+    distributed.validate_same(
+        "data", same_data.short(data_record), "every machine needs the same images in data.root"
+    )
+    distributed.validate_same(
+        "last checkpoint",
+        "none" if saved is None else f"step {saved['step']}",
+        "run.root must be a folder that all machines share",
+    )
     plan = make_plan(config, len(train_set), ranks, train_set.labels)
     weights_K = class_weights(config.train, train_set.labels, len(classes))
     teacher = build_teacher_source(config, train_set, device)

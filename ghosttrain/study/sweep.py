@@ -71,6 +71,23 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
     return name_failures(failed)
 
 
+def on_all_ranks(drive: Callable[[], int]) -> int:
+    """Go through cells by `drive`, which ends in `run_cells`; return its exit code.
+
+    Under torchrun rank 0 does so, and the other ranks run what it says (`engine.job`).
+    """
+    if ranks.world_size() == 1:
+        return drive()
+    if ranks.is_on_its_own():
+        raise UserError("a sweep starts its own processes: launch.nproc=N in place of srun")
+    from ghosttrain.engine import job
+
+    if ranks.rank() > 0:
+        return job.follow()
+    with job.leading():
+        return drive()
+
+
 def name_failures(failed: Sequence[str]) -> int:
     """Print the cells that failed; return the exit code."""
     for line in failed:
@@ -97,9 +114,15 @@ def run_cells(
             nothing left to do. None: Hydra once runs all.
 
     Raises:
-        UserError: the folder of the sweep cannot be written.
+        UserError: the folder of the sweep cannot be written; another launcher under torchrun.
         KeyboardInterrupt: Ctrl-C ends the sweep, not only the cell that runs.
     """
+    launchers = [word for word in hydra_words if word.startswith("hydra/launcher=")]
+    if ranks.world_size() > 1 and launchers and launchers[-1] != "hydra/launcher=basic":
+        raise UserError(
+            f"{launchers[-1]}: under torchrun all ranks run one cell after another; leave it out, "
+            "or type launch.nproc=N in place of torchrun"
+        )
     root = expanded(composed[0].config.run.root)
     folder = _new_folder(sweeps_folder(root) / time.strftime("%Y-%m-%d_%H-%M-%S"))
     context = {
@@ -202,7 +225,7 @@ def run_cell(given: DictConfig) -> float | None:
         with others_told():
             composed = compose(words, context["config_dir"])
             folder = run_folder(settled(composed))
-            code = launch(composed)
+            code = launch(composed, _run_everywhere())
     except Exception as error:  # the other cells still run
         message = mistake(error)
         if message is None:
@@ -215,6 +238,15 @@ def run_cell(given: DictConfig) -> float | None:
     if not code and folder is not None and (result := read_result(folder)):
         top1 = float(result["weights"]["ema"]["top1"])
     return top1 if math.isfinite(top1) else None
+
+
+def _run_everywhere() -> Callable[[tuple[str, ...]], int] | None:
+    """Return what trains a cell on all ranks of torchrun; None without it."""
+    if ranks.world_size() == 1 or ranks.is_on_its_own():
+        return None
+    from ghosttrain.engine.job import run_everywhere
+
+    return run_everywhere
 
 
 def compose_cells(

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_images, only_run
+from helpers import make_images, only_run, refusal
 from PIL import Image
 
+from ghosttrain.config.names import Names
 from ghosttrain.data.order import train_batches
 from ghosttrain.engine.checkpoint import read_checkpoint, write_checkpoint
 from ghosttrain.engine.train import validate_finite, validate_finite_row
 from ghosttrain.errors import UserError
+from ghosttrain.study.sweep import run_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -250,9 +252,11 @@ def test_a_mistake_on_one_rank_is_shown_whatever_happens_to_the_others(tiny, tmp
     assert "Traceback" not in done.stderr
 
 
-def test_a_sweep_under_torchrun(ghosttrain, monkeypatch):
+def test_a_launcher_of_its_own_under_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(ghosttrain("-m", "seed=1,2"), "launch.nproc=N")
+    cells = Names(None).cells(["seed=1,2"])
+    words = ["hydra/launcher=joblib"]
+    refusal(lambda: run_cells(cells, [], words, None), "joblib: under torchrun", "launch.nproc=N")
 
 
 def test_a_failing_cell_does_not_stop_a_sweep(ghosttrain, tiny, tmp_path):

@@ -21,7 +21,7 @@ import by_hand
 import pytest
 import torch
 from by_hand import Plain
-from helpers import only_run
+from helpers import only_run, refusal
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config
@@ -86,6 +86,9 @@ def outputs_of(rank: int) -> dict[str, Any]:
     outputs: dict[str, Any] = {"rank": distributed.rank(), "ranks": distributed.world_size()}
     outputs["sum"] = distributed.all_sum(torch.tensor([1, 10]) * (rank + 1))
     outputs["max"] = distributed.all_max(torch.tensor([3.0, 5.0]) * (1 - 2 * rank))
+    distributed.validate_same("both", "same", "nothing to do")
+    other = partial(distributed.validate_same, "each", f"of {rank}", "make it the same")
+    outputs["refusal"] = refusal(other)
     outputs["broadcast"] = distributed.broadcast({"from": rank})
 
     norms = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(3)).double()
@@ -172,6 +175,8 @@ def test_sums_maxima_and_what_rank_0_says(outputs) -> None:
         assert got["sum"].tolist() == [3, 30]
         assert got["max"].tolist() == [3, 5]
         assert got["broadcast"] == {"from": 0}
+        assert got["refusal"].startswith("each: of 1 on rank 1 (")  # on both ranks alike
+        assert got["refusal"].endswith("; make it the same")
         assert got["loss"] == 3  # of 1, 4, 2 and 5
 
 

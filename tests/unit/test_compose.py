@@ -13,6 +13,7 @@ from ghosttrain.config.identity import result_settings, run_name, settings_hash
 from ghosttrain.config.schema import Config, OptimConfig, Section
 from ghosttrain.engine.run_files import write_config
 from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.files import expanded
 
 KD = "+recipe=compact_kd"
 LITE = ["teacher.members.a.name=tf_efficientnet_lite0"]
@@ -401,3 +402,13 @@ def test_the_help_lists_every_setting_under_its_section_with_its_default():
     assert defaults["teacher.name"] == "null" and defaults["teacher.members"] == "{}"
     assert defaults["distill.temperature"] == "1.0" and defaults["cache.shard_size"] == "8192"
     assert max(len(line) for line in help_text().splitlines()) <= 98
+
+
+def test_a_variable_in_a_path_is_each_machines_own(tmp_path, monkeypatch):
+    """Settings travel from rank 0 to the others as typed."""
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    for given in ("$SCRATCH/images", "$SCRATCH"):
+        assert compose(["data=folder", f"data.root={given}"]).config.data.root == given
+    assert expanded("$SCRATCH/images") == tmp_path / "images"
+    assert expanded("$NOT_SET/images") == Path("$NOT_SET/images")

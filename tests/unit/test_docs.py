@@ -91,7 +91,7 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
     words = parse(importlib.import_module("ghosttrain.commands.train").ARGUMENTS, words).words
     words = [w.replace("/path", str(tmp_path)) for w in words if w != "-m"]
     words = [w.replace("runs/teacher", str(finished_run(tmp_path))) for w in words]
-    words = [re.sub(r"data.root=/usr/.*", f"data.root={tmp_path}", w) for w in words]
+    words = [re.sub(r"data.root=(/usr/|\$).*", f"data.root={tmp_path}", w) for w in words]
     words, _ = split_words(words, sweep)
     for cell in cells(words) if sweep else [words]:
         compose(cell)

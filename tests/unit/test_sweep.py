@@ -16,7 +16,7 @@ def cells(monkeypatch):
     def answer(*outcomes):
         left = iter(outcomes)
 
-        def launch(composed):
+        def launch(composed, run_everywhere=None):
             seeds.append(composed.config.seed)
             outcome = next(left)
             if isinstance(outcome, BaseException):

@@ -17,6 +17,7 @@ from ghosttrain.data.datasets.base import Dataset
 from ghosttrain.data.datasets.folder import FileDataset, split_here
 from ghosttrain.data.datasets.splitting import is_split_here
 from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.files import expanded
 from ghosttrain.text import listed
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -30,7 +31,7 @@ def read_table(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
         UserError: no such table or column, rows without a path or label, files that are missing, a
             half without images.
     """
-    table = root / str(data.table)
+    table = root / expanded(str(data.table))
     if not table.is_file():
         raise UserError(f"data.table={data.table}: no such file; give a .csv or .jsonl file")
     rows = list(_rows(table, data))
