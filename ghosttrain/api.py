@@ -42,6 +42,8 @@ def train(config: Config) -> Path:
     Raises:
         UserError: as the command; several processes, which only the command starts.
     """
+    if config.launch.devices:
+        raise UserError("launch.devices: train() trains in this process; type the command")
     if config.launch.nproc > 1:
         raise UserError(
             f"launch.nproc={config.launch.nproc}: train() trains in this process; type the command"

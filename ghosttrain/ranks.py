@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from collections.abc import Sequence
 
 SLURM = {
     "RANK": "SLURM_PROCID",
@@ -84,13 +85,32 @@ def is_on_its_own() -> bool:
     return is_slurm_task() or _is_task_of_submitit()
 
 
-def must_spawn(nproc: int) -> bool:
-    """Whether this process must start `nproc` ranks (`launch.nproc`) and is none of them."""
-    return nproc > 1 and not is_launched()
+def runs_at_once() -> int:
+    """Return how many runs share the cores of this machine (`launch.devices`)."""
+    return int(os.environ.get("GHOSTTRAIN_RUNS_AT_ONCE", "1"))
 
 
-def environment(number: int, nproc: int, rendezvous: str) -> dict[str, str]:
-    """Return the variables of rank `number` of `nproc`, which meet in the file `rendezvous`."""
+def given_devices() -> str | None:
+    """Return the devices that `launch.devices` gave to this run, as `0,2`; None without it."""
+    return (
+        os.environ.get("CUDA_VISIBLE_DEVICES") if "GHOSTTRAIN_RUNS_AT_ONCE" in os.environ else None
+    )
+
+
+def must_spawn(nproc: int, devices: Sequence[int] = ()) -> bool:
+    """Whether this process must start `nproc` ranks (`launch.nproc`) and is none of them. Also a
+    single one where it has to take one of `devices` (`launch.devices`): that is done before torch.
+    """
+    return (nproc > 1 or bool(devices)) and not is_launched()
+
+
+def environment(
+    number: int, nproc: int, rendezvous: str, mine: Sequence[int] = (), runs_at_once: int = 1
+) -> dict[str, str]:
+    """Return the variables of rank `number` of `nproc`, which meet in the file `rendezvous`.
+
+    `mine`: the devices that the ranks have, numbered as nvidia-smi does; none: all that there are.
+    """
     variables = {
         "RANK": str(number),
         "LOCAL_RANK": str(number),
@@ -99,6 +119,10 @@ def environment(number: int, nproc: int, rendezvous: str) -> dict[str, str]:
         "GHOSTTRAIN_RENDEZVOUS": rendezvous,
         "GHOSTTRAIN_PARENT": str(os.getpid()),
     }
+    if mine:
+        variables["CUDA_DEVICE_ORDER"] = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
+        variables["GHOSTTRAIN_RUNS_AT_ONCE"] = str(runs_at_once)
     return dict(os.environ) | variables
 
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from ghosttrain.text import one_line
 
@@ -61,6 +61,55 @@ class Output:
             self.other.write(f"ghosttrain: {message}\n")
 
 
+CELL = "GHOSTTRAIN_CELL"
+"""Variable with the label of a cell of which only lines that begin with it are shown: cells that
+run at once would mix theirs."""
+
+
+def cell() -> str | None:
+    """Return the label of the cell that runs in this process; None where all is shown."""
+    return os.environ.get(CELL)
+
+
+class LinesOf:
+    """A stream that passes the lines that begin with a label."""
+
+    def __init__(self, stream: TextIO, label: str) -> None:
+        self.stream, self.label, self.line = stream, label, ""
+
+    def write(self, text: str) -> int:
+        """Keep `text`; pass on the lines that are complete."""
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines:
+            if line.startswith(self.label):
+                self.stream.write(f"{line}\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def only_lines_of(label: str | None) -> Iterator[None]:
+    """Show inside this block, in the processes it starts too, nothing but lines of a cell; all
+    where `label` is None.
+    """
+    if label is None:
+        yield
+        return
+    before, out = os.environ.get(CELL), sys.stdout
+    os.environ[CELL] = label
+    sys.stdout = LinesOf(out, label)
+    try:
+        yield
+    finally:
+        sys.stdout = out
+        if before is None:
+            del os.environ[CELL]
+        else:
+            os.environ[CELL] = before
+
+
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Let nothing inside this block fail because its output cannot be written."""
@@ -69,7 +118,8 @@ def lasting_output() -> Iterator[None]:
     os.close(handle)
     before, hangup = (sys.stdout, sys.stderr), signal.getsignal(signal.SIGHUP)
     if sys.stdout is not None:  # None: closed by whoever started this process
-        sys.stdout = Output(sys.stdout, "the standard output")
+        shown = sys.stdout if (label := cell()) is None else LinesOf(sys.stdout, label)
+        sys.stdout = Output(cast("TextIO", shown), "the standard output")
     if sys.stderr is not None:
         sys.stderr = Output(sys.stderr, "the error output")
     try:

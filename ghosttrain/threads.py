@@ -52,9 +52,11 @@ def are_given() -> bool:
 
 def cores() -> float:
     """Return how many cores this process may use: those it is bound to, or less where its control
-    group has a limit (containers), shared among the ranks of its machine.
+    group has a limit (containers), shared among the ranks of its machine and the runs that go on
+    there at once (`launch.devices`).
     """
-    return min(float(len(_bound_to())), _group_limit()) / ranks.processes_sharing_cores()
+    sharing = ranks.processes_sharing_cores() * ranks.runs_at_once()
+    return min(float(len(_bound_to())), _group_limit()) / sharing
 
 
 def free_cores() -> float:
@@ -75,7 +77,9 @@ def others(before: Load | None, now: Load | None) -> float:
 
 def _left_by(busy: float) -> float:
     """Return how many cores are left to this process where others keep so many busy."""
-    return max(cores() - busy / ranks.processes_sharing_cores(), 0.0)
+    # Of the cores that runs beside this one share with it: what they do counts as busy.
+    cores_of_all = cores() * ranks.runs_at_once()
+    return max(cores_of_all - busy / ranks.processes_sharing_cores(), 0.0)
 
 
 def threads_for(free: float, most: int) -> int:

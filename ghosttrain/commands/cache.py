@@ -51,12 +51,13 @@ def run(options: Namespace) -> int:
                 f"name the folder of cached outputs: python -m ghosttrain cache D {flag}"
             )
         config = _settings(folders, overrides, options.config_dir)
-        if ranks.must_spawn(config.launch.nproc):
+        if ranks.must_spawn(config.launch.nproc, config.launch.devices):
             from ghosttrain.engine.spawn import spawn
 
             flags = [f"--{name.replace('_', '-')}" for name, is_on in what.items() if is_on]
             own_dir = ["--config-dir", options.config_dir] if options.config_dir else []
-            return spawn(("cache", *options.words, *flags, *own_dir), config.launch.nproc)
+            words = ("cache", *options.words, *flags, *own_dir)
+            return spawn(words, config.launch.nproc, config.launch.devices)
     from ghosttrain.engine.cache_writer import fill_cache
     from ghosttrain.engine.stop import ending_at_once
 

@@ -558,6 +558,12 @@ def _check(
     if not trains:
         return
     processes = ranks.world_size(config.launch.nproc)
+    devices = config.launch.devices
+    if devices and len(devices) < config.launch.nproc:
+        raise UserError(
+            f"launch.nproc={config.launch.nproc} needs as many devices, but launch.devices="
+            f"{','.join(map(str, devices))} names {len(devices)}"
+        )
     micro_batch, _ = batch_split(config, processes)
     if config.train.cuda_graph and (config.train.compile or processes > 1):
         other = "train.compile=true" if config.train.compile else f"a run of {processes} processes"

@@ -164,7 +164,7 @@ class Names:
         """
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = []
-        for text in overrides:
+        for text in map(_with_list, overrides):
             if "=" not in text and not text.startswith("~"):
                 hint = did_you_mean(text, [*self.groups, *KEYS, "recipe", "budget"])
                 raise UserError(f"{text!r} is not key=value.{hint}")
@@ -548,6 +548,14 @@ def _spread(parser: OverridesParser, text: str) -> list[str]:
         f"{leaf}={quoted(v) if isinstance(v, str) else 'null' if v is None else v}"
         for leaf, v in flatten({key: tree}).items()
     ]
+
+
+def _with_list(text: str) -> str:
+    """Turn `launch.devices=0,1` into `launch.devices=[0,1]`: of this setting no sweep is made."""
+    key, _, value = text.partition("=")
+    if key.lstrip("+") != "launch.devices" or value.startswith(("[", "null")):
+        return text
+    return f"{key}=[{value}]"
 
 
 def _is_text(key: str) -> bool:

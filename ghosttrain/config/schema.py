@@ -570,6 +570,17 @@ class TrackerConfig(Section):
     """Optimizer steps between two rows of metrics.jsonl."""
 
 
+def _devices(value: Any) -> Any:
+    """Check a list of different numbers of devices, which becomes a tuple."""
+    good = isinstance(value, list | tuple) and all(type(x) is int and x >= 0 for x in value)
+    if not good or len({*value}) < len(value):
+        raise PydanticCustomError("devices", "different whole numbers of 0 or more, as in 0,1,2,3")
+    return tuple(value)
+
+
+Devices = Annotated[tuple[int, ...], BeforeValidator(_devices)]
+
+
 class LaunchConfig(Section):
     """Processes and devices."""
 
@@ -579,6 +590,9 @@ class LaunchConfig(Section):
         "auto", json_schema_extra=may_change("run", "eval", "cache")
     )
     """`auto` takes CUDA if there is one."""
+    devices: Devices = Field((), json_schema_extra=may_change("run", "cache"))
+    """GPUs that runs share (`0,1,2,3`, as nvidia-smi numbers them): a run takes `nproc` that no
+    other has, or waits."""
 
 
 def _class_weights(value: Any) -> Any:

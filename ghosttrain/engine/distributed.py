@@ -36,11 +36,12 @@ def start(patience: timedelta | None = None) -> None:
     Raises:
         UserError: the ranks that Slurm or submitit started do not find each other.
     """
+    parent = None if dist.is_initialized() else ranks.parent()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if world_size() > 1 and not dist.is_initialized():
-        meeting, parent = ranks.rendezvous(), ranks.parent()
-        if parent is not None:
-            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        meeting = ranks.rendezvous()
         shared = _store(meeting)
         try:
             dist.init_process_group(
@@ -59,8 +60,8 @@ def start(patience: timedelta | None = None) -> None:
                 "see what process 0 wrote; where that place is wrong or taken, set MASTER_ADDR and "
                 "MASTER_PORT for all of them"
             ) from None
-        if parent is not None:  # not before: no handler runs while torch waits
-            signal.signal(signal.SIGTERM, terminated)
+    if parent is not None:  # not before: no handler runs while torch waits
+        signal.signal(signal.SIGTERM, terminated)
 
 
 def _store(meeting: str | None) -> dist.Store | None:
@@ -109,6 +110,12 @@ def pick_device(setting: str, key: str = "launch.device") -> torch.device:
     Raises:
         UserError: CUDA was asked for and there is none, or fewer GPUs than ranks.
     """
+    mine = ranks.given_devices()
+    if mine is not None and setting != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"launch.devices gave this run {mine}, where PyTorch sees no CUDA device; with "
+            f"{key}=cpu they only say how many runs compute at once"
+        )
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

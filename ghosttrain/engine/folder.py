@@ -230,6 +230,19 @@ def opened(config: Config, notes: list[str], arguments: Sequence[str] = ()) -> I
         yield config
 
 
+def is_running(folder: Path) -> bool:
+    """Whether another process trains in this run folder now."""
+    if not folder.is_dir():
+        return False
+    try:
+        with _locked(folder):
+            return False
+    except UserError:
+        return True
+    except OSError:  # no locks there: `opened` will say so
+        return False
+
+
 def _locked(folder: Path) -> AbstractContextManager[None]:
     return locked(
         folder,

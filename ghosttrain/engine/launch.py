@@ -40,6 +40,10 @@ def launch(
     """
     config, notes = settled(composed), replaced_lines(composed)
     _validate_nproc(config.launch.nproc)
+    if config.launch.devices and ranks.is_launched() and ranks.parent() is None:
+        raise UserError(
+            "launch.devices: torchrun and Slurm say themselves what each rank has: leave it out"
+        )
     folder = run_folder(config)
     result = None if config.run.fresh else _finished(folder, config, notes)
     if result is not None:
@@ -57,8 +61,8 @@ def launch(
     go_on_without()
     if run_everywhere is not None:
         return run_everywhere(composed.arguments)
-    if ranks.must_spawn(config.launch.nproc):
-        return spawn(composed.arguments, config.launch.nproc)
+    if ranks.must_spawn(config.launch.nproc, config.launch.devices):
+        return spawn(composed.arguments, config.launch.nproc, config.launch.devices)
     with opened(config, notes, composed.arguments) as config:
         from ghosttrain.engine.classification import CLASSIFICATION
         from ghosttrain.engine.train import train

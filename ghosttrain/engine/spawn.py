@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 from ghosttrain import ranks
+from ghosttrain.engine.devices import taken
 from ghosttrain.errors import SAVED, Stopped
 
 GRACE = 3.0
@@ -26,9 +27,10 @@ SAVING = 120.0
 """Seconds in which ranks that were asked to end may save and do so; a second signal is faster."""
 
 
-def spawn(arguments: tuple[str, ...], nproc: int) -> int:
+def spawn(arguments: tuple[str, ...], nproc: int, devices: Sequence[int] = ()) -> int:
     """Run `python -m ghosttrain ARGUMENTS` as ranks 0..nproc-1; return the exit code of the rank
-    that failed, else 0.
+    that failed, else 0. With `devices` (`launch.devices`) each rank has one of them, which no other
+    run has; waits until so many are free.
 
     Rank 0 writes to this terminal. Another rank's error output is shown when that rank failed and
     rank 0 did not. The ranks hold Ctrl-C back: this process alone decides, and ends them.
@@ -40,6 +42,8 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
     """
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
+        held = stack.enter_context(taken(devices, nproc)) if devices else {}
+        at_once = len(devices) // nproc
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ghosttrain-")))
         errors = [
             stack.enter_context(open(scratch / f"rank{r}", "w+", errors="replace"))
@@ -53,8 +57,9 @@ def spawn(arguments: tuple[str, ...], nproc: int) -> int:
             try:
                 for rank in range(nproc):
                     quiet = errors[rank] if rank else None
-                    env = ranks.environment(rank, nproc, f"file://{scratch}/rendezvous")
-                    processes.append(start(arguments, env, quiet))
+                    meeting = f"file://{scratch}/rendezvous"
+                    env = ranks.environment(rank, nproc, meeting, [*held], at_once)
+                    processes.append(start(arguments, env, quiet, held.values()))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             codes = _wait(processes)
@@ -86,11 +91,16 @@ def cause_of(codes: Mapping[int, int]) -> int:
 
 
 def start(
-    arguments: tuple[str, ...], env: Mapping[str, str], quiet: IO[str] | None = None
+    arguments: tuple[str, ...],
+    env: Mapping[str, str],
+    quiet: IO[str] | None = None,
+    files: Iterable[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start one rank with these environment variables; `quiet` takes its output."""
+    """Start one rank with these environment variables; `quiet` takes its output, and it holds the
+    open `files` too.
+    """
     command = [sys.executable, "-m", "ghosttrain", *arguments]
-    return subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet)
+    return subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet, pass_fds=[*files])
 
 
 def raise_exit(number: int, frame: object) -> None:

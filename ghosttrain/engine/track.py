@@ -32,11 +32,13 @@ from ghosttrain.engine.metrics import LISTED_CLASSES
 from ghosttrain.engine.plan import Plan
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
-from ghosttrain.terminal import failures, printable, reason
+from ghosttrain.terminal import cell, failures, printable, reason
 from ghosttrain.text import clock, counted
 
 Row = dict[str, float]
 Mode = Literal["off", "offline", "online"]
+PROGRESS = 30.0
+"""Seconds between two lines about a cell of a sweep whose cells run at once."""
 LOG, METRICS = "log.txt", "metrics.jsonl"
 NO_TERMS = ("kind", "step", "loss", "agreement", "lr", "images_per_second")
 """What a row of training metrics holds besides the terms of the loss."""
@@ -155,10 +157,12 @@ class Tracker:
         self.wandb: Any = None
         self.tensorboard: Any = None
         self.failed: set[str] = set()
+        self.cell, self.shown_at = cell(), -PROGRESS
         if folder is None:
             return
         self.started, self.start_step = time.perf_counter(), start_step
         self.total, self.epoch = plan.total_steps, plan.steps_per_epoch
+        self.epoch_label = plan.epoch_label
         self.log_file = Journal(folder / LOG)
         self.metrics = Journal(
             folder / METRICS,
@@ -188,7 +192,9 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         """Show the progress bar, where there is a terminal to show it on."""
-        if self.folder is not None and sys.stderr is not None and sys.stderr.isatty():
+        if self.folder is None or self.cell is not None:
+            return self
+        if sys.stderr is not None and sys.stderr.isatty():
             self.bar = tqdm(
                 total=self.total,
                 initial=self.start_step,
@@ -254,6 +260,10 @@ class Tracker:
             self.bar.update(step - self.bar.n)
             if kind == "train":
                 self.bar.set_postfix_str(describe(row))
+        if self.cell is not None and time.perf_counter() - self.shown_at >= PROGRESS:
+            self.shown_at = time.perf_counter()
+            done = f"{self.epoch_label(step)}, {100 * step / self.total:.1f} %"
+            print(f"{self.cell} {done}, ETA {self.eta(step)}", flush=True)
 
     def sync(self) -> None:
         """Bring rows and log to disk: a checkpoint and the result count them. Any thread may call

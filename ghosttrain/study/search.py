@@ -104,9 +104,9 @@ def search(
     print(_state(found))
     failed: list[str] = []
     if found.lacking() > 0:
-        _, failed = run_cells(cells, composed, found.words, config_dir, _conductor(found))
+        _, failed, elsewhere = run_cells(cells, composed, found.words, config_dir, _conductor(found))
     print("\n" + "\n".join(_table(found, cells, config_dir, confirm)))
-    name_failures(failed)
+    name_failures(failed, elsewhere)
     lacking = found.lacking()
     if lacking > 0:
         print(f"{counted(lacking, 'trial')} lacking: the same command goes on")
@@ -377,7 +377,7 @@ def _confirm(
     launcher = [word for word in hydra_words if not word.lstrip("+").startswith(sweepers)]
     lines = Names(config_dir).lines([[*words, f"seed={seed}"] for seed in seeds], launcher)
     composed = [compose(line, config_dir) for line in lines.lines]
-    done, failed = run_cells(lines, composed, launcher, config_dir)
+    done, failed, elsewhere = run_cells(lines, composed, launcher, config_dir)
     results = [result for folder in done if (result := read_result(folder))]
     values = [float(result["weights"]["ema"]["top1"]) for result in results]
     if values:
@@ -387,4 +387,4 @@ def _confirm(
             f"\nsearched:  {best.value:.2f} % EMA top-1 with seed {searched}, the best of {among}\n"
             f"confirmed: {spread(values)} % with {counted(len(values), 'new seed')} ({new})"
         )
-    return name_failures(failed)
+    return name_failures(failed, elsewhere)

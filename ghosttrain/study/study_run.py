@@ -37,10 +37,12 @@ def run_study(
         print(study_report(name, study, cells, out))
         return 0
     lines = Names(config_dir).lines([cell.words for cell in missing], hydra_words)
-    _, failed = run_cells(lines, [cell.composed for cell in missing], hydra_words, config_dir)
+    _, failed, elsewhere = run_cells(
+        lines, [cell.composed for cell in missing], hydra_words, config_dir
+    )
     cells = study_cells(study, overrides, config_dir, out)
     print("\n" + study_report(name, study, cells, out))
-    return name_failures(failed)
+    return name_failures(failed, elsewhere)
 
 
 def _plan(name: str, study: Study, cells: Sequence[Cell]) -> str:

@@ -19,13 +19,14 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -34,7 +35,7 @@ from omegaconf import DictConfig
 from ghosttrain import ranks
 from ghosttrain.config.compose import Composed, as_mistakes, compose
 from ghosttrain.config.names import Cells, Names
-from ghosttrain.engine.folder import run_folder
+from ghosttrain.engine.folder import is_running, run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.launch import follow, launch, others_told
 from ghosttrain.engine.run_files import read_result
@@ -42,6 +43,7 @@ from ghosttrain.errors import UserError, mistake
 from ghosttrain.files import expanded, read_json, write_json
 from ghosttrain.study.report import report
 from ghosttrain.study.submitted import jobs_of
+from ghosttrain.terminal import only_lines_of
 
 Conduct = Callable[[Path, Callable[[list[str], int, int], None]], None]
 """See `run_cells`. What lets Hydra run some cells gets more words for Hydra, how many cells ran
@@ -65,10 +67,11 @@ def sweep(overrides: list[str], hydra_words: list[str], config_dir: str | None) 
     """
     cells = Names(config_dir).cells(overrides, hydra_words)
     composed = compose_cells(cells, overrides, config_dir)
-    done, failed = run_cells(cells, composed, hydra_words, config_dir)
+    done, failed, elsewhere = run_cells(cells, composed, hydra_words, config_dir)
     if done:
-        print(f"\n=== {len(done)} of {len(done) + len(failed)} runs finished\n" + report(done))
-    return name_failures(failed)
+        total = len(done) + len(failed) + len(elsewhere)
+        print(f"\n=== {len(done)} of {total} runs finished\n" + report(done))
+    return name_failures(failed, elsewhere)
 
 
 def on_all_ranks(drive: Callable[[], int]) -> int:
@@ -88,8 +91,10 @@ def on_all_ranks(drive: Callable[[], int]) -> int:
         return drive()
 
 
-def name_failures(failed: Sequence[str]) -> int:
-    """Print the cells that failed; return the exit code."""
+def name_failures(failed: Sequence[str], elsewhere: Sequence[str]) -> int:
+    """Print the cells that another process trains, and those that failed; return the exit code."""
+    for line in elsewhere:
+        print(f"ghosttrain: running elsewhere: {line}", file=sys.stderr)
     for line in failed:
         print(f"ghosttrain: failed: {line}", file=sys.stderr)
     return int(bool(failed))
@@ -101,9 +106,9 @@ def run_cells(
     hydra_words: list[str],
     config_dir: str | None,
     conduct: Conduct | None = None,
-) -> tuple[list[Path], list[str]]:
-    """Let Hydra's launcher run all cells; return the folders of the finished ones, and a line about
-    each of the others.
+) -> tuple[list[Path], list[str], list[str]]:
+    """Let Hydra's launcher run all cells; return the folders of the finished ones, a line about
+    each that failed, and one about each that another process trains now.
 
     Args:
         cells: what Hydra gets.
@@ -132,6 +137,7 @@ def run_cells(
         "config_dir": config_dir,
         "folder": str(folder.resolve()),
         "group": f"sweep-{_group(cells)}",
+        "threads": {k: v for k, v in os.environ.items() if k.endswith("_NUM_THREADS")},
         "total": len(composed) if cells.listed is not None else None,
         "first": 0,
     }
@@ -151,7 +157,7 @@ def run_cells(
         with suppress(OSError):  # a refused sweep leaves no empty folder
             folder.rmdir()
             folder.parent.rmdir()
-    done, failed, numbers = [], [], range(len(composed))
+    done, failed, elsewhere, numbers = [], [], [], range(len(composed))
     outcomes = {
         int(path.stem): read_json(path, largest=1_000_000) for path in folder.glob("*.json")
     }
@@ -159,11 +165,13 @@ def run_cells(
         outcome = outcomes.get(number)
         if outcome is None:
             failed.append(f"{' '.join(composed[number].arguments)} (was not started, or killed)")
+        elif outcome["elsewhere"]:
+            elsewhere.append(" ".join(outcome["words"]))
         elif outcome["exit_code"]:
             failed.append(f"{' '.join(outcome['words'])} (exit code {outcome['exit_code']})")
         else:
             done.append(Path(outcome["run"]))
-    return done, failed
+    return done, failed, elsewhere
 
 
 def sweeps_folder(root: Path) -> Path:
@@ -219,13 +227,19 @@ def run_cell(given: DictConfig) -> float | None:
             words = context["lines"][int(value)]
     number = context["first"] + job.job.num
     of = f"/{context['total']}" if context["total"] else ""
-    print(f"\n=== {number + 1}{of}: {' '.join(words)}", flush=True)
-    folder, top1 = None, math.nan
+    label = _label(job, context, words, f"[{number + 1}{of}]")
+    if label is None:
+        print(f"\n=== {number + 1}{of}: {' '.join(words)}", flush=True)
+    folder, top1, elsewhere = None, math.nan, False
     try:
-        with others_told():
+        with others_told(), only_lines_of(label):
             composed = compose(words, context["config_dir"])
             folder = run_folder(settled(composed))
-            code = launch(composed, _run_everywhere())
+            # Tasks of the same cell wait to hear from `launch`, which refuses it too.
+            elsewhere = is_running(folder) and not ranks.is_on_its_own()
+            with _threads_of(context, composed):
+                code = 2 if elsewhere else launch(composed, _run_everywhere())
+        elsewhere = elsewhere or (code != 0 and is_running(folder))
     except Exception as error:  # the other cells still run
         message = mistake(error)
         if message is None:
@@ -233,11 +247,58 @@ def run_cell(given: DictConfig) -> float | None:
         else:
             print(f"ghosttrain: error: {message}", file=sys.stderr)
         code = 1 if message is None else 2
-    outcome = {"words": words, "exit_code": code, "run": str(folder and folder.resolve())}
+        elsewhere = folder is not None and is_running(folder)
+    outcome = {
+        "words": words,
+        "exit_code": code,
+        "elsewhere": elsewhere,
+        "run": str(folder and folder.resolve()),
+    }
     write_json(Path(context["folder"]) / f"{number}.json", outcome)
     if not code and folder is not None and (result := read_result(folder)):
         top1 = float(result["weights"]["ema"]["top1"])
+    if label is not None or elsewhere:
+        what = f"failed (exit code {code})" if code else f"finished, EMA top-1 {top1:.2f} %"
+        print(label or "===", "running elsewhere" if elsewhere else what, flush=True)
     return top1 if math.isfinite(top1) else None
+
+
+def _label(
+    job: HydraConf, context: dict[str, Any], words: Sequence[str], number: str
+) -> str | None:
+    """Return how lines about a cell begin, with what tells it from the others, where cells run at
+    once in one terminal; None where they do not: one after another, or each as a job of Slurm.
+    """
+    launcher = str(job.runtime.choices["hydra/launcher"])
+    if launcher == "basic" or launcher.startswith("submitit"):
+        return None
+    places = {place for place, _ in context["names"].values()}
+    distinct = [word for place, word in enumerate(words) if place in places]
+    if context["lines"]:
+        distinct = [word for word in words if any(word not in line for line in context["lines"])]
+    return f"{number} {' '.join(distinct)}:"
+
+
+@contextmanager
+def _threads_of(context: dict[str, Any], composed: Composed) -> Iterator[None]:
+    """Let a cell that gets its share of the cores by `launch.devices` see what the user says of
+    threads, not what joblib does in its workers.
+    """
+    before = {k: v for k, v in os.environ.items() if k.endswith("_NUM_THREADS")}
+    if not composed.config.launch.devices:
+        yield
+        return
+    try:
+        _set_threads(before, context["threads"])
+        yield
+    finally:
+        _set_threads(context["threads"], before)
+
+
+def _set_threads(old: Mapping[str, str], new: Mapping[str, str]) -> None:
+    for name in old:
+        os.environ.pop(name, None)
+    os.environ.update(new)
 
 
 def _run_everywhere() -> Callable[[tuple[str, ...]], int] | None:
