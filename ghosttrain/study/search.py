@@ -103,6 +103,7 @@ def search(
     found = _opened(cells, composed, hydra_words)
     print(_state(found))
     failed: list[str] = []
+    elsewhere: list[str] = []
     if found.lacking() > 0:
         _, failed, elsewhere = run_cells(cells, composed, found.words, config_dir, _conductor(found))
     print("\n" + "\n".join(_table(found, cells, config_dir, confirm)))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,33 @@ def test_a_launcher_runs_what_is_missing_and_reports(ghosttrain, tiny, tmp_path,
     assert [f"seed={seed}" in cells[seed - 1]["words"] for seed in (1, 2, 3)] == [True] * 3
     assert {Path(cell["run"]).parent.parent for cell in cells} == {root}
     assert {path.parent for path in root.rglob("config.yaml")} == {Path(c["run"]) for c in cells}
+
+
+@pytest.mark.slow
+def test_cells_at_once_share_made_up_devices(tiny, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = [*tiny, "train.max_steps=1", "launch.device=cpu", "launch.devices=8,9,10",
+             "launch.nproc=2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2",
+             "optim.lr=0.01,1e38"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "ghosttrain", "-m", *words, "tracker.log_every=1"],
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    for number, seed in ((1, 1), (3, 2)):
+        label = f"[{number}/4] seed={seed} optim.lr=0.01:"
+        assert f"{label} epoch 1/1, 100.0 %, ETA 0:00" in lines, done.stdout
+        assert any(line.startswith(f"{label} finished, EMA top-1 ") for line in lines)
+    waits = [line for line in lines if "waiting for 2 of the devices 8, 9, 10" in line]
+    assert waits and all(line.startswith("[") for line in waits)  # three devices, two a cell
+    assert not any(line.startswith("student: ") for line in lines)  # that is in log.txt
+    assert {path.parent for path in tmp_path.rglob("log.txt")}
+    assert done.returncode == 1 and "=== 2 of 4 runs finished" in done.stdout
+    assert done.stderr.count("ghosttrain: failed: ") == 2
 
 
 def test_the_folder_of_a_sweep_may_be_chosen(ghosttrain, tiny, tmp_path):

@@ -39,6 +39,7 @@ RUNS = {
     "two_ranks_float32": (2, by_hand.BATCH // 4, 0.0, "sgd"),
     "two_ranks_batch_norm": (2, by_hand.BATCH // 2, 0.0, "lamb"),
     "two_ranks_sync_batch_norm": (2, by_hand.BATCH // 2, 0.0, "lamb"),
+    "two_ranks_sync_batch_norm_float32": (2, by_hand.BATCH // 2, 0.0, "sgd"),
 }
 """Name -> (ranks, micro-batch, dropout, optimizer)."""
 LOGITS = [[0.0, 1.0, 2.0], [2.0, 0.0, 1.0], [1.0, 2.0, 0.0], [3.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
@@ -210,12 +211,17 @@ def whole(folder: Path) -> dict[str, dict[str, Tensor]]:
         ("lamb_accumulated", "lamb", torch.float64, by_hand.BATCH // 4),
         ("sgd", "sgd", torch.float32, by_hand.BATCH),
         ("sgd_accumulated", "sgd", torch.float32, by_hand.BATCH // 4),
+        ("lamb_batch_norm", "lamb", torch.float64, by_hand.BATCH),
+        ("lamb_batch_norm_accumulated", "lamb", torch.float64, by_hand.BATCH // 2),
+        ("sgd_batch_norm", "sgd", torch.float32, by_hand.BATCH),
     ]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 student_module,
                 "build_student",
-                lambda _, classes, d=dtype: Plain(len(classes), 0, d),
+                lambda _, classes, d=dtype, b="batch_norm" in name: Plain(
+                    len(classes), dtype=d, batch_norm=b
+                ),
             )
             root = folder / name
             given = settings(name, micro_batch, optimizer)
@@ -238,6 +244,8 @@ def state_of(root: Path) -> dict[str, Tensor]:
         ("two_ranks_accumulated", "lamb", 1e-12),
         ("sgd_accumulated", "sgd", 1e-6),
         ("two_ranks_float32", "sgd", 1e-6),
+        ("two_ranks_sync_batch_norm", "lamb_batch_norm", 1e-12),
+        ("two_ranks_sync_batch_norm_float32", "sgd_batch_norm", 1e-6),
     ],
 )
 def test_ranks_and_accumulation_train_what_the_whole_batch_trains(
@@ -245,6 +253,19 @@ def test_ranks_and_accumulation_train_what_the_whole_batch_trains(
 ) -> None:
     state = whole[name] if name in whole else state_of(folder / name)
     assert by_hand.difference(state, whole[reference]) < tolerance
+
+
+def test_plain_batch_norm_of_two_ranks_differs_in_its_statistics_alone(folder, whole) -> None:
+    """From one process with micro-batches of a rank's size: its statistics follow one after the
+    other, the ranks' are averaged."""
+    ours, theirs = (
+        {name: value for name, value in state.items() if "running" not in name}
+        for state in (state_of(folder / "two_ranks_batch_norm"),
+                      whole["lamb_batch_norm_accumulated"])
+    )  # fmt: skip
+    assert by_hand.difference(ours, theirs) < 1e-12
+    whole_batch = {k: v for k, v in whole["lamb_batch_norm"].items() if "running" not in k}
+    assert by_hand.difference(ours, whole_batch) > 1e-6
 
 
 def test_what_they_report_is_what_one_process_reports(folder, whole) -> None:

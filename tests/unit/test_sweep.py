@@ -4,8 +4,10 @@ import errno
 
 import pytest
 
+from ghosttrain.files import locked
 from ghosttrain.study import sweep
 from ghosttrain.study.sweep import _new_folder
+from ghosttrain.terminal import only_lines_of
 
 
 @pytest.fixture
@@ -71,3 +73,27 @@ def test_two_sweeps_of_the_same_second_have_two_folders(tmp_path):
         "2026-01-01.2",
         "2026-01-01.3",
     ]
+
+
+def test_a_run_of_another_process_is_neither_finished_nor_failed(cells, ghosttrain, tmp_path):
+    seeds = cells(0, 0)
+    words = [f"run.root={tmp_path}", "run.name=it"]
+    (tmp_path / "it").mkdir()
+    with locked(tmp_path / "it", "busy"):
+        outcome = ghosttrain("-m", *words, "seed=1")
+    assert outcome.code == 0 and not seeds and "=== running elsewhere\n" in outcome.out
+    assert outcome.err == f"ghosttrain: running elsewhere: {' '.join(words)} seed=1\n"
+
+
+def test_cells_that_run_at_once_show_only_lines_of_their_own(cells, ghosttrain, tmp_path, capsys):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    cells(2, 2)
+    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1", "model=ghostnetv3_050"]
+    outcome = ghosttrain("-m", *words, "seed=1,2", "optim.lr=1", f"run.root={tmp_path}")
+    assert outcome.code == 1
+    lines = [line for line in outcome.out.splitlines() if line.startswith(("[1", "[2"))]
+    assert lines == [f"[{seed}/2] seed={seed}: failed (exit code 2)" for seed in (1, 2)]
+    with only_lines_of("[1/2] seed=1:"):
+        print("epoch 1/2", "[1/2] seed=1: epoch 1/2", sep="\n")
+        print("[2/2] seed=2: epoch 1/2")
+    assert capsys.readouterr().out == "[1/2] seed=1: epoch 1/2\n"
