@@ -54,7 +54,7 @@ def launched(monkeypatch):
         jitter = (config.seed * 7 + round(config.optim.lr * 1000) * 3 + config.train.epochs) % 5
         return 50.0 + 3 * config.seed + 200 * config.optim.lr + config.train.epochs + jitter / 10
 
-    def launch(composed):
+    def launch(composed, run_everywhere=None):
         config = settled(composed)
         ran.append((config.optim.lr, config.train.epochs, config.seed))
         if ran[-1] in failing:
