@@ -105,7 +105,9 @@ def search(
     failed: list[str] = []
     elsewhere: list[str] = []
     if found.lacking() > 0:
-        _, failed, elsewhere = run_cells(cells, composed, found.words, config_dir, _conductor(found))
+        _, failed, elsewhere = run_cells(
+            cells, composed, found.words, config_dir, _conductor(found)
+        )
     print("\n" + "\n".join(_table(found, cells, config_dir, confirm)))
     name_failures(failed, elsewhere)
     lacking = found.lacking()
