@@ -1,9 +1,11 @@
-"""How glibc keeps freed memory."""
+"""How glibc keeps freed memory, and when Python looks for garbage."""
 
 from __future__ import annotations
 
 import ctypes
-from contextlib import suppress
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -21,3 +23,17 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Look for no garbage while the block imports torch: what it makes stays, hundreds of thousands
+    of objects, and Python would go through all of them again and again.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

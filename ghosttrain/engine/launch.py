@@ -27,6 +27,7 @@ from ghosttrain.engine.run_files import damaged_products, read_result, without_r
 from ghosttrain.engine.same_data import validate_result
 from ghosttrain.engine.spawn import spawn
 from ghosttrain.errors import UserError
+from ghosttrain.memory import without_collection
 from ghosttrain.terminal import go_on_without
 
 
@@ -52,8 +53,9 @@ def launch(composed: Composed) -> int:
     if ranks.must_spawn(config.launch.nproc):
         return spawn(composed.arguments, config.launch.nproc)
     with opened(config, notes, composed.arguments) as config:
-        from ghosttrain.engine.classification import CLASSIFICATION
-        from ghosttrain.engine.train import train
+        with without_collection():
+            from ghosttrain.engine.classification import CLASSIFICATION
+            from ghosttrain.engine.train import train
 
         train(CLASSIFICATION, config, notes)
     return 0
