@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from helpers import load_script
+
 ROOT = Path(__file__).parents[2]
-HEAVY = ("timm", "torchvision", "sklearn", "scipy", "torch._dynamo", "sympy", "huggingface_hub",
-         "wandb", "pandas", "torch.utils.flop_counter")  # fmt: skip
-SCRIPT = """
-import sys
-from ghosttrain.cli import main
-from ghosttrain.optim.ema import Ema
-
-update = Ema.update
-
-def first(self, model):
-    update(self, model)
-    Ema.update = update
-    print("FIRST STEP", *sys.modules)
-
-Ema.update = first
-code = main(sys.argv[1:])
-print("END", *sys.modules)
-sys.exit(code)
-"""
+HEAVY = {"timm", "torchvision", "sklearn", "scipy", "torch._dynamo", "sympy", "huggingface_hub",
+         "wandb", "pandas", "matplotlib", "torch.utils.flop_counter"}  # fmt: skip
 
 
-def test_the_main_job_imports_nothing_heavy_that_it_does_not_need(tmp_path: Path) -> None:
-    job = ["+recipe=compact_kd", "model=ghostnetv3_050", "teacher.check_samples=64",
-           "train.global_batch=16", "train.max_steps=1", f"run.root={tmp_path}"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *job],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found = {line.split(" ", 1)[0]: set(line.split()) for line in done.stdout.splitlines() if line}
-    first, end = found["FIRST"], found["END"]
+def test_the_main_job_imports_nothing_heavy_that_it_does_not_need() -> None:
+    first_step = load_script("first_step")
+    smaller = ("model=ghostnetv3_050", "train.global_batch=16", "teacher.check_samples=64")
+    found = first_step.measure(ROOT, (*first_step.JOB, *smaller))
+    first, end = ({*found[key]["modules"]} for key in ("first", "end"))
     assert {"torch", "ghosttrain.engine.train"} <= first
-    assert not first & {*HEAVY, "matplotlib"}
-    # The formulas of MACs are torch's; pictures are drawn at the end.
-    assert end & {*HEAVY, "matplotlib"} == {"matplotlib", "torch.utils.flop_counter"}
+    assert not first & HEAVY
+    # At the end pictures are drawn, and MACs are counted by the formulas of torch.
+    assert end & HEAVY == {"matplotlib", "torch.utils.flop_counter"}
+    assert 0 < found["first"]["cpu"] < found["end"]["cpu"] <= found["whole"]["cpu"]
