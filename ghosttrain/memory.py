@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -27,13 +28,16 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Look for no garbage while the block imports torch: what it makes stays, hundreds of thousands
-    of objects, and Python would go through all of them again and again.
+    """Look for no garbage within the block, which imports packages: what that makes stays, hundreds
+    of thousands of objects, and Python would go through all of them again and again. Where torch is
+    first imported in it, what is there by then is left out of every later search too.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, had_torch = gc.isenabled(), "torch" in sys.modules
     gc.disable()
     try:
         yield
     finally:
+        if "torch" in sys.modules and not had_torch:
+            gc.freeze()
         if was_enabled:
             gc.enable()

@@ -63,8 +63,9 @@ def launch(composed: Composed) -> int:
 
 def follow() -> None:
     """Be one of the ranks after the first: train what rank 0 says."""
-    from ghosttrain.engine.classification import CLASSIFICATION
-    from ghosttrain.engine.train import train
+    with without_collection():
+        from ghosttrain.engine.classification import CLASSIFICATION
+        from ghosttrain.engine.train import train
 
     go_on_without()
     train(CLASSIFICATION, None, [])  # the settings come from rank 0
