@@ -1,9 +1,12 @@
-"""How glibc keeps freed memory."""
+"""How glibc keeps freed memory, and when Python looks for garbage."""
 
 from __future__ import annotations
 
 import ctypes
-from contextlib import suppress
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -21,3 +24,20 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Look for no garbage within the block, which imports packages: what that makes stays, hundreds
+    of thousands of objects, and Python would go through all of them again and again. Where torch is
+    first imported in it, what is there by then is left out of every later search too.
+    """
+    was_enabled, had_torch = gc.isenabled(), "torch" in sys.modules
+    gc.disable()
+    try:
+        yield
+    finally:
+        if "torch" in sys.modules and not had_torch:
+            gc.freeze()
+        if was_enabled:
+            gc.enable()

@@ -57,8 +57,8 @@ def differences(run: Path, whole: Path) -> list[str]:
 
 def _differences(run: Path, whole: Path) -> list[str]:
     from ghosttrain.engine.checkpoint import content_digests, read_checkpoint
+    from ghosttrain.engine.rows import read_rows
     from ghosttrain.engine.run_files import damaged_products, read_result
-    from ghosttrain.engine.track import read_rows
 
     found = [
         name

@@ -134,7 +134,7 @@ def raw_weights(root: Path) -> Tensor:
 
 def train_rows(root: Path) -> list[dict]:
     """Return the rows of training of the one run below `root`."""
-    from ghosttrain.engine.track import read_metrics
+    from ghosttrain.engine.rows import read_metrics
 
     return [row for row in read_metrics(only_run(root)) if row["kind"] == "train"]
 

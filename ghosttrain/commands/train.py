@@ -9,6 +9,7 @@ from typing import Any
 from ghosttrain import ranks
 from ghosttrain.commands.arguments import Arguments, validate_counts, with_config_dir
 from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.memory import without_collection
 
 ARGUMENTS = with_config_dir(
     Arguments(
@@ -44,9 +45,10 @@ ARGUMENTS.add_argument(
 
 def run(options: Namespace) -> int:
     """Train, sweep, or print settings; return the exit code."""
-    from ghosttrain.config.compose import cells, compose
-    from ghosttrain.config.hydra_words import split_words, sweeper_of
-    from ghosttrain.config.names import Names
+    with without_collection():
+        from ghosttrain.config.compose import cells, compose
+        from ghosttrain.config.hydra_words import split_words, sweeper_of
+        from ghosttrain.config.names import Names
 
     if options.shell_completion:
         from ghosttrain.commands.completion import complete
@@ -101,7 +103,9 @@ def run(options: Namespace) -> int:
     from ghosttrain.engine.launch import launch, others_told
 
     with others_told():
-        return launch(compose(overrides, options.config_dir))
+        with without_collection():
+            composed = compose(overrides, options.config_dir)
+        return launch(composed)
 
 
 def _print_settings(overrides: list[str], options: Namespace) -> int:

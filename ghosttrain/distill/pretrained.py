@@ -2,7 +2,7 @@
 
 A network is never random, not even in part: whatever is missing or does not fit is a `UserError`.
 It does not own where weights come from (`models/weights/sources.py`) nor what a teacher says of
-images (teacher.py).
+images (teacher.py). timm is imported where a network of it is asked for: that takes seconds.
 """
 
 from __future__ import annotations
@@ -10,24 +10,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from ghosttrain.config import schema
 from ghosttrain.config.schema import PLAIN
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_bytes
+from ghosttrain.models import digits_teacher
 from ghosttrain.models.create import STUDENTS, create_model, create_timm_model
 from ghosttrain.models.weights import sources
 from ghosttrain.models.weights.dialects import detect, telltales
 from ghosttrain.models.weights.files import State, WeightsInfo, part_of
-from ghosttrain.models.weights.fit import branches_of
+from ghosttrain.models.weights.fit import Ends, branches_of, fit_state
 from ghosttrain.models.weights.packing import packed
 from ghosttrain.models.weights.sources import LISTED, Weights, published, timm_info
 from ghosttrain.text import listed
@@ -39,6 +38,8 @@ UNKNOWN = WeightsInfo(
     interpolation="bicubic",
 )
 """How a network is asked of which nothing is known: as most were trained on ImageNet."""
+VIEW = ("input_size", "mean", "std", "interpolation")
+"""What has to be known of the images that a network is shown."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,11 @@ def load_pretrained(
     name = _network_name(cfg, key, given.about)
     state, _ = part_of(given.state, telltales())
     student = _is_student(name, given.about, state)
+    shipped = cfg.weights == "digits" and name == digits_teacher.NAME
     if student:
         count, chans = _student_sizes(state)
+    elif shipped:
+        count, chans = _dim(state, "fc.weight", 0), _dim(state, "conv1.0.weight", 1) or 3
     else:
         state, count, chans = _timm_sizes(given.state, name)
     given = replace(given, state=state)
@@ -114,7 +118,7 @@ def load_pretrained(
         )
     count = count or len(classes)
     columns, note = class_columns(cfg.name or name, count, given.about.classes, classes)
-    build = _student if student else _timm
+    build = _student if student else _digits if shipped else _timm
     with torch.random.fork_rng(devices=[]):  # its random start must not move the student's
         network = build(name, count, chans, given, cfg.input_size)
     view, size_note = _view(cfg, given, name)
@@ -161,7 +165,11 @@ def _is_student(name: str, about: WeightsInfo, state: State) -> bool:
         return about.source == "ghosttrain"
     if name not in STUDENTS:
         return False
-    return detect(state).dialect not in ("timm", "unknown") or not timm.is_model(name)
+    if detect(state).dialect not in ("timm", "unknown"):
+        return True
+    import timm
+
+    return not timm.is_model(name)
 
 
 def _student_sizes(state: State) -> tuple[int | None, int]:
@@ -198,6 +206,14 @@ def _student(name: str, count: int, chans: int, given: Weights, _: int | None) -
     )
 
 
+def _digits(name: str, count: int, chans: int, given: Weights, _: int | None) -> nn.Module:
+    """Return the shipped teacher."""
+    network: Any = digits_teacher.DigitsTeacher(count, chans)
+    network.weights_note = given.note
+    fit_state(network, given.state, name, given.origin, ends=Ends(("conv1.0",), ("fc",)))
+    return network
+
+
 def _timm(name: str, count: int, chans: int, given: Weights, size: int | None) -> nn.Module:
     """Return a timm network, for images of `size` where it must be told."""
     options: dict[str, Any] = {}
@@ -215,14 +231,20 @@ def _view(cfg: schema.PretrainedConfig, given: Weights, name: str) -> tuple[dict
     The settings count before what is known of the weights, and that before timm's configuration.
     """
     typed = WeightsInfo(input_size=cfg.input_size, mean=cfg.mean, std=cfg.std)
-    known = [(typed, "as set"), (given.about, given.says), (timm_info(name), LISTED),
-             (UNKNOWN, "the default")]  # fmt: skip
-    view, notes = {}, {}
-    for about, says in reversed(known):
-        for field in fields(about):
-            value = getattr(about, field.name)
-            if value is not None:
-                view[field.name], notes[field.name] = value, says
+    view: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+
+    def take(about: WeightsInfo, says: str) -> None:
+        for key in VIEW:
+            value = getattr(about, key)
+            if value is not None and key not in view:
+                view[key], notes[key] = value, says
+
+    take(typed, "as set")
+    take(given.about, given.says)
+    if len(view) < len(VIEW):
+        take(timm_info(name), LISTED)
+    take(UNKNOWN, "the default")
     return view, notes["input_size"]
 
 
@@ -253,6 +275,8 @@ def class_columns(
     """
     basis = "by name"
     if known is None and all(re.fullmatch(r"n\d{8}", c) for c in classes):
+        from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
         subset = infer_imagenet_subset({"num_classes": count})
         known = ImageNetInfo(subset).label_names() if subset else None
         basis = "by synset"

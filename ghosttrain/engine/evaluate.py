@@ -91,15 +91,16 @@ class HeldOutImages:
 
 @torch.inference_mode()
 def try_first_batch(model: nn.Module, held_images: HeldOutImages) -> None:
-    """Show `model` this rank's first batch of the held-out set, and forget its output: what cannot
-    be read or does not fit is said before an epoch was trained.
+    """Read this rank's first batch of the held-out set, show it to `model`, and forget its output:
+    what cannot be read or does not fit is said before an epoch was trained. On a CPU the network is
+    shown one image: a whole batch may not fit in the memory of a GPU.
 
     Raises:
         UserError: an image is broken.
     """
     with evaluating(model):
         for batch in held_images.first_batch():
-            model(batch.images)
+            model(batch.images[:1] if batch.images.is_cpu else batch.images)
 
 
 @contextmanager

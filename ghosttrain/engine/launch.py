@@ -27,6 +27,7 @@ from ghosttrain.engine.run_files import damaged_products, read_result, without_r
 from ghosttrain.engine.same_data import validate_result
 from ghosttrain.engine.spawn import spawn
 from ghosttrain.errors import UserError
+from ghosttrain.memory import without_collection
 from ghosttrain.terminal import go_on_without
 
 
@@ -64,8 +65,9 @@ def launch(
     if ranks.must_spawn(config.launch.nproc, config.launch.devices):
         return spawn(composed.arguments, config.launch.nproc, config.launch.devices)
     with opened(config, notes, composed.arguments) as config:
-        from ghosttrain.engine.classification import CLASSIFICATION
-        from ghosttrain.engine.train import train
+        with without_collection():
+            from ghosttrain.engine.classification import CLASSIFICATION
+            from ghosttrain.engine.train import train
 
         train(CLASSIFICATION, config, notes)
     return 0
@@ -73,8 +75,9 @@ def launch(
 
 def follow() -> None:
     """Be one of the ranks after the first: train what rank 0 says."""
-    from ghosttrain.engine.classification import CLASSIFICATION
-    from ghosttrain.engine.train import train
+    with without_collection():
+        from ghosttrain.engine.classification import CLASSIFICATION
+        from ghosttrain.engine.train import train
 
     go_on_without()
     train(CLASSIFICATION, None, [])  # the settings come from rank 0

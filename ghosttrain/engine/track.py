@@ -13,7 +13,6 @@ import re
 import secrets
 import sys
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from ghosttrain.engine import distributed
 from ghosttrain.engine.figures import new_figure, save_figure
 from ghosttrain.engine.metrics import LISTED_CLASSES
 from ghosttrain.engine.plan import Plan
+from ghosttrain.engine.rows import METRICS, read_metrics, read_rows, row_line
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
 from ghosttrain.terminal import cell, failures, printable, reason
@@ -39,7 +39,7 @@ Row = dict[str, float]
 Mode = Literal["off", "offline", "online"]
 PROGRESS = 30.0
 """Seconds between two lines about a cell of a sweep whose cells run at once."""
-LOG, METRICS = "log.txt", "metrics.jsonl"
+LOG = "log.txt"
 NO_TERMS = ("kind", "step", "loss", "agreement", "lr", "images_per_second")
 """What a row of training metrics holds besides the terms of the loss."""
 AGREED = "as the teacher (training)"
@@ -393,37 +393,6 @@ def describe_eval(table: Mapping[str, Mapping[str, float]], by: str) -> str:
     ema, raw = table["ema"], table["raw"]
     text = f"held-out top-1: EMA {ema['top1']:.2f} %, raw {raw['top1']:.2f} %"
     return f"{text}, balanced EMA {ema['balanced']:.2f} %" if by == "balanced" else text
-
-
-def row_line(row: Mapping[str, Any]) -> str:
-    """Return a row as a line of metrics.jsonl, with the CRC-32 of its text without it."""
-    crc = zlib.crc32(json.dumps(dict(row)).encode())
-    return json.dumps({**row, "crc32": crc})
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl, none where there is none; a line that is damaged (the last
-    one, cut short by a kill) is left out.
-    """
-    return read_rows(folder)[0]
-
-
-def read_rows(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows of metrics.jsonl, and how many lines before the last one are damaged."""
-    rows: list[dict[str, Any]] = []
-    path, damaged = folder / METRICS, 0
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            crc = row.pop("crc32")
-            if zlib.crc32(json.dumps(row).encode()) != crc:
-                raise ValueError
-            rows.append(row)
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            damaged += number < len(lines)
-    return rows, damaged
 
 
 def draw_curves(folder: Path, title: str, steps_per_epoch: int) -> None:

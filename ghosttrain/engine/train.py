@@ -32,6 +32,7 @@ from ghosttrain.engine.evaluate import Evaluation, HeldOutImages, try_first_batc
 from ghosttrain.engine.freeze import freeze_at, freeze_network
 from ghosttrain.engine.label_loss import class_weights
 from ghosttrain.engine.plan import make_plan
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import write_result
 from ghosttrain.engine.saving import Saver, validate_room
 from ghosttrain.engine.state import TrainState
@@ -255,7 +256,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
         if rank == 0:
             measured = summary.Measured(found_last, models, time.perf_counter() - started)
             result = summary.result(about, state, measured)
-            result["notes"] = advice(config, track.read_metrics(run), result, plan.steps_per_epoch)
+            result["notes"] = advice(config, read_metrics(run), result, plan.steps_per_epoch)
             result["skipped"] = skipped.count_skipped(run)
             result["notes"] += skipped.skipped_note(**result["skipped"])
             saver.finish()

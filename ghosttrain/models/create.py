@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from ghosttrain.config.schema import FULL, PLAIN, ReparamConfig
 from ghosttrain.config.students import FAMILIES, STUDENTS, validate_drop_path
@@ -108,6 +107,8 @@ def create_model(
 
 def _drop_paths(model: nn.Module, last: float) -> None:
     """Let images skip blocks in training, the last one with probability `last`."""
+    from torchvision.ops import StochasticDepth  # two seconds, with what it imports
+
     blocks: list[Any] = [block for block in model.modules() if hasattr(block, "drop_path")]
     for place, block in enumerate(blocks):
         block.drop_path = StochasticDepth(last * place / max(len(blocks) - 1, 1), "row")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -204,17 +204,12 @@ def fold_norm(
 
 def _conv_like(conv: nn.Conv2d, kernel: Tensor, bias: Tensor) -> nn.Conv2d:
     """Return a convolution that moves over the map as `conv` does, with this kernel and bias."""
-    folded = nn.utils.skip_init(  # an ordinary initialisation would advance the global RNG
-        nn.Conv2d,
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        groups=conv.groups,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
-    folded.weight.copy_(kernel)
-    folded.bias.copy_(bias)
+    geometry: dict[str, Any] = {
+        name: getattr(conv, name)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
+    }
+    # On "meta" nothing is initialised, which would advance the global RNG.
+    folded = nn.Conv2d(**geometry, device="meta")
+    folded.weight = nn.Parameter(kernel.to(conv.weight.dtype).contiguous())
+    folded.bias = nn.Parameter(bias.to(conv.weight.dtype))
     return folded

@@ -23,9 +23,9 @@ from ghosttrain.distill.cache import CacheInfo, create, open_cache
 from ghosttrain.engine.cache_writer import fill_cache, write_missing
 from ghosttrain.engine.codec_choice import TeacherInference
 from ghosttrain.engine.launch import launch
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.summary import device_name
 from ghosttrain.engine.teacher_source import ready_teacher
-from ghosttrain.engine.track import read_metrics
 from ghosttrain.study.harness import (
     Side,
     Time,

@@ -13,7 +13,7 @@ from typing import Any
 from ghosttrain.config.compose import compose
 from ghosttrain.engine.figures import new_figure, save_figure
 from ghosttrain.engine.launch import launch
-from ghosttrain.engine.track import read_metrics
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
 

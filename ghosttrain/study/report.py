@@ -14,8 +14,8 @@ from ghosttrain.config.identity import result_settings, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun
 from ghosttrain.engine.metrics import TOPS, verdict
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_config, read_result
-from ghosttrain.engine.track import read_metrics
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.study.table import markdown
 from ghosttrain.text import clock

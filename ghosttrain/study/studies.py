@@ -21,8 +21,8 @@ from ghosttrain.config.names import Names
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun, run_folder
 from ghosttrain.engine.identify import settled
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_result
-from ghosttrain.engine.track import read_metrics
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import read_limited
 from ghosttrain.study.ledger import (

@@ -30,8 +30,8 @@ from ghosttrain.engine.classification import CLASSIFICATION
 from ghosttrain.engine.distributed import pick_device
 from ghosttrain.engine.evaluate import Evaluation
 from ghosttrain.engine.folder import opened, run_folder
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.summary import device_name
-from ghosttrain.engine.track import read_metrics
 from ghosttrain.engine.train import Task, train
 from ghosttrain.errors import UserError
 from ghosttrain.files import Damaged, expanded, read_json, write_json

@@ -14,7 +14,7 @@ from ghosttrain.config.compose import compose
 from ghosttrain.data.datasets import build_datasets
 from ghosttrain.distill.teacher import build_teacher
 from ghosttrain.engine.plan import make_plan
-from ghosttrain.engine.track import read_metrics
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.models.cost import count_macs
 from ghosttrain.models.create import create_model
 from ghosttrain.study import study_run, trial

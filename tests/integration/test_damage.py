@@ -18,8 +18,8 @@ from helpers import make_images, only_run
 from ghosttrain.cli import main
 from ghosttrain.distill.cache import open_cache
 from ghosttrain.engine.checkpoint import content_digests, read_checkpoint
+from ghosttrain.engine.rows import read_rows
 from ghosttrain.engine.run_files import damaged_products, read_config, read_provenance, read_result
-from ghosttrain.engine.track import read_rows
 from ghosttrain.engine.weights_file import read_weights
 from ghosttrain.errors import UserError
 from ghosttrain.files import Damaged, write_json

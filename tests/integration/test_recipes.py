@@ -6,8 +6,8 @@ from helpers import only_run
 from ghosttrain.commands.recipes import head_of
 from ghosttrain.config.compose import compose
 from ghosttrain.config.names import Names
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_config
-from ghosttrain.engine.track import read_metrics
 
 
 def test_every_recipe_is_listed_with_its_command(ghosttrain):

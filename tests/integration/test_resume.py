@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from test_mistakes import refused
 
 from ghosttrain.engine.checkpoint import read_checkpoint, write_checkpoint
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_config
-from ghosttrain.engine.track import read_metrics
 
 
 @pytest.fixture

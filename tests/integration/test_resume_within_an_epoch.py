@@ -16,7 +16,7 @@ from helpers import only_run
 from safetensors.torch import load_file
 
 from ghosttrain.engine.checkpoint import read_checkpoint
-from ghosttrain.engine.track import read_metrics
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.optim.ema import Ema
 
 SAVING = ["train.save_every=2steps", "tracker.log_every=1", "train.epochs=2"]

@@ -15,8 +15,8 @@ from ghosttrain.config.compose import compose
 from ghosttrain.config.names import Names
 from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.identify import settled
+from ghosttrain.engine.rows import row_line
 from ghosttrain.engine.run_files import write_config, write_result
-from ghosttrain.engine.track import row_line
 from ghosttrain.study import sweep
 from ghosttrain.study.studies import load_study, study_cells, study_names
 from ghosttrain.study.study_pictures import pareto_front

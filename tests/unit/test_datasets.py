@@ -11,7 +11,7 @@ from helpers import paint, refused_data
 from PIL import Image
 
 from ghosttrain.config.schema import DataConfig
-from ghosttrain.data.datasets import build_datasets, folder
+from ghosttrain.data.datasets import build_datasets, digits, folder
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
@@ -38,6 +38,25 @@ def test_digits_are_all_of_scikit_learns_and_split_by_a_rule():
             np.corrcoef(x.ravel(), y.ravel())[0, 1] for x, y in zip(small, chosen, strict=True)
         ]
         assert min(alike) > 0.97  # the very images, enlarged
+
+
+def test_digits_are_read_without_scikit_learn_and_are_its_own():
+    from sklearn.datasets import load_digits
+
+    levels, labels = digits.load_levels()
+    original = load_digits()
+    assert levels.dtype == original.images.dtype and np.array_equal(levels, original.images)
+    assert labels.dtype == np.int64 and np.array_equal(labels, original.target)
+
+
+@pytest.mark.parametrize("missing", ["package", "file"])
+def test_digits_that_are_not_there(monkeypatch, missing):
+    if missing == "package":
+        monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(digits, "FILE", "gone.csv.gz")
+    expected = "is missing: type pip install --force-reinstall scikit-learn"
+    refused_data(DataConfig(name="digits"), expected)
 
 
 def test_a_fifth_of_every_digit_is_held_out():

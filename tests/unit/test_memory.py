@@ -54,3 +54,25 @@ def test_the_process_that_decodes_keeps_it(monkeypatch) -> None:
     monkeypatch.setattr(loader.signal, "signal", lambda *_: None)
     loader._prepare_worker(0)
     assert called == [1, 1]
+
+
+def test_what_is_imported_is_not_looked_through_for_garbage():
+    code = (
+        "import gc; from ghosttrain.memory import without_collection\n"
+        "with without_collection():\n"
+        "    assert not gc.isenabled()\n"
+        "    import json\n"
+        "assert gc.isenabled() and gc.get_freeze_count() == 0\n"
+        "try:\n"
+        "    with without_collection():\n"
+        "        import torch\n"
+        "        raise KeyError\n"
+        "except KeyError:\n"
+        "    pass\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "gc.disable()\n"
+        "with without_collection():\n"
+        "    pass\n"
+        "assert not gc.isenabled()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import ModelConfig, ReparamConfig
@@ -93,6 +95,15 @@ def test_counting_restores_the_mode_of_every_module():
     with pytest.raises(RuntimeError):
         count_macs(model, size=2, in_chans=1)
     assert [m.training for m in model] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_byobnet"])
+def test_macs_are_those_of_torchs_own_counter(name):
+    model = timm.create_model(name).eval()
+    x = torch.zeros(1, 3, 160, 160)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    assert count_macs(model, 160) == counter.get_total_flops() // 2 > 0
 
 
 @pytest.mark.parametrize("size", [(33, 33), (64, 40), (97, 33)])

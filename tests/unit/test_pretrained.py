@@ -11,14 +11,16 @@ import pytest
 import timm
 import torch
 from helpers import refusal
-from huggingface_hub import constants as hub
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from teachers import ARCHITECTURE, CLASSES, MEAN, STD, build, network, only, saved
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
+from ghosttrain.distill.features import pool
 from ghosttrain.distill.pretrained import Packed, save_packed
-from ghosttrain.models.weights import lite, sources
+from ghosttrain.models.digits_teacher import DigitsTeacher
+from ghosttrain.models.weights import hub, lite, sources
 from ghosttrain.models.weights.files import read_file
 
 
@@ -136,8 +138,8 @@ def test_every_tensor_must_fit(tmp_path: Path, change: Callable, expected: str) 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Give an empty cache and no network, and fail if somebody tries one."""
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     def no_socket(*args: object, **kwargs: object) -> None:
         raise AssertionError("a connection was tried")
@@ -172,18 +174,18 @@ class FakeHub:
     def download(self, repo: str, filename: str, **options: object) -> str:
         assert repo == "timm/test_resnet.r160_in1k"
         if options.get("local_files_only") and not (self.cached and filename in self.files):
-            raise sources.LocalEntryNotFoundError("not in the cache")
+            raise hub.LocalEntryNotFoundError("not in the cache")
         return self.files[filename]
 
     def metadata(self, url: str, **options: object) -> None:
         if not self.up:
             raise OSError("no route\nto host")
         if url.rsplit("/", 1)[-1] not in self.files:
-            raise sources.EntryNotFoundError("404")
+            raise hub.EntryNotFoundError("404")
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sources, "hf_hub_download", self.download)
-        monkeypatch.setattr(sources, "get_hf_file_metadata", self.metadata)
+        monkeypatch.setattr(hub, "hf_hub_download", self.download)
+        monkeypatch.setattr(hub, "get_hf_file_metadata", self.metadata)
 
 
 THOUSAND = [str(i) for i in range(1000)]
@@ -280,3 +282,21 @@ def test_the_digits_teacher_refuses(digits_file: Path) -> None:
 def test_weights_beyond_float16_are_not_packed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not finite in float16: w"):
         save_packed(tmp_path / "w.safetensors", {"w": torch.tensor([1e6])}, ABOUT)
+
+
+@pytest.mark.parametrize(("in_chans", "size"), [(3, 64), (1, 45)])
+def test_the_network_of_the_digits_teacher_is_timms(in_chans: int, size: int) -> None:
+    """To the bit: the same operators in the same order; 45 pixels give maps of odd sides."""
+    theirs, ours = network(10, in_chans), DigitsTeacher(10, in_chans).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, in_chans, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+        assert torch.equal(pool(ours, x), pool(theirs, x))
+
+
+def test_the_shipped_digits_teacher_is_the_network_written_out_here() -> None:
+    classes = [str(k) for k in range(10)]
+    built = build(classes, name="digits", weights="digits")
+    assert isinstance(only(built).network, DigitsTeacher)
+    assert only(built).num_features == 96

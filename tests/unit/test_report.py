@@ -8,8 +8,8 @@ import pytest
 from helpers import some_result
 
 from ghosttrain.config.schema import Config
+from ghosttrain.engine.rows import row_line
 from ghosttrain.engine.run_files import write_config
-from ghosttrain.engine.track import row_line
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_json
 from ghosttrain.study.report import report

@@ -19,7 +19,7 @@ from ghosttrain.engine.student import build_student
 from ghosttrain.engine.weights_file import describe_weights, write_weights
 from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.reparam import fuse
-from ghosttrain.models.weights import sources
+from ghosttrain.models.weights import hub, sources
 from ghosttrain.models.weights.files import (
     WeightsInfo,
     other_input_stride,
@@ -166,7 +166,7 @@ def test_students_take_the_sources_of_teachers(
         asked.append((repo, filename))
         return str(tmp_path / "w.bin")
 
-    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     options = {"weights": "hub", "new_classifier": True}
     student = create_model("mobilenetv2_050", 3, reparam="none", **options)
     network = create_timm_model("mobilenetv2_050", 3, **options)

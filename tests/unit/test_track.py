@@ -15,14 +15,12 @@ from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import Config, TrainConfig
 from ghosttrain.engine import distributed, track
 from ghosttrain.engine.plan import Plan, make_plan
+from ghosttrain.engine.rows import read_metrics, read_rows, row_line
 from ghosttrain.engine.track import (
     Journal,
     Meter,
     Tracker,
     describe,
-    read_metrics,
-    read_rows,
-    row_line,
 )
 from ghosttrain.errors import UserError
 

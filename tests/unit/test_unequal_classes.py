@@ -12,7 +12,7 @@ from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import TrainConfig
 from ghosttrain.data.order import balanced_order, train_batches
 from ghosttrain.engine.label_loss import class_weights, label_loss
-from ghosttrain.engine.track import read_metrics
+from ghosttrain.engine.rows import read_metrics
 from ghosttrain.errors import UserError
 
 LABELS = np.array([0] * 70 + [1] * 20 + [2] * 10)
