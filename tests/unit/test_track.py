@@ -49,14 +49,22 @@ def test_a_meter_gives_means_of_the_losses_and_images_a_second(clock):
     assert meter.read() == {"loss": 7.0, "kl": 1.0, "images_per_second": 1.5}
 
 
-def test_a_meter_that_starts_again_forgets(clock):
+def test_a_meter_goes_on_where_that_of_a_stopped_run_was(clock):
     meter = Meter()
-    meter.add({"loss": tensor(100.0)}, images=100)
+    meter.add({"loss": tensor(3.0)}, images=6)
+    clock.now += 2
+    saved = meter.state()
     clock.now += 50
+    meter = Meter()
+    meter.restore([saved], torch.device("cpu"))
     meter.start()
     meter.add({"loss": tensor(1.0)}, images=4)
-    clock.now += 2
-    assert meter.read() == {"loss": 1.0, "images_per_second": 2.0}
+    clock.now += 3
+    assert meter.read() == {"loss": 2.0, "images_per_second": 2.0}
+    other = {**saved, "sums": {"loss": tensor(5.0)}}  # of another rank, of two; now there is one
+    meter.restore([saved, other], torch.device("cpu"))
+    meter.start()
+    assert meter.read()["loss"] == 4.0
 
 
 def test_a_meter_keeps_sums_of_half_precision_and_no_graph():
