@@ -34,7 +34,7 @@ def trials(monkeypatch) -> Callable[..., list[tuple[float, float, int]]]:
     def answer(outcome):
         ran.clear()
 
-        def launch(composed: Composed) -> int:
+        def launch(composed: Composed, run_everywhere: object = None) -> int:
             config = composed.config
             ran.append((config.optim.lr, config.optim.weight_decay, config.seed))
             value = outcome(len(ran) - 1)
