@@ -76,9 +76,10 @@ def spawn(arguments: tuple[str, ...], nproc: int, devices: Sequence[int] = ()) -
         errors[cause].seek(0)
         sys.stderr.write(errors[cause].read())
         if codes[cause] < 0:
-            number = -codes[cause]
-            print(f"ghosttrain: rank {cause} was killed by signal {number}", file=sys.stderr)
-            return 128 + number
+            name = signal.Signals(-codes[cause]).name
+            guess = "; out of memory?" if name == "SIGKILL" else ""
+            print(f"ghosttrain: rank {cause} was killed by {name}{guess}", file=sys.stderr)
+            return 128 - codes[cause]
         return codes[cause]
 
 

@@ -65,7 +65,7 @@ AFTER_RANK_0 = "while [ ! -e pid0 ]; do sleep .02; done"
         ("exit 1", "echo the mistake >&2; exit 2", 2, "the mistake\n"),
         ("exit 2", "echo lost a peer >&2; exit 1", 2, ""),
         ("exit 0", "echo a bug >&2; exit 1", 1, "a bug\n"),
-        ("exit 1", "kill -9 $$", 137, "ghosttrain: rank 1 was killed by signal 9\n"),
+        ("exit 1", "kill -9 $$", 137, "ghosttrain: rank 1 was killed by SIGKILL; out of memory?\n"),
         ("exec sleep 600", f"{AFTER_RANK_0}; echo alone >&2; exit 2", 2, "alone\n"),
     ],
 )
