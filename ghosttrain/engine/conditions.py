@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -42,20 +43,28 @@ def settle_threads(device: torch.device, before: Conditions | None) -> tuple[int
     """
     if device.type != "cpu":
         return 1, []
-    most = torch.get_num_threads()
-    if threads.are_given():
-        return most, []
-    most = min(most, max(int(threads.cores()), 1))
-    kept = (before or {}).get("threads", "")
-    count = int(kept) if kept.isdigit() else threads.threads_for(threads.free_cores(), most)
-    count = distributed.broadcast(count)
+    most = min(default_threads(), max(int(threads.cores()), 1))
+    kept, count = (before or {}).get("threads", ""), None
+    if kept.isdigit():
+        count = int(kept)
+    elif not threads.are_given():
+        count = threads.threads_for(threads.free_cores(), most)
+    count = distributed.broadcast(count)  # of all ranks: what the user says may differ by machine
+    if count is None or threads.are_given():
+        return torch.get_num_threads(), []
     torch.set_num_threads(count)
-    if kept or count == most:
+    if kept.isdigit() or count == most:
         return count, []
     return count, [
         f"threads: {count} of {most}, other processes keep the cores busy; OMP_NUM_THREADS={most} "
         "before the command takes all"
     ]
+
+
+@cache
+def default_threads() -> int:
+    """Return how many threads PyTorch takes by itself: before a run of this process set fewer."""
+    return torch.get_num_threads()
 
 
 def changed_conditions(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ghosttrain import threads
+from ghosttrain.engine import conditions
 from ghosttrain.engine.conditions import settle_threads
 from ghosttrain.threads import Load, Neighbours, others, threads_for
 
@@ -64,6 +65,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(threads, "cores", lambda: 4.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(conditions, "default_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     return monkeypatch
 
