@@ -87,7 +87,7 @@ class Meter:
             "sums": {name: value.cpu() for name, value in self.sums.items()},
             "count": self.count,
             "images": self.images,
-            "seconds": time.perf_counter() - self.since,
+            "seconds": time.perf_counter() - self.since if self.count else 0.0,
         }
 
     def restore(self, saved: Sequence[Mapping[str, Any]], device: torch.device) -> None:
