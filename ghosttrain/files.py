@@ -253,3 +253,16 @@ def locked(folder: Path, busy: str | None, patience: float = 0.0) -> Iterator[No
             # Workers that were forked meanwhile hold the same lock: closing alone would leave it.
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process owns an existing folder now.
+
+    Raises:
+        OSError: a file system without locks, or no such folder.
+    """
+    try:
+        with locked(folder, "another process owns it"):
+            return False
+    except UserError:
+        return True

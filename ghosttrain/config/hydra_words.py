@@ -36,8 +36,17 @@ INSTEAD = {
 
 def sweeper_of(hydra_words: Sequence[str]) -> str:
     """Return the name of the sweeper that these words choose; `basic` where they choose none."""
-    chosen = [word.partition("=")[2] for word in hydra_words if word.startswith("hydra/sweeper=")]
-    return chosen[-1] if chosen else "basic"
+    return _chosen(hydra_words, "hydra/sweeper")
+
+
+def launcher_of(hydra_words: Sequence[str]) -> str:
+    """Return the name of the launcher that these words choose; `basic` where they choose none."""
+    return _chosen(hydra_words, "hydra/launcher")
+
+
+def _chosen(hydra_words: Sequence[str], group: str) -> str:
+    pairs = (word.lstrip("+").partition("=") for word in hydra_words)
+    return ["basic", *(name for key, _, name in pairs if key == group)][-1]
 
 
 def split_words(words: Sequence[str], multirun: bool) -> tuple[list[str], list[str]]:

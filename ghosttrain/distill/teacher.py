@@ -23,6 +23,7 @@ from ghosttrain.distill.features import classify, pool, pooled_width
 from ghosttrain.distill.pretrained import PretrainedNetwork, load_pretrained
 from ghosttrain.distill.teacher_output import TeacherOutput, concatenated
 from ghosttrain.errors import UserError
+from ghosttrain.models.ops import computes_in_bf16
 
 Views = Mapping[tuple[int, str], Tensor]
 """(side S, interpolation) -> pixels (B, C, S, S) of the student's view at that size: uint8, or
@@ -214,7 +215,7 @@ def build_teacher(
     if not cfg.members and cfg.name is None and cfg.weights is None:
         return None
     cuda = torch.device(device).type == "cuda"
-    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and cuda)
+    bf16 = computes_in_bf16(cfg.dtype, cuda)
     members = {}
     for name, network in cfg.networks.items():
         key = f"teacher.members.{name}" if cfg.members else "teacher"

@@ -33,7 +33,7 @@ from ghosttrain.engine.run_files import (
     write_config,
 )
 from ghosttrain.errors import UserError, remedy
-from ghosttrain.files import PACKAGE, Damaged, expanded, locked, remove_parts, write_json
+from ghosttrain.files import PACKAGE, Damaged, expanded, is_locked, locked, remove_parts, write_json
 from ghosttrain.text import clock, listed
 from ghosttrain.version import __version__
 
@@ -232,15 +232,9 @@ def opened(config: Config, notes: list[str], arguments: Sequence[str] = ()) -> I
 
 def is_running(folder: Path) -> bool:
     """Whether another process trains in this run folder now."""
-    if not folder.is_dir():
-        return False
-    try:
-        with _locked(folder):
-            return False
-    except UserError:
-        return True
-    except OSError:  # no locks there: `opened` will say so
-        return False
+    with suppress(OSError):  # no such folder; or no locks there: `opened` will say so
+        return is_locked(folder)
+    return False
 
 
 def _locked(folder: Path) -> AbstractContextManager[None]:

@@ -42,6 +42,7 @@ from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.weights_file import describe_weights, weights_bytes, write_weights
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
+from ghosttrain.models.ops import computes_in_bf16
 from ghosttrain.models.reparam import fuse
 from ghosttrain.optim.build import build_optimizer
 from ghosttrain.optim.clip import clip_gradients
@@ -277,7 +278,7 @@ def mixed_precision(setting: str, device: torch.device) -> Callable[[], torch.au
 
     It keeps no copies of weights: a forward uses each once, and a recorded one may keep none.
     """
-    enabled = setting == "bf16" or (setting == "auto" and device.type == "cuda")
+    enabled = computes_in_bf16(setting, device.type == "cuda")
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
 
 

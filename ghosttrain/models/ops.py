@@ -48,6 +48,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if on else None
 
 
+def computes_in_bf16(setting: str, cuda: bool) -> bool:
+    """Whether a setting of auto, fp32 or bf16 means bf16: `auto` does on CUDA alone."""
+    return setting == "bf16" or (setting == "auto" and cuda)
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
     """Switch autocast and TF32 off: matrix products have all digits of float32."""
     tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32

@@ -41,6 +41,7 @@ from ghosttrain.engine.student import build_network, has_fused_form, trained_dep
 from ghosttrain.errors import UserError
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.create import create_model, create_timm_model
+from ghosttrain.models.ops import computes_in_bf16
 from ghosttrain.models.reparam import fuse, using_forward
 from ghosttrain.models.weights.files import WeightsInfo, read_about
 from ghosttrain.models.weights.sources import published, timm_info, weights_path
@@ -267,8 +268,7 @@ def run_cost(
         "teacher": images * teacher_macs if live else 0,
         "evaluation": data.held_out * ((evaluations - 1) * on_the_way + last),
     }
-    bf16_teacher = config.teacher.dtype == "bf16"
-    bf16_teacher |= config.teacher.dtype == "auto" and trains_on_cuda(config)
+    bf16_teacher = computes_in_bf16(config.teacher.dtype, trains_on_cuda(config))
     params = sum(member.params for member in members)
     teacher_bytes = (2 if bf16_teacher else 4) * params if live else 0
     read = _read_bytes(data, images, evaluations)
@@ -545,7 +545,7 @@ def student_of(
     statistics = sum(tensor.nbytes for tensor in student.buffers())
     of_ranks = 2 * processes * statistics if processes > 1 else 0
     cuda = trains_on_cuda(config)
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and cuda)
+    bf16 = computes_in_bf16(config.train.precision, cuda)
     activations = _activations(network, config, micro_batch, cuda, bf16)
     allowance = 0 if cuda else round((CPU_SHARE - 1) * (activations + gradients)) + CPU_BYTES
     memory = Memory(

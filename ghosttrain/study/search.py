@@ -36,7 +36,7 @@ from ghosttrain.config.identity import settings_hash
 from ghosttrain.config.names import Cells, Names, quoted
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded, extra, locked
+from ghosttrain.files import expanded, extra, is_locked, locked
 from ghosttrain.study.report import spread
 from ghosttrain.study.sweep import OWNER, compose_cells, name_failures, run_cells, sweeps_folder
 from ghosttrain.study.table import markdown
@@ -255,9 +255,8 @@ def _sweep_is_there(found: Search, trial: Any) -> bool:
     if not folder.is_dir():
         return bool(host != socket.gethostname())
     try:
-        with locked(folder, "it is there"):
-            return False
-    except (UserError, OSError):  # OSError: a file system without locks
+        return is_locked(folder)
+    except OSError:  # a file system without locks
         return True
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from ghosttrain.config.hydra_words import launcher_of
 from ghosttrain.errors import UserError
 from ghosttrain.text import one_line
 
@@ -30,7 +31,7 @@ def jobs_of(hydra_words: Sequence[str]) -> Iterator[None]:
     Raises:
         UserError: no Slurm here, or it refuses the jobs.
     """
-    name = _launcher(hydra_words)
+    name = launcher_of(hydra_words)
     if not name.startswith("submitit_"):
         yield
         return
@@ -64,11 +65,3 @@ def jobs_of(hydra_words: Sequence[str]) -> Iterator[None]:
         raise
     except (UncompletedJobError, FailedSubmissionError, ValueError) as error:
         raise UserError(f"hydra/launcher={name}: {one_line(error)[:500]}") from None
-
-
-def _launcher(hydra_words: Sequence[str]) -> str:
-    """Return the name of the launcher that the command chose; empty where it chose none."""
-    names = [
-        w.partition("=")[2] for w in hydra_words if w.lstrip("+").startswith("hydra/launcher=")
-    ]
-    return names[-1] if names else ""
