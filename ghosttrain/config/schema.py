@@ -659,6 +659,10 @@ class TrainConfig(Section):
     patience: float = Field(30, ge=0, json_schema_extra=may_change("run"))
     """Minutes for which checkpoints that cannot be written (a full disk) are tried again before the
     run ends."""
+    max_skips: int = Field(10, ge=0, json_schema_extra=may_change("run"))
+    """Steps in a row that may be left out because their loss or gradient is not finite. After more
+    the run goes back to the weights of its last checkpoint, and on with the images that follow; if
+    there is none since it did so before, it ends."""
     best_by: Literal["top1", "balanced"] = "top1"
     """Which held-out accuracy names the best epoch on the way: `top1`, or `balanced`, the mean
     recall of the classes, where some have many more images than others."""

@@ -206,9 +206,12 @@ def feature_cosine(student_BF: Tensor, teacher_BF: Tensor) -> Tensor:
 
 
 def agreement(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
-    """Share of images, in [0, 1], on which both have the same best class; has no gradient."""
+    """Share of images, in [0, 1], on which both have the same best class; NaN where the teacher's
+    logits are not finite. Has no gradient.
+    """
     student_BK, teacher_BK = _wide(student_BK, teacher_BK)
-    return (student_BK.argmax(dim=1) == teacher_BK.argmax(dim=1)).float().mean()
+    same = (student_BK.argmax(dim=1) == teacher_BK.argmax(dim=1)).float().mean()
+    return torch.where(teacher_BK.isfinite().all(), same, torch.nan)
 
 
 # --- Parts ----------------------------------------------------------------------------------------

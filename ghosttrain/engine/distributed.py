@@ -192,6 +192,11 @@ def all_max(x: Tensor) -> Tensor:
     return x
 
 
+def any_of(yes: bool) -> bool:
+    """Whether any rank says yes; all ranks ask."""
+    return bool(all_max(torch.tensor(float(yes))).item())
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

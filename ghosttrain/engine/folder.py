@@ -25,6 +25,7 @@ from typing import Any
 from ghosttrain.config.identity import flatten, run_name, run_settings, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.metrics import WORDS, class_lines, table_lines, verdict
+from ghosttrain.engine.rows import METRICS, read_metrics
 from ghosttrain.engine.run_files import (
     read_config,
     read_provenance,
@@ -47,8 +48,11 @@ def has_begun(folder: Path) -> bool:
     """Whether a step of a run was kept there: a start that failed before that leaves nothing."""
     if (folder / "result.json").exists() or has_checkpoint(folder):
         return True
-    metrics = folder / "metrics.jsonl"
-    return metrics.is_file() and metrics.stat().st_size > 0
+    metrics = folder / METRICS
+    if not metrics.is_file() or metrics.stat().st_size == 0:
+        return False
+    kinds = {row.get("kind") for row in read_metrics(folder)}
+    return kinds != {"skipped"}
 
 
 def has_checkpoint(folder: Path) -> bool:

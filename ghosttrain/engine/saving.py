@@ -118,6 +118,10 @@ class Saver:
             self._begin()
         self.waited += time.perf_counter() - started
 
+    def wait(self) -> None:
+        """Wait for the write under way."""
+        self._join()
+
     def finish(self) -> None:
         """Wait until the newest state and all other files are on disk.
 

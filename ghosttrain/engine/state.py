@@ -20,6 +20,7 @@ from ghosttrain.distill.features import Network
 from ghosttrain.engine import distributed
 from ghosttrain.engine.checkpoint import Checkpoint
 from ghosttrain.engine.conditions import Conditions
+from ghosttrain.engine.guard import Guard
 from ghosttrain.engine.track import Meter
 from ghosttrain.models.weights.fit import fit_state
 from ghosttrain.optim.ema import Ema
@@ -44,6 +45,8 @@ class TrainState:
     """Optimizer steps of the whole run."""
     conditions: Conditions
     """Under which this process computes."""
+    guard: Guard
+    """The steps that were left out."""
     meter: Meter = field(default_factory=Meter)
     """The losses since the last row of the metrics."""
     step: int = 0
@@ -73,6 +76,7 @@ class TrainState:
                 "optimizer": self.optimizer.state_dict(),
                 "buffers": buffers,
                 "meter": meter,
+                "guard": self.guard.state(),
                 "step": self.step,
                 "seconds": self.seconds,
                 "best": self.best,
@@ -104,6 +108,24 @@ class TrainState:
         Raises:
             UserError: it holds the weights of another network.
         """
+        self._restore_weights(saved, path)
+        self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
+        if saved.get("guard"):  # as below
+            self.guard.restore(saved["guard"])
+        # Checkpoints of earlier versions were written at rows only, and have none.
+        if saved.get("meter"):
+            self.meter.restore(saved["meter"], next(self.network.parameters()).device)
+        if saved["data"]["held_out"] != self.data_record["held_out"]:
+            self.best = dict(NO_BEST)  # it was measured on other images
+
+    def roll_back(self, saved: Checkpoint, path: Path) -> None:
+        """Take weights, average and optimizer of a checkpoint of this run, which was read from
+        `path`; the steps that were done since then count as done.
+        """
+        self._restore_weights(saved, path)
+        self.guard.rolled_back(self.step)
+
+    def _restore_weights(self, saved: Checkpoint, path: Path) -> None:
         fit_saved(self.network.student, saved["student"], path)
         fit_saved(self.network.projection, saved["projection"], path)
         fit_saved(self.ema.model, saved["ema"]["model"], path)
@@ -111,12 +133,6 @@ class TrainState:
         self.optimizer.load_state_dict(saved["optimizer"])
         if len(saved["buffers"]) > 1:
             self._restore_buffers(saved["buffers"])
-        self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
-        # Checkpoints of earlier versions were written at rows only, and have none.
-        if saved.get("meter"):
-            self.meter.restore(saved["meter"], next(self.network.parameters()).device)
-        if saved["data"]["held_out"] != self.data_record["held_out"]:
-            self.best = dict(NO_BEST)  # it was measured on other images
 
     def _buffers(self) -> list[Tensor]:
         """Running statistics of the student and of its average: within an epoch each rank's own."""

@@ -73,7 +73,7 @@ class Stop:
 
     def agree(self, asked: bool) -> None:
         """Raise Stopped on all ranks where one was asked; all call it at the same place."""
-        if distributed.all_max(torch.tensor(float(asked))).item():
+        if distributed.any_of(asked):
             raise Stopped(self._number())
 
     def _when(self, step: int) -> float:

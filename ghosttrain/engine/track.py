@@ -55,9 +55,15 @@ class Meter:
     def forget(self) -> None:
         """Forget what was added, and start the clock."""
         self.sums: dict[str, Tensor] = {}
-        self.count = self.images = 0
+        self.count = torch.zeros(())
+        self.images = 0
         self.seconds = 0.0
         self.start()
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self.step: dict[str, Tensor] = {}
+        self.parts = 0
 
     def start(self) -> None:
         """Start the clock again, `seconds` ahead; what was added stays."""
@@ -66,28 +72,38 @@ class Meter:
 
     def add(self, losses: dict[str, Tensor], images: int) -> None:
         """Add the losses of one forward pass, and the images it stands for over all ranks."""
-        for name, value in losses.items():
-            value = value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+        _add(self.step, {name: value.detach() for name, value in losses.items()})
+        self.parts += 1
         self.images += images
 
+    def end_step(self, passed: Tensor) -> None:
+        """Count the losses since the last step, unless the step was left out (`passed`: bool)."""
+        taken = {name: torch.where(passed, value, 0) for name, value in self.step.items()}
+        _add(self.sums, taken)
+        self.count = self.count.to(passed.device) + self.parts * passed
+        self._forget_step()
+
     def read(self) -> Row:
-        """Return the mean losses over ranks and images_per_second, and begin again."""
+        """Return the mean losses over ranks and images_per_second, and begin again; nothing where
+        every step was left out.
+        """
+        names = list(self.sums)
         sums = distributed.all_sum(torch.stack([s.float() for s in self.sums.values()]))
         means = sums / (self.count * distributed.world_size())
-        row = dict(zip(self.sums, means.tolist(), strict=True))
-        row["images_per_second"] = self.images / (time.perf_counter() - self.since)
+        speed = self.images / (time.perf_counter() - self.since)
+        counted = bool(self.count)
         self.forget()
-        return row
+        if not counted:
+            return {}
+        return {**dict(zip(names, means.tolist(), strict=True)), "images_per_second": speed}
 
     def state(self) -> dict[str, Any]:
         """Return what was added since the last reading, on the CPU."""
         return {
             "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "count": self.count,
+            "count": int(self.count),
             "images": self.images,
-            "seconds": time.perf_counter() - self.since if self.count else 0.0,
+            "seconds": time.perf_counter() - self.since if self.images else 0.0,
         }
 
     def restore(self, saved: Sequence[Mapping[str, Any]], device: torch.device) -> None:
@@ -96,11 +112,17 @@ class Meter:
         """
         rank, ranks = distributed.rank(), distributed.world_size()
         own = saved[rank if len(saved) == ranks else 0]
-        self.count, self.images, self.seconds = own["count"], own["images"], own["seconds"]
+        self.count = torch.tensor(float(own["count"]), device=device)
+        self.images, self.seconds = own["images"], own["seconds"]
         for name, value in own["sums"].items():
             if len(saved) != ranks:
                 value = torch.stack([each["sums"][name] for each in saved]).mean(0)
             self.sums[name] = value.to(device)
+
+
+def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 class Journal:
@@ -174,7 +196,7 @@ class Tracker:
         self._attempt(METRICS, self.metrics.flush)
         if damaged:
             self.say(f"{METRICS}: {counted(damaged, 'damaged row')} left out")
-        steps = (row["step"] for row in rows if row["kind"] == "train")
+        steps = (row["step"] for row in rows if row["kind"] != "eval")
         last = max((step for step in steps if step <= start_step), default=0)
         if last < start_step:  # a checkpoint is written at a row
             self.say(f"{METRICS}: the rows after step {last} to step {start_step} are lost")
@@ -249,8 +271,7 @@ class Tracker:
         """Write one row of metrics of `kind` train or eval, and move the progress bar."""
         if self.folder is None:
             return
-        line = row_line({"kind": kind, "step": step} | row)
-        self._attempt(METRICS, lambda: self.metrics.append(line))
+        self.note(kind, step, row)
         if self.wandb is not None:
             values = {f"{kind}/{name}": value for name, value in row.items()}
             self._attempt("Weights & Biases", lambda: self.wandb.log(values, step=step))
@@ -264,6 +285,12 @@ class Tracker:
             self.shown_at = time.perf_counter()
             done = f"{self.epoch_label(step)}, {100 * step / self.total:.1f} %"
             print(f"{self.cell} {done}, ETA {self.eta(step)}", flush=True)
+
+    def note(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
+        """Write a row into metrics.jsonl alone."""
+        if self.folder is not None:
+            line = row_line({"kind": kind, "step": step, **facts})
+            self._attempt(METRICS, lambda: self.metrics.append(line))
 
     def sync(self) -> None:
         """Bring rows and log to disk: a checkpoint and the result count them. Any thread may call
@@ -368,8 +395,8 @@ def forget_rows(folder: Path, step: int, evaluates_first: bool) -> None:
     with `evaluates_first` the evaluation after its last step too.
     """
     if (folder / METRICS).is_file():
-        last = {"train": step, "eval": step - evaluates_first}
-        kept = [row for row in read_metrics(folder) if row["step"] <= last[row["kind"]]]
+        rows = read_metrics(folder)
+        kept = [r for r in rows if r["step"] <= step - (r["kind"] == "eval" and evaluates_first)]
         write_text(folder / METRICS, "".join(f"{row_line(row)}\n" for row in kept))
 
 

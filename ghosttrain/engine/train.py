@@ -30,6 +30,7 @@ from ghosttrain.engine.conditions import changed_conditions, conditions, settle_
 from ghosttrain.engine.cuda_graph import record
 from ghosttrain.engine.evaluate import Evaluation, HeldOutImages, try_first_batch
 from ghosttrain.engine.freeze import freeze_at, freeze_network
+from ghosttrain.engine.guard import Guard, left_out_note, skip_note
 from ghosttrain.engine.label_loss import class_weights
 from ghosttrain.engine.plan import make_plan
 from ghosttrain.engine.rows import read_metrics
@@ -136,6 +137,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     state = TrainState(
         network, optimizer, ema, classes, data_record, settings=run_settings(config),
         total_steps=plan.total_steps, conditions=conditions(plan, device),
+        guard=Guard(network, optimizer, ema, on_host=device.type != "cuda"),
     )  # fmt: skip
     if saved is not None and found is not None:
         state.restore(saved, found)
@@ -167,9 +169,35 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     started, meter = time.perf_counter() - state.seconds, state.meter
 
     def save() -> None:
-        validate_finite(state.tensors(), state.step, run)
+        say_skips()
+        validate_weights()
         state.seconds = time.perf_counter() - started
         saver.save(state.step, lambda: state.snapshot(teacher.state()))
+
+    def validate_weights() -> None:
+        # No sum of squares that fits into float32: also weights that are about to overflow.
+        norm = nn.utils.get_total_norm([t.float() for t in state.tensors()])
+        if distributed.any_of(not norm.isfinite()):
+            roll_back(f"the weights are not finite at step {state.step:,}")
+
+    def say_skips() -> None:
+        if skips := state.guard.read():
+            tracker.say(skip_note(skips))
+        for skip in skips:
+            tracker.note("skipped", skip.step, skip.facts())
+
+    def roll_back(why: str) -> None:
+        saver.wait()
+        distributed.barrier()
+        newest, path, _ = newest_checkpoint(checkpoints) or (None, None, [])
+        # Since the last time a step must have been taken and saved.
+        if newest is None or path is None or not state.guard.has_gone_on(newest.get("guard", {})):
+            raise UserError(f"{why}: {_diverged(run)}")
+        state.roll_back(newest, path)
+        tracker.say(
+            f"note: {why}: the run goes back to the weights of step {newest['step']:,}, its last "
+            "checkpoint, and on with the images that follow"
+        )
 
     with train_images, held_images, tracker, saver, stop.saving(save):
         if rank == 0:
@@ -214,6 +242,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                     frozen = now
                     freeze_network(student, frozen)
                     replica = distributed.parallel(network, device)
+                state.guard.begin()
                 for part in range(plan.accumulation):
                     batch = next(batches)
                     with distributed.no_sync(replica, part + 1 < plan.accumulation):
@@ -223,17 +252,25 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
                                 classes=classes, epoch=epoch, progress=progress,
                                 class_weights=weights_K,
                             )  # fmt: skip
-                        (terms["loss"] / plan.accumulation).backward()
+                        state.guard.backward(terms, batch.indices, plan.accumulation)
                     meter.add(terms, len(batch.images) * ranks)
-                clip_gradients(config.optim, network, student)
-                optimizer.step()
+                if state.guard.passes(state.step + 1):
+                    clip_gradients(config.optim, network, student)
+                    optimizer.step()
+                    ema.update(student)
+                meter.end_step(state.guard.end())
                 optimizer.zero_grad(set_to_none=not config.train.cuda_graph)
-                ema.update(student)
                 state.step += 1
                 if state.step % config.tracker.log_every == 0 or state.step == plan.end_of(epoch):
-                    row = meter.read() | {"lr": lr}
-                    validate_finite_row(row, state.step, run)
-                    tracker.log("train", state.step, row)
+                    say_skips()
+                    if state.guard.in_a_row > config.train.max_skips:
+                        roll_back(
+                            f"{state.guard.in_a_row} steps in a row were left out to step "
+                            f"{state.step:,} (train.max_skips={config.train.max_skips})"
+                        )
+                    if read := meter.read():
+                        row = read | {"lr": lr}
+                        tracker.log("train", state.step, row)
                     if state.step < plan.end_of(epoch) and saver.is_due(state.step):
                         save()
                 if state.step < plan.end_of(epoch):
@@ -244,7 +281,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             # -------------------------------------------------------- Save
             # Before the evaluation, which a resumed run repeats: it may fail.
             distributed.average_buffers(student, ema.model)
-            validate_finite(state.tensors(), state.step, run)
+            validate_weights()
             stop.poll(state.step)
             if state.step >= plan.total_steps or saver.is_due(state.step, epoch + 1):
                 save()
@@ -260,6 +297,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             result["notes"] = advice(config, read_metrics(run), result, plan.steps_per_epoch)
             result["skipped"] = skipped.count_skipped(run)
             result["notes"] += skipped.skipped_note(**result["skipped"])
+            result["left_out_steps"] = state.guard.skipped
+            result["notes"] += left_out_note(state.guard.skipped)
             saver.finish()
             tracker.say(f"checkpoints: training waited {saver.waited:.2f} s for them")
             write_weights(run / "model.safetensors", ema.model, kind)
@@ -280,22 +319,6 @@ def mixed_precision(setting: str, device: torch.device) -> Callable[[], torch.au
     """
     enabled = computes_in_bf16(setting, device.type == "cuda")
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
-
-
-def validate_finite_row(row: track.Row, step: int, run: Path) -> None:
-    """Stop a run whose loss is NaN or infinite, while its last checkpoint, if any, is good."""
-    broken = [k for k, v in row.items() if v != v or abs(v) == float("inf")]
-    if broken:
-        raise UserError(f"{broken[0]} is {row[broken[0]]} at step {step}: {_diverged(run)}")
-
-
-def validate_finite(tensors: list[Tensor], step: int, run: Path) -> None:
-    """Refuse to save weights or an optimizer's state that are NaN or infinite: a run could not go
-    on from them.
-    """
-    norm = nn.utils.get_total_norm([t.float() for t in tensors])
-    if not norm.isfinite():
-        raise UserError(f"the weights are not finite at step {step}: {_diverged(run)}")
 
 
 def _diverged(run: Path) -> str:

@@ -37,7 +37,8 @@ def lr_find(overrides: Sequence[str], steps: int, config_dir: str | None) -> Pat
     words = [
         *overrides, "schedule=exponential", f"optim.lr={HIGHEST[config.optim.name]:g}",
         "optim.lr_batch=null", f"train.max_steps={steps}", f"train.epochs={steps}",
-        "train.eval_every=1000000", "tracker.log_every=1", "tracker.wandb=off",
+        "train.eval_every=1000000", "train.save_every=1000000epochs", "train.max_skips=0",
+        "tracker.log_every=1", "tracker.wandb=off",
         "tracker.tensorboard=false", f"run.root={root}", f"run.name={name}",
     ]  # fmt: skip
     try:

@@ -111,8 +111,9 @@ def outputs_of(rank: int) -> dict[str, Any]:
     outputs["gradients"] = parts
 
     meter = Meter()
-    meter.add({"loss": torch.tensor(1.0 + rank)}, 8)
-    meter.add({"loss": torch.tensor(4.0 + rank)}, 8)
+    for loss in (1.0, 4.0):
+        meter.add({"loss": torch.tensor(loss + rank)}, 8)
+        meter.end_step(torch.tensor(True))
     outputs["loss"] = meter.read()["loss"]
 
     class Batches:

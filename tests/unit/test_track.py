@@ -38,27 +38,50 @@ def clock(monkeypatch):
     return Clock
 
 
+def taken(meter: Meter, losses: dict[str, torch.Tensor], images: int) -> None:
+    """Add a step of one micro-batch, which passed."""
+    meter.add(losses, images)
+    meter.end_step(tensor(True))
+
+
 def test_a_meter_gives_means_of_the_losses_and_images_a_second(clock):
     meter = Meter()
     for loss, kl in ((1.0, 0.5), (2.0, 0.25), (4.5, 0.0)):
-        meter.add({"loss": tensor(loss, requires_grad=True), "kl": tensor(kl)}, images=8)
+        taken(meter, {"loss": tensor(loss, requires_grad=True), "kl": tensor(kl)}, images=8)
     clock.now += 4
     assert meter.read() == {"loss": 2.5, "kl": 0.25, "images_per_second": 6.0}
-    meter.add({"loss": tensor(7.0), "kl": tensor(1.0)}, images=3)  # nothing is left of the first
+    taken(meter, {"loss": tensor(7.0), "kl": tensor(1.0)}, images=3)  # nothing is left of the first
     clock.now += 2
     assert meter.read() == {"loss": 7.0, "kl": 1.0, "images_per_second": 1.5}
 
 
+def test_a_meter_counts_nothing_of_a_step_that_was_left_out(clock):
+    """A step of two micro-batches, the second of them broken, beside a good one; then none."""
+    meter = Meter()
+    taken(meter, {"loss": tensor(3.0)}, images=4)
+    for loss in (1.0, float("nan")):
+        meter.add({"loss": tensor(loss)}, images=4)
+    meter.end_step(tensor(False))
+    saved = meter.state()
+    assert (saved["count"], saved["sums"]) == (1, {"loss": tensor(3.0)})
+    clock.now += 4
+    assert meter.read() == {"loss": 3.0, "images_per_second": 3.0}
+    clock.now += 4
+    meter.add({"loss": tensor(float("inf"))}, images=4)
+    meter.end_step(tensor(False))
+    assert meter.read() == {}
+
+
 def test_a_meter_goes_on_where_that_of_a_stopped_run_was(clock):
     meter = Meter()
-    meter.add({"loss": tensor(3.0)}, images=6)
+    taken(meter, {"loss": tensor(3.0)}, images=6)
     clock.now += 2
     saved = meter.state()
     clock.now += 50
     meter = Meter()
     meter.restore([saved], torch.device("cpu"))
     meter.start()
-    meter.add({"loss": tensor(1.0)}, images=4)
+    taken(meter, {"loss": tensor(1.0)}, images=4)
     clock.now += 3
     assert meter.read() == {"loss": 2.0, "images_per_second": 2.0}
     other = {**saved, "sums": {"loss": tensor(5.0)}}  # of another rank, of two; now there is one
@@ -71,7 +94,7 @@ def test_a_meter_keeps_sums_of_half_precision_and_no_graph():
     meter = Meter()
     weight = tensor(1.0, requires_grad=True)
     for _ in range(3):
-        meter.add({"loss": (weight * 2).to(torch.bfloat16)}, images=1)
+        taken(meter, {"loss": (weight * 2).to(torch.bfloat16)}, images=1)
     assert not meter.sums["loss"].requires_grad
     assert meter.read()["loss"] == 2.0
 
@@ -82,7 +105,7 @@ def test_a_meter_gives_the_mean_over_ranks(monkeypatch, clock):
     monkeypatch.setattr(distributed, "all_sum", lambda sums: sums + tensor([9.0, 3.0]))
     meter = Meter()
     for loss in (1.0, 2.0, 3.0):
-        meter.add({"loss": tensor(loss), "kl": tensor(1.0)}, images=16)
+        taken(meter, {"loss": tensor(loss), "kl": tensor(1.0)}, images=16)
     clock.now += 1
     assert meter.read() == {"loss": 2.5, "kl": 1.0, "images_per_second": 48.0}
 
