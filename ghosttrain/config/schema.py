@@ -659,6 +659,9 @@ class TrainConfig(Section):
     patience: float = Field(30, ge=0, json_schema_extra=may_change("run"))
     """Minutes for which checkpoints that cannot be written (a full disk) are tried again before the
     run ends."""
+    stall_minutes: float = Field(10, gt=0, json_schema_extra=may_change("run"))
+    """Minutes without a step, or a batch of an evaluation, after which a run ends (exit code 75):
+    the same command goes on from its last checkpoint."""
     max_skips: int = Field(10, ge=0, json_schema_extra=may_change("run"))
     """Steps in a row that may be left out because their loss or gradient is not finite. After more
     the run goes back to the weights of its last checkpoint, and on with the images that follow; if

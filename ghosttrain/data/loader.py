@@ -48,6 +48,8 @@ SETTLED, SLOW = 20.0, 0.3
 """Seconds of training before it is judged whether the images come too slowly, and the share of the
 time spent waiting from which they do."""
 MOST_WORKERS = 16
+PATIENCE = 600.0
+"""Seconds to wait for the workers' next batch."""
 CachedReader = Callable[[int, Sequence[int]], Tensor]
 """(draw number, sample numbers) -> what is stored of them: (B, R) uint8. It is called in the
 workers and must pickle."""
@@ -103,6 +105,7 @@ class Loader:
         views: Sequence[View] = (),
         cached: CachedReader | None = None,
         replace_seed: int | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         """Use `train_loader` or `eval_loader`; `views` are those that `transform` makes."""
         self.broken: dict[int, str] = {}
@@ -124,6 +127,7 @@ class Loader:
                 sampler=self._plan,
                 batch_size=None,  # an item is already a whole batch
                 num_workers=workers,
+                timeout=patience if workers else 0,
                 persistent_workers=workers > 0,
                 collate_fn=_unchanged,
                 pin_memory=device.type == "cuda",
@@ -251,6 +255,7 @@ def train_loader(
     channels_last: bool = False,
     views: Sequence[View] = (),
     cached: CachedReader | None = None,
+    patience: float = PATIENCE,
 ) -> Loader:
     """Return a loader of augmented images.
 
@@ -262,10 +267,12 @@ def train_loader(
         channels_last: memory format of the student's images.
         views: further sizes and resamplings of the same augmented images (teachers').
         cached: reads cached outputs for the same images and draws.
-
+        patience: seconds to wait for the workers' next batch.
     """
     transform = train_transform(data, augment, views)
-    return Loader(dataset, transform, data, device, channels_last, views, cached, augment.seed)
+    return Loader(
+        dataset, transform, data, device, channels_last, views, cached, augment.seed, patience
+    )
 
 
 def eval_loader(
@@ -274,9 +281,11 @@ def eval_loader(
     device: torch.device,
     channels_last: bool = False,
     views: Sequence[View] = (),
+    patience: float = PATIENCE,
 ) -> Loader:
     """Return a loader of centre crops, nothing random; arguments as for `train_loader`."""
-    return Loader(dataset, eval_transform(data, views), data, device, channels_last, views)
+    transform = eval_transform(data, views)
+    return Loader(dataset, transform, data, device, channels_last, views, patience=patience)
 
 
 # --- in the workers -------------------------------------------------------------------------------
@@ -418,6 +427,7 @@ def stacked(images: Sequence[Tensor]) -> Tensor:
 
 _NOT_SENT = "a data worker could not send its batch ({reason}): type data.workers=0"
 _DIED = "DataLoader worker (pid"
+_TIMED_OUT = "DataLoader timed out"
 
 
 def _validate_room(workers: int) -> None:
@@ -486,6 +496,11 @@ def _what_failed(error: BaseException, batch_bytes: int = 0) -> str | None:
         return (
             "a data worker was killed, as the system does when memory runs out: type a smaller "
             "data.workers (or 0), or a smaller train.micro_batch"
+        )
+    if _TIMED_OUT in message:
+        return (
+            f"{_WORKERS} have brought no batch for a long time ({one_line(error)}): the "
+            "disk hangs, or somebody stopped them; type data.workers=0 to see where"
         )
     if _DIED in message:
         return f"a data worker died ({one_line(error)}): type data.workers=0 to see why"

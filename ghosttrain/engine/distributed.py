@@ -73,6 +73,12 @@ def _store(meeting: str | None) -> dist.Store | None:
     return dist.PrefixStore(meeting.removeprefix("store:"), store)
 
 
+def wait_at_most(minutes: float) -> None:
+    """Let a rank that waits for others give up after `minutes`; torch's own 30 until then."""
+    if world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
+
+
 def call_off() -> None:
     """Tell the other ranks, which wait for the settings, that none come; nothing where this one has
     joined them already: its end is seen.

@@ -66,7 +66,13 @@ class HeldOutImages:
         self.indices: Sequence[int]
         self.indices = eval_indices(len(dataset), distributed.rank(), distributed.world_size())
         self.batch = batch
-        self.loader = eval_loader(dataset, config.data, device, config.train.channels_last)
+        self.loader = eval_loader(
+            dataset,
+            config.data,
+            device,
+            config.train.channels_last,
+            patience=60 * (config.train.stall_minutes + 1),  # the watchdog is first
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         asked = False

@@ -25,18 +25,22 @@ KEY = "ghosttrain/stop"
 class Stop:
     """Whether a run was asked to end. All ranks of a run look at the same places."""
 
-    def __init__(self, device: torch.device, log_every: int) -> None:
+    def __init__(
+        self, device: torch.device, log_every: int, alive: Callable[[], object] = int
+    ) -> None:
         """Listen to nothing yet.
 
         Args:
             device: of this rank.
             log_every: steps between two rows, at which all ranks of GPUs have reached the same
                 step: between them one may be ahead of another.
+            alive: called at each look: the run goes on.
         """
         self.number = 0
         """The signal that this rank got; 0: none."""
         self.apart = log_every if device.type == "cuda" else 1
         self.told = False
+        self.alive = alive
 
     @contextmanager
     def saving(self, save: Callable[[], None]) -> Iterator[None]:
@@ -64,11 +68,13 @@ class Stop:
 
     def poll(self, step: int) -> None:
         """Raise Stopped where all ranks stop after `step` optimizer steps; once a step."""
+        self.alive()
         if self._when(step) <= step:
             raise Stopped(self._number())
 
     def is_asked(self) -> bool:
         """Whether this rank or another one was asked to end."""
+        self.alive()
         return self.number > 0 or self._told() is not None
 
     def agree(self, asked: bool) -> None:

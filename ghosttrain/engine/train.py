@@ -40,6 +40,7 @@ from ghosttrain.engine.state import TrainState
 from ghosttrain.engine.stop import Stop
 from ghosttrain.engine.student import build_network, has_fused_form, trained_depths
 from ghosttrain.engine.teacher_source import build_teacher_source
+from ghosttrain.engine.watchdog import Watchdog
 from ghosttrain.engine.weights_file import describe_weights, weights_bytes, write_weights
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
@@ -113,6 +114,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     plan = make_plan(config, len(train_set), ranks, train_set.labels)
     weights_K = class_weights(config.train, train_set.labels, len(classes))
     teacher = build_teacher_source(config, train_set, device)
+    watchdog = Watchdog(run, config.train.stall_minutes)
+    patience = config.train.stall_minutes + 1  # minutes; the watchdog says more, and is first
     train_images = train_loader(
         train_set,
         config.data,
@@ -121,8 +124,9 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
         channels_last=config.train.channels_last,
         views=teacher.views,
         cached=teacher.cached,
+        patience=60 * patience,
     )
-    stop = Stop(device, config.tracker.log_every)
+    stop = Stop(device, config.tracker.log_every, watchdog.beat)
     held_images = HeldOutImages(
         held_out, config, device, config.train.eval_batch or plan.micro_batch, stop
     )
@@ -199,7 +203,8 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
             "checkpoint, and on with the images that follow"
         )
 
-    with train_images, held_images, tracker, saver, stop.saving(save):
+    with train_images, held_images, tracker, saver, stop.saving(save), watchdog:
+        distributed.wait_at_most(patience)
         if rank == 0:
             tracker.say(*summary.head(about, student, notes), *tracker.about())
         try_first_batch(student, held_images)
