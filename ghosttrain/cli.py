@@ -18,7 +18,7 @@ from ghosttrain.commands.arguments import (
     validate_known,
     validate_not_hydras,
 )
-from ghosttrain.errors import Stopped, UserError, did_you_mean, mistake
+from ghosttrain.errors import BUSY, Busy, Stopped, UserError, did_you_mean, mistake
 from ghosttrain.terminal import Output, lasting_output, reason
 from ghosttrain.threads import wait_asleep
 
@@ -73,7 +73,7 @@ def _main(args: list[str]) -> int:
             raise
         where = f" (rank {ranks.rank()})" if ranks.rank() else ""
         print(f"ghosttrain: error{where}: {line}", file=sys.stderr)
-        return 2
+        return BUSY if isinstance(error, Busy) else 2
     except RuntimeError as error:
         if ranks.world_size() == 1 or not _lost_a_peer(error):
             raise

@@ -54,6 +54,15 @@ SAVED = 75
 of sysexits.h, "try again later". After Ctrl-C it is 130, as everywhere."""
 
 
+BUSY = 69
+"""Exit code of work that was not begun because another process does it: EX_UNAVAILABLE of
+sysexits.h."""
+
+
+class Busy(UserError):
+    """Another process owns what this one needs."""
+
+
 class Stopped(SystemExit):
     """Somebody asked the work to end, by a signal; what is done is kept."""
 

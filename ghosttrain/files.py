@@ -1,4 +1,4 @@
-"""Files and folders: where they are, the one durable writer, and the lock.
+"""Files and folders: where they are, the one durable writer.
 
 Everything that a run or a cache leaves is written by `replacing`: a file is either the old one or
 complete, also after a power cut. Imports no torch; `--help` has to be instant.
@@ -7,13 +7,11 @@ complete, also after a power cut. Imports no torch; `--help` has to be instant.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -209,60 +207,3 @@ def file_digest(path: Path) -> str:
 
 def _json_digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# --- the lock -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(folder: Path, busy: str | None, patience: float = 0.0) -> Iterator[None]:
-    """Own an existing folder until the block or the process ends.
-
-    The system drops the lock when its process ends, however it ends, so none goes stale.
-
-    Args:
-        folder: an existing one.
-        busy: what to say when another process owns it. None: say nothing and go on, also on a file
-            system without locks; for work that may be done twice.
-        patience: seconds to wait for the other process.
-
-    Raises:
-        UserError: with the message `busy`, when another process owns it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.1)
-                    continue
-                if busy is not None:
-                    raise UserError(busy) from None
-                break
-            except OSError:
-                if busy is not None:
-                    raise
-                break
-        yield
-    finally:
-        with suppress(OSError):
-            # Workers that were forked meanwhile hold the same lock: closing alone would leave it.
-            fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether another process owns an existing folder now.
-
-    Raises:
-        OSError: a file system without locks, or no such folder.
-    """
-    try:
-        with locked(folder, "another process owns it"):
-            return False
-    except UserError:
-        return True

@@ -32,6 +32,14 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody who owns a folder in this process gives it back while a test waits for it."""
+    from ghosttrain import locks
+
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+
+
 @pytest.fixture(params=["kernel", "no kernel"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the C++ kernels do what they can do."""

@@ -25,7 +25,8 @@ from ghosttrain.deploy.runtime import stretched
 from ghosttrain.engine.evaluate import HeldOutImages
 from ghosttrain.engine.load import held_out_of
 from ghosttrain.errors import UserError
-from ghosttrain.files import file_digest, locked, sync_folder, write_json, write_text
+from ghosttrain.files import file_digest, sync_folder, write_json, write_text
+from ghosttrain.locks import locked
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.text import byte_size, one_line
 
@@ -91,7 +92,7 @@ def each_format(
     folder = source.folder / "export"
     folder.mkdir(exist_ok=True)
     reports: list[dict[str, Any]] = []
-    with locked(folder, f"another process writes into {folder}: wait for it"):
+    with locked(folder, f"{{owner}} writes into {folder}: wait for it"):
         for made in formats:
             try:
                 reports.append(write(made))

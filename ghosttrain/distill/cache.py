@@ -42,7 +42,6 @@ from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.errors import UserError, raise_if_of_the_system
 from ghosttrain.files import (
     expanded,
-    locked,
     read_json,
     read_limited,
     remove_parts,
@@ -50,6 +49,7 @@ from ghosttrain.files import (
     write_json,
     write_text,
 )
+from ghosttrain.locks import locked
 from ghosttrain.models.weights.packing import packed
 from ghosttrain.text import first_fault, one_line
 
@@ -424,7 +424,7 @@ def _write_info(folder: Path, info: CacheInfo, tables: str) -> None:
 def _locked(folder: Path) -> AbstractContextManager[None]:
     return locked(
         folder,
-        f"another process is storing outputs in {folder}: wait for it, or type another cache.dir",
+        f"{{owner}} is storing outputs in {folder}: wait for it, or type another cache.dir",
     )
 
 

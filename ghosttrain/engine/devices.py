@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ghosttrain.errors import UserError
-from ghosttrain.files import locked
+from ghosttrain.locks import locked
 from ghosttrain.terminal import cell
 
 POLL = 0.5

@@ -34,7 +34,8 @@ from ghosttrain.engine.run_files import (
     write_config,
 )
 from ghosttrain.errors import UserError, remedy
-from ghosttrain.files import PACKAGE, Damaged, expanded, is_locked, locked, remove_parts, write_json
+from ghosttrain.files import PACKAGE, Damaged, expanded, remove_parts, write_json
+from ghosttrain.locks import is_locked, locked
 from ghosttrain.text import clock, listed
 from ghosttrain.version import __version__
 
@@ -244,7 +245,7 @@ def is_running(folder: Path) -> bool:
 def _locked(folder: Path) -> AbstractContextManager[None]:
     return locked(
         folder,
-        f"another process is training in {folder}; wait for it, or choose another run.name",
+        f"{{owner}} is training in {folder}; wait for it, or choose another run.name",
     )
 
 

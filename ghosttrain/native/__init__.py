@@ -34,7 +34,7 @@ from types import ModuleType
 
 import torch
 
-from ghosttrain.files import locked
+from ghosttrain.locks import locked
 from ghosttrain.text import one_line
 
 FOLDER = Path(__file__).parent

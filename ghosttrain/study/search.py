@@ -36,7 +36,8 @@ from ghosttrain.config.identity import settings_hash
 from ghosttrain.config.names import Cells, Names, quoted
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded, extra, is_locked, locked
+from ghosttrain.files import expanded, extra
+from ghosttrain.locks import is_locked, locked
 from ghosttrain.study.report import spread
 from ghosttrain.study.sweep import OWNER, compose_cells, name_failures, run_cells, sweeps_folder
 from ghosttrain.study.table import markdown

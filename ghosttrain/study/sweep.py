@@ -39,7 +39,7 @@ from ghosttrain.engine.folder import is_running, run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.launch import follow, launch, others_told
 from ghosttrain.engine.run_files import read_result
-from ghosttrain.errors import UserError, mistake
+from ghosttrain.errors import BUSY, Busy, UserError, mistake
 from ghosttrain.files import expanded, read_json, write_json
 from ghosttrain.study.report import report
 from ghosttrain.study.submitted import jobs_of
@@ -238,8 +238,8 @@ def run_cell(given: DictConfig) -> float | None:
             # Tasks of the same cell wait to hear from `launch`, which refuses it too.
             elsewhere = is_running(folder) and not ranks.is_on_its_own()
             with _threads_of(context, composed):
-                code = 2 if elsewhere else launch(composed, _run_everywhere())
-        elsewhere = elsewhere or (code != 0 and is_running(folder))
+                code = BUSY if elsewhere else launch(composed, _run_everywhere())
+        elsewhere = code == BUSY
     except Exception as error:  # the other cells still run
         message = mistake(error)
         if message is None:
@@ -247,7 +247,7 @@ def run_cell(given: DictConfig) -> float | None:
         else:
             print(f"ghosttrain: error: {message}", file=sys.stderr)
         code = 1 if message is None else 2
-        elsewhere = folder is not None and is_running(folder)
+        elsewhere = isinstance(error, Busy)
     outcome = {
         "words": words,
         "exit_code": code,

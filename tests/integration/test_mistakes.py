@@ -1,8 +1,8 @@
 """Mistakes of a user: one clear line, exit code 2, nothing lost."""
 
-import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image
 from ghosttrain.config.names import Names
 from ghosttrain.data.order import train_batches
 from ghosttrain.engine.checkpoint import read_checkpoint, write_checkpoint
+from ghosttrain.locks import locked
 from ghosttrain.study.sweep import run_cells
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,12 +166,12 @@ def test_a_folder_that_another_process_trains_in(ghosttrain, tiny, tmp_path):
     assert ghosttrain(*tiny, "train.max_steps=1", "run.name=mine").code == 0
     run = tmp_path / "runs" / "mine"
     (run / "result.json").unlink()
-    other = os.open(run, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    for fresh in ("false", "true"):
-        again = ghosttrain(*tiny, "train.max_steps=1", "run.name=mine", f"run.fresh={fresh}")
-        refused(again, "another process", str(run))
-    os.close(other)
+    with locked(run, "busy"):
+        for fresh in ("false", "true"):
+            again = ghosttrain(*tiny, "train.max_steps=1", "run.name=mine", f"run.fresh={fresh}")
+            assert again.code == 69
+            me = f"process {os.getpid()} on {socket.gethostname()} is training in {run}; wait"
+            assert again.err.startswith(f"ghosttrain: error: {me}")
     resumed = ghosttrain(*tiny, "train.max_steps=1", "run.name=mine")
     assert resumed.code == 0
     message = resumed.out  # of an epoch that did not end, one number in both lines

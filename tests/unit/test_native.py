@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -13,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from ghosttrain import files, native
+from ghosttrain import locks, native
 
 LOAD = """
 import ctypes, sys
 from pathlib import Path
-from ghosttrain import files, native
+from ghosttrain import locks, native
 
 native.FOLDER = Path(sys.argv[1])
 assert native.load() is not None
@@ -100,12 +99,10 @@ def test_a_holder_that_hangs_is_not_waited_for(
         def sleep(cls, seconds: float) -> None:
             cls.now += seconds
 
-    monkeypatch.setattr(files, "time", Clock)
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with files.locked(tmp_path, busy=None, patience=native.PATIENCE):
-        assert native.PATIENCE <= Clock.now < native.PATIENCE + 1
-    os.close(handle)
+    monkeypatch.setattr(locks, "time", Clock)
+    with locks.locked(tmp_path, "busy"):
+        with locks.locked(tmp_path, busy=None, patience=native.PATIENCE):
+            assert native.PATIENCE <= Clock.now < native.PATIENCE + 1
 
 
 def test_without_a_compiler_it_says_so_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from ghosttrain.config import names as names_module
 from ghosttrain.config.compose import Composed, compose
 from ghosttrain.config.names import Names
 from ghosttrain.engine.folder import run_folder
-from ghosttrain.files import locked, write_json
+from ghosttrain.files import write_json
+from ghosttrain.locks import locked
 from ghosttrain.study import search, sweep
 
 ROOT = Path(__file__).resolve().parents[2]

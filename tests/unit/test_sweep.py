@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from ghosttrain.files import locked
+from ghosttrain.locks import locked
 from ghosttrain.study import sweep
 from ghosttrain.study.sweep import _new_folder
 from ghosttrain.terminal import only_lines_of
