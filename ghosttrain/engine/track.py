@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,6 +184,8 @@ class Tracker:
         if folder is None:
             return
         self.started, self.start_step = time.perf_counter(), start_step
+        self.anew = start_step + (not plan.is_evaluated(start_step))
+        """First step of which something is written again."""
         self.total, self.epoch = plan.total_steps, plan.steps_per_epoch
         self.epoch_label = plan.epoch_label
         self.log_file = Journal(folder / LOG)
@@ -234,6 +237,8 @@ class Tracker:
             self.bar.close()
         if self.wandb is not None:
             self._attempt("Weights & Biases", self.wandb.finish)
+        if "Weights & Biases" in self.failed:
+            _end_wandb()
         if self.tensorboard is not None:
             self._attempt("TensorBoard", self.tensorboard.close)
         self._attempt(METRICS, self.metrics.flush)
@@ -385,9 +390,14 @@ class Tracker:
                 "tracker.tensorboard=true needs the package: pip install tensorboard"
             ) from None
         try:
-            self.tensorboard = SummaryWriter(log_dir=str(folder / "tensorboard"))
+            # What an earlier process wrote from there on counts no more.
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=self.anew)
         except (OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
-            self._note("TensorBoard", error)
+            return self._note("TensorBoard", error)
+        for row in read_metrics(folder):
+            if row["kind"] == "train" and row["step"] >= self.anew:
+                values = {k: v for k, v in row.items() if k not in ("kind", "step")}
+                self._attempt("TensorBoard", partial(self._scalars, "train", row["step"], values))
 
 
 def forget_rows(folder: Path, step: int, evaluates_first: bool) -> None:
@@ -546,6 +556,16 @@ def _wandb(config: Config, folder: Path, mode: Literal["online", "offline"]) -> 
         id=os.environ.get("WANDB_RUN_ID") or _wandb_id(folder),  # `wandb agent` gives one
         resume="allow",
     )
+
+
+def _end_wandb() -> None:
+    """End what is left of Weights & Biases' own process, which may have died: else Python's last
+    words would be a traceback of theirs.
+    """
+    with suppress(Exception):
+        import wandb
+
+        wandb.teardown()
 
 
 def _wandb_id(folder: Path) -> str:

@@ -1,7 +1,11 @@
 """What a run notes: means of the losses, rows of metrics, and places that fail."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -447,3 +451,68 @@ def test_weights_and_biases_gets_group_tags_table_and_weights(tiny, tmp_path, mo
     config = compose([*words, "seed=7", f"run.root={tmp_path / 'agent'}"]).config
     ghosttrain.train(config)
     assert given["init"]["id"] == "of_the_agent"
+
+
+def kill_wandb() -> None:
+    """Kill Weights & Biases' own process, a child of this one."""
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(int(pid), signal.SIGKILL)
+            return
+    raise AssertionError("there is none")
+
+
+def test_the_process_of_wandb_dies(tmp_path):
+    """In a process of its own, whose end is looked at too."""
+    code = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+import test_track
+with test_track.started(Path({str(tmp_path)!r}), wandb="offline") as tracker:
+    tracker.log("train", 10, test_track.ROW)
+    test_track.kill_wandb()
+    for step in range(20, 10_000, 10):
+        tracker.log("train", step, test_track.ROW)
+        if tracker.wandb is None:
+            break
+"""
+    environment = {**os.environ, "WANDB_SILENT": "true"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=environment, timeout=300)  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "Weights & Biases cannot be written" in done.stdout
+    assert "the run goes on without it" in done.stdout
+
+
+def test_tensorboard_of_a_run_that_goes_on_has_every_step_once(ghosttrain, tiny, tmp_path):
+    """Killed with rows behind its checkpoint, which is evaluated again where an epoch had ended."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for saved in (2, 3):  # of 6 steps, 3 an epoch
+        words = [*tiny, "tracker.tensorboard=true", "tracker.log_every=1",
+                 f"train.save_every={saved}steps", f"run.root={tmp_path / str(saved)}"]  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_after(patch, 4)
+            assert ghosttrain(*words).code == 130
+        assert ghosttrain(*words).code == 0
+        run = only_run(tmp_path / str(saved))
+        events = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+        for kind in ("train/loss", "eval/ema_top1"):
+            group, name = kind.split("/")
+            rows = [row for row in read_metrics(run) if row["kind"] == group]
+            found = [(event.step, event.value) for event in events.Scalars(kind)]
+            assert found == [(row["step"], pytest.approx(row[name])) for row in rows], (kind, saved)
+
+
+def interrupt_after(patch, steps: int) -> None:
+    """Interrupt a run in the look for signals or the evaluation after this step, unsaved."""
+    log, rows = Tracker.log, []
+
+    def logging(tracker, kind, step, row):
+        log(tracker, kind, step, row)
+        if kind == "train":
+            rows.append(step)
+        if len(rows) == steps:
+            raise KeyboardInterrupt
+
+    patch.setattr(Tracker, "log", logging)
