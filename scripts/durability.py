@@ -1,6 +1,7 @@
 """Proofs that a run loses nothing; what they found: docs/durability.md.
 
-scripts/chaos [KILLS]      a small run, killed at random moments and inside saves, until it ends
+scripts/chaos [KILLS]      a small run, killed at random moments and inside saves, until it ends;
+                           then asked to end by signals, as often
 scripts/crashpoints        stopped before each file operation, one after the other; then each fails
 scripts/powercut           the same on a disk whose power is cut (root; a loop-mounted ext4)
 
@@ -325,6 +326,84 @@ def chaos(
     return faults
 
 
+def signals(
+    folder: Path, count: int, how: str, seed: int = 0, words: list[str] = SMALL
+) -> list[str]:
+    """Ask a run to end by signals at random moments, from its imports on, until it ends; return
+    what was not as it should be: a traceback, another exit code, a process or a temporary file that
+    is left, half a minute without an end.
+
+    `how`: `1` or `2` ranks of its own; `torchrun`: two, one of which hears the signal.
+    """
+    whole, root, draw = folder / f"whole-{how}", folder / f"runs-{how}", random.Random(seed)
+    temporary = folder / f"temporary-{how}"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "ghosttrain", *words, f"launch.nproc={how}"]
+    if how == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m",
+                   "ghosttrain", *words]  # fmt: skip
+    started = time.monotonic()
+    subprocess.run([*command, f"run.root={whole}"], check=True, stdout=subprocess.DEVNULL)
+    length = time.monotonic() - started
+    faults, sent, ended = [], 0, 0
+    while sent < count or root.exists():
+        process = subprocess.Popen(
+            [*command, f"run.root={root}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, start_new_session=True, env={**os.environ, "TMPDIR": str(temporary)},
+        )  # fmt: skip
+        number = draw.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+        told = None
+        if sent < count:
+            time.sleep(draw.uniform(0, length))
+            told = _hearer(process.pid) if how == "torchrun" else process.pid
+        if told is not None and process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(told, number)
+                sent += 1
+        place = f"{how}, {signal.Signals(number).name}, signal {sent}"
+        try:
+            error = process.communicate(timeout=60 + 3 * length)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return [*faults, f"{place}: it does not end: {process.communicate()[1][-500:]}"]
+        if _is_left(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+            faults.append(f"{place}: a process is left")
+        faults += [f"{place}: {path.name} is left" for path in temporary.glob("ghosttrain-*")
+                   if path.name != f"ghosttrain-{os.getuid()}"]  # fmt: skip
+        if process.returncode == 0:
+            ended += 1
+            faults += [f"run {ended}: {each}" for each in differences(root / "run", whole / "run")]
+            shutil.rmtree(root)
+        elif how != "torchrun":
+            if process.returncode not in (75, 130, 128 + number, -number):
+                faults.append(f"{place}: exit code {process.returncode}")
+            if "Traceback" in error:
+                faults.append(f"{place}: {error[-1500:]}")
+    print(f"signals: {how}, {sent} signals, {ended} runs ended, {len(faults)} faults")
+    return faults
+
+
+def _hearer(agent: int) -> int | None:
+    """Return the first rank that torchrun started; None before it did."""
+    children = Path(f"/proc/{agent}/task/{agent}/children")
+    with suppress(OSError, ValueError):
+        return int(children.read_text().split()[0])
+    return None
+
+
+def _is_left(group: int) -> bool:
+    """Whether a process of this group is there after five seconds."""
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def main() -> int:
     """Run the proof that the command line names, in a folder of its own."""
     name, *numbers = sys.argv[1:]
@@ -336,6 +415,10 @@ def main() -> int:
         count = int(numbers[0]) if numbers else None
         if name == "chaos":
             faults = [f for n in (1, 2) for f in chaos(here, (count or 100) // 2, n)]
+            kinds = ("1", "2", "torchrun")
+            faults += [f for how in kinds for f in signals(here, (count or 90) // 3, how)]
+        elif name == "signals":
+            faults = [f for how in ("1", "2") for f in signals(here, (count or 90) // 2, how)]
         elif name == "failures":
             faults = failures(here, count or 1)
         elif name == "crashpoints":
