@@ -351,16 +351,22 @@ class Tracker:
             ) from None
 
     def _start_tensorboard(self, folder: Path) -> None:
+        writer = summary_writer()
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "tracker.tensorboard=true needs the package: pip install tensorboard"
-            ) from None
-        try:
-            self.tensorboard = SummaryWriter(log_dir=str(folder / "tensorboard"))
+            self.tensorboard = writer(log_dir=str(folder / "tensorboard"))
         except (OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
             self._note("TensorBoard", error)
+
+
+def summary_writer() -> Any:
+    """Return TensorBoard's class that writes events; UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tracker.tensorboard=true needs the package: pip install tensorboard"
+        ) from None
+    return SummaryWriter
 
 
 def forget_rows(folder: Path, step: int, evaluates_first: bool) -> None:
