@@ -91,7 +91,7 @@ class Report:
         """Return what keeps a run from going through, or from measuring what it says."""
         refused = len(self.unreadable) + len(self.oversized)
         faults = []
-        if refused and self.data.on_error == "raise":
+        if refused and self.data.on_error != "skip":
             faults.append(f"a run ends at {counted(refused, 'image')} that cannot be used")
         if self.overlap:
             faults.append("held-out images are trained on")
@@ -238,11 +238,9 @@ def describe(report: Report) -> list[str]:
         lines.append(
             f"largest: {width:,} x {height:,} pixels, {size} decoded: {report.name_of(image)}"
         )
-    refused = (
-        "a run ends there; data.on_error=skip goes on without them"
-        if data.on_error == "raise"
-        else "left out by data.on_error=skip"
-    )
+    refused = "a run ends there; data.on_error=skip goes on without them"
+    if data.on_error == "skip":
+        refused = "left out by data.on_error=skip"
     lines += _section("unreadable", refused, (reason for _, reason in report.unreadable))
     lines += _section("oversized", refused, (reason for _, reason in report.oversized))
     shown = "as three equal channels" if data.in_chans == 3 else "as they are"

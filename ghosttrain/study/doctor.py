@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ghosttrain import native, ranks, threads
-from ghosttrain.config.compose import Composed
+from ghosttrain.config.compose import Composed, validate_data_here
 from ghosttrain.config.losses import compares_features
 from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.datasets import Dataset, build_datasets
@@ -92,9 +92,8 @@ class Found:
 
 
 def examine(composed: Composed, tell: Callable[[Finding], object]) -> str | None:
-    """Look at each thing that this run needs; return why it cannot start, None: it can.
-
-    A finished run needs nothing of it: its command shows the result.
+    """Look at each thing that this run needs; return the names of what keeps it from starting, None
+    where nothing does. The command of a finished run shows its result, whatever else is missing.
 
     Args:
         composed: the run.
@@ -198,6 +197,7 @@ def _look_at_files(found: Found) -> tuple[State, str]:
 
 
 def _look_at_data(found: Found) -> tuple[State, str]:
+    validate_data_here(found.config.data)
     found.halves = train_set, held_out = build_datasets(found.config.data)
     text = f"{train_set.describe()}; held out {len(held_out):,}"
     left_out = (*train_set.left_out, *held_out.left_out)
@@ -389,6 +389,7 @@ def _look_at_run(found: Found) -> tuple[State, str]:
     notes: list[str] = []
     result = finished_result(folder, config, notes, mends=False)
     if result is not None:
+        validate_data_here(config.data)
         unknown = validate_result(folder, config, result)
         found.is_finished = True
         top1 = result["weights"][result["headline"]]["top1"]
