@@ -35,6 +35,7 @@ from ghosttrain.data.datasets.base import evenly
 from ghosttrain.data.decode import BrokenImage, decoded
 from ghosttrain.data.loader import files_of, validate_workers, worker_count
 from ghosttrain.distill.features import Network
+from ghosttrain.distill.pretrained import validate_published
 from ghosttrain.engine.checkpoint import Checkpoint, newest_checkpoint
 from ghosttrain.engine.conditions import processor, settle_threads
 from ghosttrain.engine.devices import validate_visible
@@ -52,7 +53,7 @@ from ghosttrain.engine.track import summary_writer, wandb_mode
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
 from ghosttrain.models.cost import count_params
-from ghosttrain.models.weights.sources import weights_path
+from ghosttrain.models.weights.sources import published, weights_path
 from ghosttrain.study.cost import cache_of, folder_bytes, member_of, saved_bytes
 from ghosttrain.study.findings import Finding, NotLookedAt, State, finding, needed
 from ghosttrain.terminal import reason
@@ -190,7 +191,10 @@ def _look_at_files(found: Found) -> tuple[State, str]:
     if not found.workers:
         return "OK", f"{limit}; no data workers"
     validate_workers(found.workers)
-    return "OK", f"{limit}; {found.workers} data workers take {files_of(found.workers)} and more"
+    return (
+        "OK",
+        f"{limit}; {files_of(found.workers)} and more for {counted(found.workers, 'data worker')}",
+    )
 
 
 # --- Data, teacher, student -----------------------------------------------------------------------
@@ -263,6 +267,7 @@ def _look_at_teacher(found: Found) -> tuple[State, str]:
     config = found.config
     asked = config.distill.name != "none" and config.cache.dir is None
     for network in config.teacher.networks.values() if asked else ():
+        validate_published(network, "teacher", train_set.classes)
         _validate_here(network.weights, network.name, "teacher.weights")
     found.teacher = build_teacher_source(config, train_set, found.device)
     unchecked = asked and not config.teacher.check_samples
@@ -290,25 +295,20 @@ def _look_at_student(found: Found) -> tuple[State, str]:
 
 
 def _validate_here(weights: str | None, name: str | None, setting: str) -> None:
-    """Raise NotLookedAt where weights are published ones that are not on this machine: a run would
-    fetch them, which is no look.
+    """Raise NotLookedAt where weights are published ones that a run would fetch: that is no look.
 
     Raises:
-        UserError: they are not on this machine and the hub may not be asked.
+        UserError: the hub does not give them.
     """
-    if weights != "hub":
+    if weights != "hub" or name is None:
         return
-    try:
+    with suppress(UserError):
         weights_path(weights, name, setting, download=False)
-    except UserError as error:
-        from huggingface_hub.constants import HF_HUB_OFFLINE
+        return
+    from ghosttrain.models.weights.hub import validate_on_hub
 
-        if HF_HUB_OFFLINE or "not on this machine" not in str(error):
-            raise
-        raise NotLookedAt(
-            f"{setting}=hub: the weights of {name} are not on this machine yet, the run fetches "
-            "them when it starts"
-        ) from None
+    validate_on_hub(name, published(name, f"{setting.rpartition('.')[0]}.name"), setting)
+    raise NotLookedAt(f"{setting}=hub: the run fetches the weights of {name}, which the hub has")
 
 
 # --- Room -----------------------------------------------------------------------------------------
@@ -330,8 +330,8 @@ def _look_at_shared_memory(found: Found) -> tuple[State, str]:
     whole, free = (n * shared.f_frsize for n in (shared.f_blocks, shared.f_bavail))
     least, usual = workers * batch, PREFETCHED * workers * batch
     text = (
-        f"{byte_size(free)} of {byte_size(whole)} free; {workers} data workers put "
-        f"{byte_size(usual)} there, {PREFETCHED} batches of {byte_size(batch)} each"
+        f"{byte_size(free)} of {byte_size(whole)} free; {byte_size(usual)} needed by "
+        f"{counted(workers, 'data worker')}, {PREFETCHED} batches of {byte_size(batch)} each"
     )
     remedy = (
         f"{text}: type data.workers=0 or fewer than now, a smaller train.micro_batch, or in Docker "

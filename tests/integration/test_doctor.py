@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import only_run, stop_after_saves
+from helpers import only_run, paint, stop_after_saves
 
 from ghosttrain.files import locked
 from ghosttrain.study import doctor, packages
@@ -143,6 +143,37 @@ def test_a_teacher_that_knows_nothing(examined, tiny, tmp_path):
     words = ["teacher=file", "distill=kl", "teacher.name=test_resnet"]
     code, found = examined(*tiny, *words, f"teacher.weights={tmp_path / 'random.safetensors'}")
     assert code == 1 and "the teacher is right on" in failed(found)["teacher"]
+
+
+def test_weights_of_the_hub_are_asked_for_and_not_fetched(examined, tmp_path, monkeypatch):
+    from photos import PHOTOS
+
+    from ghosttrain.models.weights import hub
+
+    def not_cached(repo, filename, **options):
+        assert options.get("local_files_only"), "it fetches"
+        raise hub.LocalEntryNotFoundError("not in the cache")
+
+    def no_route(url, **options):
+        raise OSError("no route")
+
+    for split in ("train", "val"):
+        for name in PHOTOS:
+            paint(tmp_path / "images" / split / name / "0.png")
+    words = ["data=folder", f"data.root={tmp_path / 'images'}", "train.global_batch=4"]
+    words += ["distill=kl", "teacher=timm", "teacher.name=resnet18", "teacher.weights=hub"]
+    words += ["model=mobilenetv2_050", "data.workers=0", f"run.root={tmp_path / 'runs'}"]
+    monkeypatch.setattr(hub, "hf_hub_download", not_cached)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, **options: None)
+    code, found = examined(*words)
+    assert (
+        code == 0 and found["teacher"][0] == "note" and "which the hub has" in found["teacher"][1]
+    )
+    monkeypatch.setattr(hub, "get_hf_file_metadata", no_route)
+    code, found = examined(*words)
+    assert code == 1 and "cannot be had from the hub (no route)" in failed(found)["teacher"]
+    code, found = examined(*words, "data.classes=[]", "data=digits", "data.root=null")
+    assert code == 1 and "knows 1000 classes, the data has 10" in failed(found)["teacher"]
 
 
 @pytest.mark.parametrize("half", ["train", "val"])
