@@ -28,7 +28,8 @@ ARGUMENTS = with_config_dir(
 )
 VERB_NAMES = (
     "train", "eval", "fuse", "export", "quantize", "latency", "pareto", "publish", "predict",
-    "wrong", "report", "study", "recipes", "cost", "lr_find", "data", "cache", "bench", "version",
+    "wrong", "report", "study", "recipes", "cost", "doctor", "lr_find", "data", "cache", "bench",
+    "version",
 )  # fmt: skip
 ALSO_SECTIONS = ("train", "cache", "data")
 """Verbs that a section of settings is called like: their help shows both."""
@@ -64,9 +65,12 @@ verbs (python -m ghosttrain VERB --help: all about one)
   recipes           all recipes: what for, what they reach, what they cost
   cost              what a run, or with -m a sweep, will cost: steps, multiplications, disk,
                     memory, hours on 1 to 64 devices (--measure, --images-per-second X)
+  doctor            whether a run could start here: packages, devices, disk, data, teacher, run
+                    folder, a line each, with what to type
   lr_find           a short run in which the learning rate rises: a picture, and which to take
   data show         some training images under several draws of the augmentation; data stats:
-                    sizes, formats, classes, mean and std
+                    sizes, formats, classes, mean and std; data check: reads each image once,
+                    names damaged ones, duplicates, and held-out images that are trained on
   cache             store the teacher's outputs once (cache.dir=D cache.draws=E); --dry-run only
                     measures; cache D --repair, cache D --inspect
   bench             time and memory: bench step, optim, data, distill

@@ -500,12 +500,8 @@ def _check(
             )
     _validate_root_is_read(data)
     _validate_split(data)
-    if data.name != "digits" and needs_data:
-        if not data.root:
-            variable = " or set IMAGENET_DIR" if data.name == "imagenet" else ""
-            raise UserError(f"data={data.name} needs a folder: type data.root=/path{variable}")
-        if not expanded(data.root).is_dir():
-            raise UserError(f"data.root={data.root}: no such folder")
+    if needs_data:
+        validate_data_here(data)
     if config.cache.dir and data.root:
         images = (expanded(data.root) / split for split in (data.train_split, data.val_split))
         if any(expanded(config.cache.dir).is_relative_to(folder) for folder in images):
@@ -573,6 +569,17 @@ def _check(
         )
     if model.source == "ghosttrain":
         validate_sides(model, data, micro_batch * (processes if config.train.sync_bn else 1))
+
+
+def validate_data_here(data: DataConfig) -> None:
+    """Raise UserError where the folder of the images is not given, or not on this machine."""
+    if data.name == "digits":
+        return
+    if not data.root:
+        variable = " or set IMAGENET_DIR" if data.name == "imagenet" else ""
+        raise UserError(f"data={data.name} needs a folder: type data.root=/path{variable}")
+    if not expanded(data.root).is_dir():
+        raise UserError(f"data.root={data.root}: no such folder")
 
 
 def _replaced(budget: Layer, before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:

@@ -45,6 +45,10 @@ class BrokenImage(UserError):
     """One image file that cannot be used: `data.on_error` says what happens."""
 
 
+class OversizedImage(BrokenImage):
+    """One image file with more pixels than `data.max_pixels`."""
+
+
 def suffixes() -> frozenset[bytes]:
     """Return the endings of names, such as `jfif`, that Pillow's readers of `FORMATS` claim."""
     Image.init()
@@ -70,7 +74,7 @@ def open_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise BrokenImage(_no_image(path, content)) from None
         image.filename = path
         if (pixels := image.width * image.height) > max_pixels:
-            raise BrokenImage(
+            raise OversizedImage(
                 f"{path} has {image.width:,} x {image.height:,} pixels, more than "
                 f"data.max_pixels={max_pixels}: type data.max_pixels={pixels} if it is what it "
                 f"should be (decoded, it takes {3 * pixels / 1e6:,.0f} MB of memory for each "

@@ -156,9 +156,9 @@ class Loader:
         how = {} if size is None else {"size": size}
         self._plan.batches = ((draw_number, indices, how) for indices in plan)
         workers, self._since = self._loader.num_workers, 0.0
+        if workers and self._loader._iterator is None:
+            validate_workers(workers)
         with _explained(workers), _starting_workers():
-            if workers and self._loader._iterator is None:
-                _validate_room(workers)
             batches = iter(self._loader)
         while True:
             with _explained(workers), self._waiting():
@@ -286,6 +286,37 @@ def eval_loader(
     """Return a loader of centre crops, nothing random; arguments as for `train_loader`."""
     transform = eval_transform(data, views)
     return Loader(dataset, transform, data, device, channels_last, views, patience=patience)
+
+
+def in_workers(samples: TorchDataset[Any], requests: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Yield `samples[request]` for each request, in this order, computed by so many processes (0:
+    by this one).
+
+    Raises:
+        UserError: the workers cannot be started, or one of them died.
+    """
+    if workers:
+        validate_workers(workers)
+    with _explained(workers), _starting_workers():
+        results: Any = iter(
+            DataLoader(
+                samples,
+                sampler=requests,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_unchanged,
+                worker_init_fn=_prepare_worker,
+                generator=torch.Generator(),
+            )
+        )
+    try:
+        for _ in requests:
+            with _explained(workers):
+                result = next(results)
+            yield result
+    finally:
+        if workers:
+            results._shutdown_workers()
 
 
 # --- in the workers -------------------------------------------------------------------------------
@@ -430,10 +461,16 @@ _DIED = "DataLoader worker (pid"
 _TIMED_OUT = "DataLoader timed out"
 
 
-def _validate_room(workers: int) -> None:
-    """Raise the OSError that starting the workers would: torch prints another traceback with it."""
-    multiprocessing.Lock()  # lies in shared memory
-    _validate_files(6 * workers + 10)  # pipes: of each worker, of the results
+def validate_workers(workers: int) -> None:
+    """Raise the UserError that starting so many workers would: torch prints a traceback with it."""
+    with _explained(workers):
+        multiprocessing.Lock()  # lies in shared memory
+        _validate_files(files_of(workers))
+
+
+def files_of(workers: int) -> int:
+    """Return how many files so many workers keep open: pipes of each, and those of the results."""
+    return 6 * workers + 10
 
 
 def _validate_files(needed: int) -> None:

@@ -93,10 +93,7 @@ def load_pretrained(
             f"{key}.weights=digits is the shipped teacher, not {cfg.name}: type teacher=digits,"
             f" or {key}.weights=PATH for your own"
         )
-    if cfg.weights == "hub" and cfg.name is not None:  # before hundreds of megabytes come
-        expected = published(cfg.name, f"{key}.name")
-        if expected.hf_hub_id:
-            class_columns(cfg.name, expected.num_classes, None, classes)
+    validate_published(cfg, key, classes)  # before hundreds of megabytes come
     given = sources.open_weights(cfg.weights, cfg.name, f"{key}.weights")
     name = _network_name(cfg, key, given.about)
     state, _ = part_of(given.state, telltales())
@@ -133,6 +130,18 @@ def load_pretrained(
         name=cfg.name or name,
         size_note=size_note,
     )
+
+
+def validate_published(cfg: schema.PretrainedConfig, key: str, classes: Sequence[str]) -> None:
+    """Refuse a network of the hub that has other classes than the data, before it is fetched.
+
+    Raises:
+        UserError: it has; timm knows no such model.
+    """
+    if cfg.weights == "hub" and cfg.name is not None:
+        expected = published(cfg.name, f"{key}.name")
+        if expected.hf_hub_id:
+            class_columns(cfg.name, expected.num_classes, None, classes)
 
 
 # --- Which network it is -------------------------------------------------------------------------

@@ -8,7 +8,6 @@ becomes bytes is distill/codecs.py's, which codec is engine/codec_choice.py's.
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import build_datasets, notes_on
@@ -36,6 +34,7 @@ from ghosttrain.engine.cache_key import absent, cache_key, left_open, loss_note,
 from ghosttrain.engine.cache_picture import draw_picture
 from ghosttrain.engine.codec_choice import TeacherInference, choose_codec, sample_outputs
 from ghosttrain.engine.distributed import say
+from ghosttrain.engine.progress import Progress
 from ghosttrain.engine.run_files import config_text
 from ghosttrain.engine.teacher_source import ready_teacher
 from ghosttrain.errors import UserError
@@ -185,7 +184,7 @@ def write_missing(
     rank, ranks = distributed.rank(), distributed.world_size()
     mine = todo[rank::ranks]
     started, storing = time.perf_counter(), 0.0
-    progress = _Progress(sum(len(cache.samples(shard)) for shard in mine))
+    progress = Progress(sum(len(cache.samples(shard)) for shard in mine))
     with inference.loader() as loader, progress:
         for draw in sorted({shard.draw for shard in mine}):
             shards = [shard for shard in mine if shard.draw == draw]
@@ -217,33 +216,3 @@ def write_missing(
         say(f"nothing to write: all files are {'intact' if repair else 'there'}")
     folder = shlex.quote(str(cache.folder))
     say(f"train with them: the same settings without `cache`, cache.dir={folder}")
-
-
-class _Progress:
-    """A bar on a terminal, a line every half minute elsewhere; on rank 0."""
-
-    EVERY = 30.0
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.started = self.printed = time.perf_counter()
-        terminal = sys.stderr.isatty() and distributed.rank() == 0
-        self.bar = tqdm(total=total, unit=" images", dynamic_ncols=True) if terminal else None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def add(self, images: int) -> None:
-        """Count images."""
-        self.done += images
-        now = time.perf_counter()
-        if self.bar is not None:
-            self.bar.update(images)
-        elif now - self.printed > self.EVERY:
-            self.printed, speed = now, self.done / (now - self.started)
-            left = clock((self.total - self.done) / speed)
-            say(f"{self.done:,} of {self.total:,} images, {speed:.0f} images/s, ETA {left}")

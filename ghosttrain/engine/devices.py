@@ -36,7 +36,7 @@ def taken(devices: Sequence[int], count: int) -> Iterator[dict[int, int]]:
     Raises:
         UserError: CUDA_VISIBLE_DEVICES leaves one of them out.
     """
-    _validate_visible(devices)
+    validate_visible(devices)
     folder = _folder()
     held = _free(folder, devices, count)
     if not held:
@@ -94,7 +94,8 @@ def _folder() -> Path:
     return folder
 
 
-def _validate_visible(devices: Sequence[int]) -> None:
+def validate_visible(devices: Sequence[int]) -> None:
+    """Raise UserError where CUDA_VISIBLE_DEVICES leaves one of them out."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return

@@ -131,12 +131,17 @@ def pick_device(setting: str, key: str = "launch.device") -> torch.device:
     local = ranks.local_rank()
     if ranks.is_slurm_task() and torch.cuda.device_count() == 1:
         local = 0  # --gpus-per-task: every task sees its own, as number 0
-    if local >= torch.cuda.device_count():
-        raise UserError(
-            f"{local + 1} processes on {torch.cuda.device_count()} GPUs; start one process per GPU"
-        )
+    validate_gpus(local + 1)
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def validate_gpus(processes: int) -> None:
+    """Raise UserError where this machine has fewer GPUs than processes."""
+    if processes > torch.cuda.device_count():
+        raise UserError(
+            f"{processes} processes on {torch.cuda.device_count()} GPUs; start one process per GPU"
+        )
 
 
 def say(text: str) -> None:

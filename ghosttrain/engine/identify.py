@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,19 @@ from ghosttrain.files import Damaged, expanded, file_digest, read_json, write_js
 
 LARGEST = 256_000_000
 """Bytes of what is kept of a listing: a million folders take 100 MB."""
+_KEEPS = ContextVar("keeps findings", default=True)
+
+
+@contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """Write nothing down within the block: for a command that changes no file. What was kept before
+    is still read.
+    """
+    before = _KEEPS.set(False)
+    try:
+        yield
+    finally:
+        _KEEPS.reset(before)
 
 
 def settled(composed: Composed) -> Config:
@@ -198,7 +212,7 @@ def _remembered(
             return before["found"]
         raise
     times = {str(each): os.stat(each).st_mtime_ns for each in looked_at}
-    if all(when < began - YOUNG_NS for when in times.values()):
+    if _KEEPS.get() and all(when < began - YOUNG_NS for when in times.values()):
         with suppress(OSError, UserError):
             kept.mkdir(parents=True, exist_ok=True)
             write_json(path, {"name": name, "times": times, "found": found})

@@ -46,7 +46,7 @@ def launch(
             "launch.devices: torchrun and Slurm say themselves what each rank has: leave it out"
         )
     folder = run_folder(config)
-    result = None if config.run.fresh else _finished(folder, config, notes)
+    result = None if config.run.fresh else finished_result(folder, config, notes)
     if result is not None:
         unknown = validate_result(folder, config, result)
         print(f"finished: {folder}")
@@ -109,9 +109,12 @@ def _validate_nproc(nproc: int) -> None:
         )
 
 
-def _finished(folder: Path, config: Config, notes: list[str]) -> dict[str, Any] | None:
+def finished_result(
+    folder: Path, config: Config, notes: list[str], mends: bool = True
+) -> dict[str, Any] | None:
     """Return the result of a finished run. None: it begins, goes on, is extended, or has a damaged
-    file that is made anew from its last checkpoint, which is added to `notes`.
+    file that is made anew from its last checkpoint, which is added to `notes`. A damaged
+    config.yaml of a finished run is written anew, where `mends` says so.
 
     Raises:
         UserError: it holds a run with other settings, or is damaged and has no checkpoint.
@@ -131,7 +134,7 @@ def _finished(folder: Path, config: Config, notes: list[str]) -> dict[str, Any] 
         return None
     if result and config.train.extended_at and result["settings"] != settings_hash(config):
         return None  # of before it was extended
-    if result and others:  # its config.yaml is damaged
+    if result and others and mends:  # its config.yaml is damaged
         write_config(folder, config)
         print("\n".join(others))
     return result

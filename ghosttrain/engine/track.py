@@ -383,21 +383,27 @@ class Tracker:
             ) from None
 
     def _start_tensorboard(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "tracker.tensorboard=true needs the package: pip install tensorboard"
-            ) from None
+        writer = summary_writer()
         try:
             # What an earlier process wrote from there on counts no more.
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=self.anew)
+            self.tensorboard = writer(str(folder / "tensorboard"), purge_step=self.anew)
         except (OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
             return self._note("TensorBoard", error)
         for row in read_metrics(folder):
             if row["kind"] == "train" and row["step"] >= self.anew:
                 values = {k: v for k, v in row.items() if k not in ("kind", "step")}
                 self._attempt("TensorBoard", partial(self._scalars, "train", row["step"], values))
+
+
+def summary_writer() -> Any:
+    """Return TensorBoard's class that writes events; UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tracker.tensorboard=true needs the package: pip install tensorboard"
+        ) from None
+    return SummaryWriter
 
 
 def forget_rows(folder: Path, step: int, evaluates_first: bool) -> None:

@@ -95,15 +95,37 @@ def build() -> Path:
         RuntimeError: compiler or ninja is missing, or the compiler failed.
         subprocess.TimeoutExpired: the compiler took longer than `PATIENCE`.
     """
-    folder = _root() / f"ghosttrain_{_key()}"
-    library = folder / "ghosttrain.so"
+    library = library_path()
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
         # Two builders waste time, they do no harm: one that hangs is not waited for for ever.
-        with locked(folder, busy=None, patience=PATIENCE):
+        with locked(library.parent, busy=None, patience=PATIENCE):
             if not library.exists():
                 _compile(library)
     return library
+
+
+def library_path() -> Path:
+    """Return where the shared library for this machine is, once it was compiled."""
+    return _root() / f"ghosttrain_{_key()}" / "ghosttrain.so"
+
+
+def validate_compiler() -> list[str]:
+    """Return the command of the C++ compiler.
+
+    Raises:
+        RuntimeError: it or ninja is missing.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    for tool in (compiler[0], "ninja"):
+        if shutil.which(tool, path=_search_path()) is None:
+            raise RuntimeError(f"{tool} is not installed")
+    return compiler
+
+
+def _search_path() -> str:
+    """Return where programs are looked for: ninja is beside this Python."""
+    return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
 def _root() -> Path:
@@ -142,11 +164,7 @@ def _cpu() -> str:
 
 def _compile(library: Path) -> None:
     """Compile in a child process: warnings, PATH and a compiler that hangs stay out of this one."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    for tool in (compiler[0], "ninja"):
-        if shutil.which(tool, path=path) is None:
-            raise RuntimeError(f"{tool} is not installed")
+    compiler = validate_compiler()
     for left in library.parent.glob("build-*"):  # by a killed process
         if time.time() - left.stat().st_mtime > 2 * PATIENCE:
             shutil.rmtree(left, ignore_errors=True)
@@ -164,7 +182,7 @@ def _compile(library: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-c", _COMPILE, json.dumps(settings)],
             cwd=folder,
-            env=os.environ | {"PATH": path},
+            env=os.environ | {"PATH": _search_path()},
             capture_output=True,
             text=True,
             timeout=PATIENCE,

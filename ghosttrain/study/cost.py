@@ -172,12 +172,19 @@ class RunCost:
     @property
     def disk_bytes(self) -> int:
         """Return the bytes that the run folder takes in the end."""
-        return self.checkpoints * self.checkpoint_bytes + 2 * self.weights_bytes
+        return folder_bytes(self.checkpoints, self.checkpoint_bytes, self.weights_bytes)
 
     @property
     def all_macs(self) -> int:
         """Return the multiply-accumulates of the whole run."""
         return sum(self.macs.values())
+
+
+def folder_bytes(checkpoints: int, checkpoint_bytes: int, weights_bytes: int) -> int:
+    """Return the bytes of a run folder: so many checkpoints; model.safetensors and
+    best.safetensors.
+    """
+    return checkpoints * checkpoint_bytes + 2 * weights_bytes
 
 
 def as_json(cost: RunCost) -> dict[str, Any]:
@@ -253,7 +260,7 @@ def run_cost(
     networks = config.teacher.networks.values() if asked else ()
     members = [known.teacher(network, data.classes) for network in networks]
     teacher_macs = sum(member.macs for member in members)
-    cache = _cache(config, data, members) if asked else None
+    cache = cache_of(config, data.images, data.classes, members) if asked else None
     live = cache is not None and cache.folder is None
 
     student = known.student(config, data.classes, _features(config, members), plan)
@@ -463,8 +470,10 @@ def _features(config: Config, members: Sequence[Member]) -> int:
     return sum(member.width for member in members) if compares_features(config.distill) else 0
 
 
-def _cache(config: Config, data: Data, members: Sequence[Member]) -> Cache:
-    """Return what storing the teacher's outputs takes, or has taken."""
+def cache_of(
+    config: Config, images: int, classes: Sequence[str], members: Sequence[Member]
+) -> Cache:
+    """Return what storing the teacher's outputs for so many training images takes, or has taken."""
     draws, folder = draws_of(config), config.cache.dir
     if folder is not None and is_cache(folder):
         cache = open_cache(folder)
@@ -477,9 +486,9 @@ def _cache(config: Config, data: Data, members: Sequence[Member]) -> Cache:
     if is_guess:
         codec = USUAL_FEATURES if compares_features(config.distill) else USUAL_CODEC
     widths = [member.width for member in members]
-    per_image = bytes_per_image(codec, len(data.classes), widths)
-    size = stored_bytes(data.images, draws, per_image, config.cache.shard_size)
-    return Cache(folder, codec, is_guess, draws, per_image, size, draws * data.images)
+    per_image = bytes_per_image(codec, len(classes), widths)
+    size = stored_bytes(images, draws, per_image, config.cache.shard_size)
+    return Cache(folder, codec, is_guess, draws, per_image, size, draws * images)
 
 
 def _alike(config: Config) -> str:
@@ -538,28 +547,60 @@ def student_of(
         fused = count_macs(fuse(student), data.eval_size, data.in_chans)
         student.train()
         on_the_way, last = 2 * fused, 2 * branches + fused
-    gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad)
-    moments = moments_per_weight(config.optim) * gradients
-    average = sum(tensor.nbytes for tensor in student.state_dict().values())
-    projection = sum(tensor.nbytes for tensor in network.projection.state_dict().values())
-    statistics = sum(tensor.nbytes for tensor in student.buffers())
-    of_ranks = 2 * processes * statistics if processes > 1 else 0
+    saved = saved_bytes(network, config, processes)
+    gradients, average = saved.gradients, saved.average
     cuda = trains_on_cuda(config)
     bf16 = computes_in_bf16(config.train.precision, cuda)
     activations = _activations(network, config, micro_batch, cuda, bf16)
     allowance = 0 if cuda else round((CPU_SHARE - 1) * (activations + gradients)) + CPU_BYTES
     memory = Memory(
-        weights=average + projection,
+        weights=average + saved.projection,
         gradients=gradients * (1 + (processes > 1)),
-        moments=moments,
+        moments=saved.moments,
         average=average,
         activations=activations,
         teacher=0,
         allowance=allowance,
         what=f"{'bf16' if bf16 else 'float32'} on a {'GPU' if cuda else 'CPU'}",
     )
-    held = 2 * average + projection + moments + of_ranks
-    return Student(count_params(student), macs, (on_the_way, last), held, average, memory)
+    return Student(
+        count_params(student), macs, (on_the_way, last), saved.checkpoint, average, memory
+    )
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """Bytes of what a checkpoint holds."""
+
+    average: int
+    """Of the student; its average has as many."""
+    projection: int
+    gradients: int
+    """Of what learns; not in the checkpoint."""
+    moments: int
+    """Of the optimizer."""
+    statistics: int
+    """Of the students' and averages' buffers on every rank."""
+
+    @property
+    def checkpoint(self) -> int:
+        """Return the bytes of one checkpoint."""
+        return 2 * self.average + self.projection + self.moments + self.statistics
+
+
+def saved_bytes(network: Network, config: Config, processes: int) -> SavedBytes:
+    """Return what a checkpoint of a network takes, of which `trained_depths` froze what never
+    learns.
+    """
+    gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    statistics = sum(tensor.nbytes for tensor in network.student.buffers())
+    return SavedBytes(
+        average=sum(tensor.nbytes for tensor in network.student.state_dict().values()),
+        projection=sum(tensor.nbytes for tensor in network.projection.state_dict().values()),
+        gradients=gradients,
+        moments=moments_per_weight(config.optim) * gradients,
+        statistics=2 * processes * statistics if processes > 1 else 0,
+    )
 
 
 def trains_on_cuda(config: Config) -> bool:

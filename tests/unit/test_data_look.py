@@ -124,7 +124,9 @@ def test_a_sheet_without_a_name_lies_below_run_root(photos, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     "words, parts",
     [
-        (["data"], ["data show", "data stats"]),
+        (["data"], ["data show", "data stats", "data check"]),
+        (["data", "show", "--json"], ["--json is for data check, not for data show"]),
+        (["data", "check", "data=folder", "data.root=/nowhere"], ["/nowhere"]),
         (["data", "shwo"], ["data shwo", "data show"]),
         (["data", "show", "--draws", "0"], ["--draws 0", "1 or more"]),
         (["data", "show", "--draws", "400"], ["3,208 pictures", "400"]),

@@ -5,8 +5,8 @@ Apart from `sources.py`, which every run with a teacher imports, and most withou
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -22,6 +22,35 @@ def hub_file(name: str, published: PretrainedCfg, setting: str, download: bool) 
     Raises:
         UserError: there are none, or they cannot be had.
     """
+    with _asking(name, published, setting) as (repo, filenames, revision):
+        for filename in filenames:
+            with suppress(LocalEntryNotFoundError):
+                return Path(
+                    hf_hub_download(repo, filename, revision=revision, local_files_only=True)
+                )
+        if not download:
+            raise FileNotFoundError("not on this machine")
+        found = _first_on_hub(repo, filenames, revision)
+        return Path(hf_hub_download(repo, found, revision=revision))
+
+
+def validate_on_hub(name: str, published: PretrainedCfg, setting: str) -> None:
+    """Ask the hub whether it has published weights, and fetch nothing.
+
+    Raises:
+        UserError: as `hub_file` where it downloads.
+    """
+    with _asking(name, published, setting) as (repo, filenames, revision):
+        _first_on_hub(repo, filenames, revision)
+
+
+@contextmanager
+def _asking(
+    name: str, published: PretrainedCfg, setting: str
+) -> Iterator[tuple[str, Sequence[str], str | None]]:
+    """Yield the repository of published weights, the names that their file may have, the best
+    first, and the revision; turn what is raised within the block into one line.
+    """
     if published.hf_hub_id is None:
         raise UserError(f"no weights of {name} are published: type {setting}=PATH")
     repo, _, revision = published.hf_hub_id.partition("@")
@@ -29,7 +58,7 @@ def hub_file(name: str, published: PretrainedCfg, setting: str, download: bool) 
     if published.hf_hub_filename:
         filenames = [published.hf_hub_filename]
     try:
-        return Path(_fetch(repo, revision or None, filenames, download))
+        yield repo, filenames, revision or None
     except Exception as error:  # the hub's, its HTTP library's, the system's
         url = hf_hub_url(repo, filenames[0], revision=revision or None)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -39,21 +68,15 @@ def hub_file(name: str, published: PretrainedCfg, setting: str, download: bool) 
         ) from error
 
 
-def _fetch(repo: str, revision: str | None, filenames: Sequence[str], download: bool) -> str:
-    """Return the local path of the first of `filenames` that the repository has."""
-    for filename in filenames:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            return hf_hub_download(repo, filename, revision=revision, local_files_only=True)
-    if not download:
-        raise FileNotFoundError("not on this machine")
+def _first_on_hub(repo: str, filenames: Sequence[str], revision: str | None) -> str:
+    """Return the first of `filenames` that the repository has; raise what the hub says of the last.
+
+    Asked before a download because it fails at once: without a network that tries for 23 s
+    (measured here with huggingface_hub 2.4.0).
+    """
     for filename in filenames[:-1]:
-        with contextlib.suppress(EntryNotFoundError):
-            return _download(repo, filename, revision)
-    return _download(repo, filenames[-1], revision)
-
-
-def _download(repo: str, filename: str, revision: str | None) -> str:
-    # Asked for first because it fails at once: without a network the download tries for 23 s
-    # (measured here with huggingface_hub 2.4.0).
-    get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=10)
-    return hf_hub_download(repo, filename, revision=revision)
+        with suppress(EntryNotFoundError):
+            get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=10)
+            return filename
+    get_hf_file_metadata(hf_hub_url(repo, filenames[-1], revision=revision), timeout=10)
+    return filenames[-1]
