@@ -8,7 +8,6 @@ becomes bytes is distill/codecs.py's, which codec is engine/codec_choice.py's.
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -40,6 +39,7 @@ from ghosttrain.engine.run_files import config_text
 from ghosttrain.engine.teacher_source import ready_teacher
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
+from ghosttrain.terminal import screen
 from ghosttrain.text import byte_size, clock, counted
 
 
@@ -227,8 +227,12 @@ class _Progress:
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
         self.started = self.printed = time.perf_counter()
-        terminal = sys.stderr.isatty() and distributed.rank() == 0
-        self.bar = tqdm(total=total, unit=" images", dynamic_ncols=True) if terminal else None
+        shown_on = None if distributed.rank() else screen()
+        self.bar = (
+            tqdm(total=total, unit=" images", dynamic_ncols=True, file=shown_on)
+            if shown_on is not None
+            else None
+        )
 
     def __enter__(self) -> _Progress:
         return self
