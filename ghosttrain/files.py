@@ -126,6 +126,11 @@ def _room(path: Path, size: int | None) -> str:
         return needed
 
 
+def not_through_links(path: str, flags: int) -> int:
+    """Open a file, as `opener` of `open`; where it is a link, that is an error (ELOOP)."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what writers that were killed left in `folder`, which this process owns."""
     for part in folder.glob(f".*{PART}"):
