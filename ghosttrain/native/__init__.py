@@ -158,8 +158,10 @@ def _fault(folder: Path) -> str | None:
         same_size = library.stat().st_size == record.get("bytes")
         if not same_size or file_digest(library) != record.get("digest"):
             return f"{library} is not as it was built"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
     except (OSError, Damaged) as error:
-        return one_line(error)
+        return f"{folder / RECORD} cannot be read ({one_line(error)})"
     return None
 
 

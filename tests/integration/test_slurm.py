@@ -135,7 +135,7 @@ def test_the_tasks_of_a_cell_are_its_processes(
     jobs = [path for path in written if path.name.endswith("submitted.pkl")]
     for path in jobs:  # Hydra's launcher hands over words, and this package's function by its name
         given = pickle.loads(path.read_bytes())
-        words_of_cell = json.loads(given.function.__self__.config.context)["words"]
+        words_of_cell = json.loads(given.function.config.context)["words"]
         assert [word for word in words_of_cell if word] == [w for w in cells[1:] if w != "seed=1,2"]
         assert all(isinstance(word, str) for word in given.args[0])
         assert path.parents[1].stat().st_mode & 0o777 == 0o700

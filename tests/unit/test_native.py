@@ -225,7 +225,7 @@ def test_a_library_is_used_only_as_it_was_built_and_if_nobody_else_can_change_it
         (lambda: library.write_bytes(whole[: len(whole) // 2]), "is not as it was built"),
         (lambda: library.write_bytes(whole[:-1] + b"?"), "is not as it was built"),
         (link, f"{library} is a link"),
-        (record.unlink, "No such file"),
+        (record.unlink, f"{record} is missing"),
         (lambda: record.write_bytes(recorded[:-20]), "char"),
         (lambda: record.write_bytes(b"[]"), "list indices"),
         (lambda: write_json(record, {}), "is not as it was built"),
