@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Iterable
 
-from ghosttrain.text import listed
+from ghosttrain.text import listed, printable
 
 _ROOM = "make room, then type the same command: what is finished is kept"
 _FILES = "allow more: ulimit -n 65536"
@@ -44,9 +44,12 @@ _MENDABLE = {
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. `str(error)` is one line; `cli.main` prints it and exits with
-    code 2.
+    """A mistake the user can mend. `str(error)` is one line, whatever names it quotes; `cli.main`
+    prints it and exits with code 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(message.splitlines())))
 
 
 SAVED = 75
@@ -82,14 +85,12 @@ def mistake(error: BaseException) -> str | None:
     system about files, memory or disks; None for a bug, whose stack trace is worth more.
     """
     if isinstance(error, UserError):
-        message = str(error)
-    elif isinstance(error, OSError) and error.errno in _MENDABLE:
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
         file = [] if error.filename is None else [os.fsdecode(error.filename)]
         message = ": ".join([*file, error.strerror or type(error).__name__])
-        message += f"; {hint}" if (hint := remedy(error)) else ""
-    else:
-        return None
-    return " ".join(message.splitlines())
+        return str(UserError(message + (f"; {hint}" if (hint := remedy(error)) else "")))
+    return None
 
 
 def raise_if_of_the_system(error: BaseException, path: str | os.PathLike[str]) -> None:

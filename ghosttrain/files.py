@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -123,6 +124,11 @@ def _room(path: Path, size: int | None) -> str:
         return needed
 
 
+def not_through_links(path: str, flags: int) -> int:
+    """Open a file, as `opener` of `open`; where it is a link, that is an error (ELOOP)."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what writers that were killed left in `folder`, which this process owns."""
     for part in folder.glob(f".*{PART}"):
@@ -207,3 +213,34 @@ def file_digest(path: Path) -> str:
 
 def _json_digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- who else may change it -----------------------------------------------------------------------
+
+
+def changeable_by_others(path: Path) -> str | None:
+    """Return why somebody else than this user and root could change or replace what lies at `path`,
+    a file, or a folder and the names in it; None: nobody can.
+
+    Looked at are the owner and the mode of `path` and of all folders above it: whoever may write
+    one of them may put another thing in its place. Below a folder that only its owner may enter,
+    modes grant nobody anything. In a folder with the sticky bit, such as /tmp, everybody may add
+    names but only their owners replace them. Where a file has an access list (POSIX), its mode says
+    what the list grants at most.
+
+    Raises:
+        OSError: there is no such file or folder.
+    """
+    if path.is_symlink() and not path.is_dir():
+        return f"{path} is a link"
+    real = path.resolve(strict=True)
+    reached = True  # by others
+    for each in (*reversed(real.parents), real):
+        about = each.lstat()
+        if about.st_uid not in (0, os.geteuid()):
+            return f"{each} belongs to another user (number {about.st_uid})"
+        shared = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if reached and shared and (each == real or not about.st_mode & stat.S_ISVTX):
+            return f"others may write {each} (mode {stat.S_IMODE(about.st_mode):o})"
+        reached = reached and bool(about.st_mode & (stat.S_IXGRP | stat.S_IXOTH))
+    return None

@@ -1,5 +1,6 @@
 """Standard output and standard error that end no command: `... | head`, a full disk, a terminal
-that is gone, a locale without the letters of a name.
+that is gone, a locale without the letters of a name. No terminal is told to do anything by a name:
+what it would obey is shown as text.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-from ghosttrain.text import one_line
+from ghosttrain.text import one_line, printable
 
 
 class Output:
-    """A stream of the terminal that never raises: what fails once is switched off."""
+    r"""A stream of the terminal that never raises: what fails once is switched off. It takes text
+    only: ESC is shown as `\x1b`.
+    """
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self.stream, self.name = stream, name
@@ -30,12 +33,20 @@ class Output:
 
     def write(self, text: str) -> int:
         """Write `text`; return its length, as a text stream does."""
+        self.pass_on(printable(text, lines=True))
+        return len(text)
+
+    def pass_on(self, text: str) -> None:
+        """Write `text` as it is."""
         if self.failure is None:
             try:
                 self.stream.write(text)
             except (OSError, ValueError) as error:  # ValueError: the stream was closed
                 self._switch_off(error)
-        return len(text)
+
+    def isatty(self) -> bool:
+        """Return False: libraries send no colours, which would be shown as text."""
+        return False
 
     def flush(self) -> None:
         """Pass on what was written."""
@@ -59,6 +70,30 @@ class Output:
                 f"{self.name} cannot be written ({reason(error)}); the work goes on without it"
             )
             self.other.write(f"ghosttrain: {message}\n")
+
+
+class _Screen:
+    """What a progress bar writes to: it moves the cursor."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+
+    def write(self, text: str) -> int:
+        """Write `text` as it is; return its length."""
+        self.output.pass_on(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.output, name)
+
+
+def screen() -> TextIO | None:
+    """Return where a progress bar is drawn: the error output, where that is a terminal."""
+    output = sys.stderr
+    stream = output.stream if isinstance(output, Output) else output
+    if stream is None or not stream.isatty():
+        return None
+    return cast("TextIO", _Screen(output)) if isinstance(output, Output) else stream
 
 
 CELL = "GHOSTTRAIN_CELL"
@@ -162,8 +197,3 @@ def reason(error: BaseException) -> str:
         error = error.__context__
     meaning = error.strerror if isinstance(error, OSError) else None
     return one_line(meaning or error)[:300]
-
-
-def printable(text: str) -> str:
-    r"""Return `text` as Unicode that every file takes: a byte that is no UTF-8 becomes \udce9."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

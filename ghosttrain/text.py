@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,31 @@ def one_line(value: object) -> str:
     """
     text = " ".join(str(value).split())
     return text or (type(value).__name__ if isinstance(value, BaseException) else "")
+
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What no name needs and a terminal obeys: C0 and C1 (they clear, move, retitle, answer), line and
+paragraph separators, marks that turn the direction of the text around them."""
+
+
+def printable(text: str, lines: bool = False) -> str:
+    r"""Return `text` as Unicode that every file takes and no terminal obeys: ESC becomes \x1b, a
+    byte that is no UTF-8 \udce9. With `lines`, line breaks and tabs stay as they are.
+    """
+    if not (text.isascii() and text.isprintable()):
+        text = _CONTROLS.sub(lambda found: _escaped(found[0], lines), text)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _escaped(char: str, lines: bool) -> str:
+    if lines and char in "\n\t":
+        return char
+    return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
+
+
+def has_controls(name: str) -> bool:
+    """Whether a name holds characters that a terminal would obey."""
+    return _CONTROLS.search(name) is not None
 
 
 def first_fault(error: ValidationError) -> str:

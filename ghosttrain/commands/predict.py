@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ghosttrain.commands.arguments import Arguments, validate_counts
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.errors import UserError
-from ghosttrain.terminal import go_on_without, printable
+from ghosttrain.terminal import go_on_without
+from ghosttrain.text import printable
 
 if TYPE_CHECKING:
     from ghosttrain.engine.weights_file import WeightsKind
@@ -114,7 +115,10 @@ def _write(
         write_text(Path(options.json), json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     if options.picture:
         shown = [
-            (partial(opened, path, 2**40), f"{path.name}\n{best[0][0]} {100 * best[0][1]:.1f} %")
+            (
+                partial(opened, path, data.max_pixels),
+                f"{path.name}\n{best[0][0]} {100 * best[0][1]:.1f} %",
+            )
             for path, best in found
         ]
         draw_gallery(shown, data, Path(options.picture), options.words[0])

@@ -11,7 +11,7 @@ from ghosttrain.commands.arguments import (
     one_folder,
     validate_counts,
 )
-from ghosttrain.terminal import go_on_without, printable
+from ghosttrain.terminal import go_on_without
 
 ARGUMENTS = Arguments(
     "wrong",
@@ -43,7 +43,7 @@ def run(options: Namespace) -> int:
     mistakes = find_mistakes(model, held_out, config, batch)
     shown = mistakes[: options.top]
     for each in shown:
-        print(printable(each.line()))
+        print(each.line())
     print(f"{len(mistakes):,} of {len(held_out):,} held-out images are wrong")
     if shown:
         path = Path(options.out) if options.out else folder / "wrong.png"

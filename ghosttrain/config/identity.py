@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from ghosttrain.config.schema import Config, Use
 from ghosttrain.errors import UserError
+from ghosttrain.text import has_controls
 
 LONGEST = 220
 """Bytes of a folder's name: file systems take 255, `run.fresh` adds a time to it."""
+MOVED = re.compile(r"\.moved-\d{8}-\d{6}$")
+"""How the name of a run folder ends that `run.fresh` moved aside."""
 
 
 def run_name(config: Config) -> str:
@@ -44,24 +48,36 @@ def validate_run_name(config: Config) -> None:
 
 
 def _fault_of(name: str) -> str | None:
-    """Return why `name` cannot be a folder; None: it can."""
+    """Return why `name` cannot be a run folder; None: it can."""
     parts = name.split("/")
     try:
         longest = max(len(part.encode()) for part in parts)
     except UnicodeEncodeError:
         return "is not UTF-8"
-    if not name.strip():
-        return "is empty"
+    if fault := fault_below(name):
+        return fault
     if not name.isprintable():
         return "holds characters that cannot be printed"
-    if parts[0] in ("", "~"):
-        return "is absolute: run.root=/a/folder says where run folders are"
-    if any(part in ("", ".", "..") for part in parts):
-        return "names no folder of its own"
     if any(part.startswith(".") for part in parts):
-        return "begins with a dot, as run folders do that were moved aside"
+        return "begins with a dot, as folders do that belong to no run"
+    if any(MOVED.search(part) for part in parts):
+        return "ends as the names of runs do that were moved aside"
     if longest > LONGEST:
         return f"is longer than {LONGEST} bytes"
+    return None
+
+
+def fault_below(name: str) -> str | None:
+    """Return why `name` leads to nothing below the folder that it is to be in; None: it does."""
+    parts = name.split("/")
+    if not name.strip():
+        return "is empty"
+    if has_controls(name):
+        return "holds characters that cannot be printed"
+    if parts[0] in ("", "~"):
+        return "is absolute"
+    if any(part in ("", ".", "..") for part in parts):
+        return "names no folder of its own"
     return None
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import errno
 import io
 import math
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,7 +71,7 @@ def open_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     content = read_file(path)
     with _decoding(path):
         try:
-            image = Image.open(io.BytesIO(content), formats=_readable())
+            image = Image.open(io.BytesIO(content), formats=readable())
         except Image.UnidentifiedImageError:
             raise BrokenImage(_no_image(path, content)) from None
         image.filename = path
@@ -87,16 +89,29 @@ def read_file(path: str) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is no file: a FIFO would be waited for, a device read
+            without end.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BrokenImage(
+                    f"{path} is no file but a FIFO or a device: put an image in its place or "
+                    f"remove it, {_AGAIN}"
+                )
             return file.read()
+    except MemoryError as error:
+        raise _no_memory(path) from error
     except OSError as error:
         kind = UserError if error.errno in _NOT_THE_FILE else BrokenImage
         raise kind(
             f"cannot read {path} ({error.strerror or error}): {image_remedy(error)}"
         ) from error
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file; a FIFO that nobody writes to is not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def orientation(image: Image.Image, setting: str) -> int:
@@ -325,16 +340,20 @@ def _decoding(path: str) -> Iterator[None]:
     except UserError:
         raise
     except MemoryError as error:
-        raise UserError(
-            f"no memory is left to decode {path}: type a smaller data.workers, or make the image "
-            "smaller"
-        ) from error
+        raise _no_memory(path) from error
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BrokenImage(
             f"cannot decode {path} ({' '.join(reason.split())}): the file is damaged or cut short; "
             f"put an intact copy in its place, {_AGAIN}"
         ) from error
+
+
+def _no_memory(path: str) -> UserError:
+    return UserError(
+        f"no memory is left to decode {path}: type a smaller data.workers, or make the image "
+        "smaller"
+    )
 
 
 def image_remedy(error: OSError) -> str:
@@ -345,6 +364,8 @@ def image_remedy(error: OSError) -> str:
         return f"make it readable (chmod +r), {_AGAIN}"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
         return f"it was there when the folder was listed; put it back, {_AGAIN}"
+    if error.errno == errno.ENXIO:  # a socket, a device that is not there
+        return f"a file is expected there; put an image in its place or remove it, {_AGAIN}"
     if error.errno == errno.EISDIR:
         return "a file is expected there"
     return f"see to the disk or the network it lies on, {_AGAIN}"
@@ -360,13 +381,13 @@ def _no_image(path: str, content: bytes) -> str:
     start = content[:16].decode("latin-1")
     shown = repr(start) if start.isascii() and start.isprintable() else content[:16].hex(" ")
     return (
-        f"{path} is no image of a kind that is read here ({', '.join(_readable())}): it begins "
+        f"{path} is no image of a kind that is read here ({', '.join(readable())}): it begins "
         f"with {shown}; put an image in its place or remove it, {_AGAIN}"
     )
 
 
 @cache
-def _readable() -> tuple[str, ...]:
+def readable() -> tuple[str, ...]:
     """Return those of `FORMATS` that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -27,6 +27,7 @@ from ghosttrain.config.schema import Config
 from ghosttrain.engine.metrics import WORDS, class_lines, table_lines, verdict
 from ghosttrain.engine.rows import METRICS, read_metrics
 from ghosttrain.engine.run_files import (
+    is_signed,
     read_config,
     read_provenance,
     read_result,
@@ -35,7 +36,7 @@ from ghosttrain.engine.run_files import (
 )
 from ghosttrain.errors import UserError, remedy
 from ghosttrain.files import PACKAGE, Damaged, expanded, remove_parts, write_json
-from ghosttrain.locks import is_locked, locked
+from ghosttrain.locks import LEASE, LOCK, is_locked, locked
 from ghosttrain.text import clock, listed
 from ghosttrain.version import __version__
 
@@ -207,13 +208,14 @@ def opened(config: Config, notes: list[str], arguments: Sequence[str] = ()) -> I
     folder = run_folder(config)
     with ExitStack() as locks:
         try:
+            validate_no_links(config)
             if config.run.fresh and folder.exists():
                 with _locked(folder):
-                    aside = folder.with_name(f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-                    folder.rename(aside)
-                    notes.append(f"run.fresh: the earlier run was moved to {aside}")
+                    notes += _set_aside(folder)
+            _validate_free(folder)
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             locks.enter_context(_locked(folder))
+            validate_no_links(config)  # nobody else has begun here meanwhile
             for each in (folder, folder / "checkpoints"):
                 remove_parts(each)
             config = continued(folder, config, notes)  # within the lock: no other begins meanwhile
@@ -233,6 +235,64 @@ def opened(config: Config, notes: list[str], arguments: Sequence[str] = ()) -> I
                 + (remedy(cause) or "type run.root=/a/folder/you/may/write")
             ) from None
         yield config
+
+
+def validate_no_links(config: Config) -> None:
+    """Refuse links below `run.root` on the way to the run folder, and in it: in a root that several
+    people write, one may lead to any file of this user's. `run.root` itself may be a link.
+
+    Raises:
+        UserError: naming the link and where it leads.
+    """
+    root, folder = expanded(config.run.root).resolve(), run_folder(config)
+    way = [folder, *folder.parents]
+    inside = [each for part in (folder, folder / "checkpoints") for each in _entries(part)]
+    for each in [*reversed(way[: way.index(root)]), *inside]:
+        if each.is_symlink():
+            raise UserError(
+                f"{each} is a link (to {os.readlink(each)}): nothing is written through links "
+                "below run.root: remove it, or type run.root=/the/folder/itself"
+            )
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether a folder holds what a run leaves, and not only a file of the same name."""
+    return has_begun(folder) or is_signed(folder)
+
+
+def _set_aside(folder: Path) -> list[str]:
+    """Give the folder of a run another name; return a line that says so, or none where it is empty.
+
+    Raises:
+        UserError: it is no run's.
+    """
+    if not _is_of_a_run(folder):
+        if {each.name for each in folder.iterdir()} <= {"checkpoints", LOCK, LEASE}:
+            return []  # left by a start that was killed
+        raise UserError(
+            f"run.fresh: {folder} is not moved aside, because it is no run's (it has no "
+            "config.yaml of one and no checkpoint): choose another run.name"
+        )
+    aside = folder.with_name(f"{folder.name}.moved-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.rename(aside)
+    return [f"run.fresh: the earlier run was moved to {aside}"]
+
+
+def _validate_free(folder: Path) -> None:
+    """Refuse a folder with a config.yaml that no run wrote: it would be written over.
+
+    Raises:
+        UserError: naming it.
+    """
+    if (folder / "config.yaml").exists() and not _is_of_a_run(folder):
+        raise UserError(
+            f"{folder / 'config.yaml'} is no run's, and would be written over: choose another "
+            "run.name"
+        )
 
 
 def is_running(folder: Path) -> bool:

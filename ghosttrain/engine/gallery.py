@@ -10,7 +10,7 @@ from PIL import Image
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.decode import decoded
 from ghosttrain.engine.figures import new_figure, save_figure
-from ghosttrain.terminal import printable
+from ghosttrain.text import printable
 
 MOST = 40
 """Images in one picture."""
@@ -38,6 +38,6 @@ def draw_gallery(
         image = Image.fromarray(decoded(opened(), data))
         image.thumbnail((256, 256))
         axis.imshow(image)
-        axis.set_title(printable(words), fontsize=8, parse_math=False)
+        axis.set_title(printable(words, lines=True), fontsize=8, parse_math=False)
     figure.suptitle(printable(title), fontsize=9, parse_math=False)
     save_figure(figure, path, dpi=100)

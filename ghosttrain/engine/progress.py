@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 
 from tqdm import tqdm
 
 from ghosttrain.engine import distributed
+from ghosttrain.terminal import screen
 from ghosttrain.text import clock
 
 EVERY = 30.0
@@ -22,8 +22,12 @@ class Progress:
         """`total` images; `say` prints a line."""
         self.total, self.done, self.say = total, 0, say
         self.started = self.printed = time.perf_counter()
-        terminal = sys.stderr is not None and sys.stderr.isatty() and distributed.rank() == 0
-        self.bar = tqdm(total=total, unit=" images", dynamic_ncols=True) if terminal else None
+        shown_on = None if distributed.rank() else screen()
+        self.bar = (
+            tqdm(total=total, unit=" images", dynamic_ncols=True, file=shown_on)
+            if shown_on is not None
+            else None
+        )
 
     def __enter__(self) -> Progress:
         return self

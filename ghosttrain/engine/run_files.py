@@ -139,6 +139,14 @@ def read_config(folder: Path) -> Config:
         ) from None
 
 
+def is_signed(folder: Path) -> bool:
+    """Whether `folder` has a config.yaml that `write_config` wrote, by its last line."""
+    try:
+        return SIGNED.encode() in read_limited(folder / "config.yaml", LARGEST)
+    except (OSError, Damaged):
+        return False
+
+
 class _Settings(yaml.SafeLoader):
     """Plain YAML without aliases, of which a few lines can stand for gigabytes."""
 

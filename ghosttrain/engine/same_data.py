@@ -21,8 +21,7 @@ from ghosttrain.data.datasets.splitting import is_split_here
 from ghosttrain.engine.identify import data_listing
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
-from ghosttrain.terminal import printable
-from ghosttrain.text import listed
+from ghosttrain.text import listed, printable
 
 DataRecord = dict[str, Any]
 """`train` and `held_out`: `Dataset.identity()`; `accepted`: changes that `data.changed=accept` let

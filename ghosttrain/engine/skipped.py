@@ -14,7 +14,6 @@ from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import Loader
 from ghosttrain.engine import distributed
 from ghosttrain.files import write_text
-from ghosttrain.terminal import printable
 
 SKIPPED = "skipped.csv"
 
@@ -36,7 +35,7 @@ def list_skipped(folder: Path, images: Mapping[str, tuple[Dataset, Loader]]) -> 
     found: set[Skipped] = set()
     for split, (dataset, loader) in images.items():
         for number, reason in all_broken(loader).items():
-            found.add(Skipped(split, str(number), printable(dataset.name_of(number)), reason))
+            found.add(Skipped(split, str(number), dataset.name_of(number), reason))
     if distributed.rank() or not (new := found - read_skipped(folder)):
         return []
     listed = sorted(found | read_skipped(folder), key=lambda each: (each.split, int(each.number)))

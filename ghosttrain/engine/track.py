@@ -11,7 +11,6 @@ import json
 import os
 import re
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -32,9 +31,9 @@ from ghosttrain.engine.metrics import LISTED_CLASSES
 from ghosttrain.engine.plan import Plan
 from ghosttrain.engine.rows import METRICS, read_metrics, read_rows, row_line
 from ghosttrain.errors import UserError
-from ghosttrain.files import write_text
-from ghosttrain.terminal import cell, failures, printable, reason
-from ghosttrain.text import clock, counted
+from ghosttrain.files import not_through_links, write_text
+from ghosttrain.terminal import cell, failures, reason, screen
+from ghosttrain.text import clock, counted, printable
 
 Row = dict[str, float]
 Mode = Literal["off", "offline", "online"]
@@ -154,7 +153,8 @@ class Journal:
             self.first()
             self.first = None
         if self.unwritten:
-            with open(self.path, "ab", buffering=0) as file:  # opened anew: it may have been moved
+            # Opened anew: it may have been moved.
+            with open(self.path, "ab", buffering=0, opener=not_through_links) as file:
                 while self.unwritten:
                     self.unwritten = self.unwritten[file.write(self.unwritten) :]
 
@@ -219,8 +219,9 @@ class Tracker:
         """Show the progress bar, where there is a terminal to show it on."""
         if self.folder is None or self.cell is not None:
             return self
-        if sys.stderr is not None and sys.stderr.isatty():
+        if (shown_on := screen()) is not None:
             self.bar = tqdm(
+                file=shown_on,
                 total=self.total,
                 initial=self.start_step,
                 dynamic_ncols=True,
@@ -263,10 +264,12 @@ class Tracker:
                 self._say(line)
 
     def _say(self, line: str) -> None:
+        line = printable(line)  # a name with a line break in it makes no second one
         if self.bar is not None:
-            self.bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
+            self.bar.clear()
+        print(line, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
         self._attempt(LOG, lambda: self.log_file.append(line))
         for name, error in failures().items():
             if name not in self.failed:

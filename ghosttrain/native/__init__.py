@@ -9,6 +9,9 @@ long to compile) and registers its own operators:
     TORCH_LIBRARY_FRAGMENT(ghosttrain, m) { m.def("twice(Tensor x) -> Tensor"); }
     TORCH_LIBRARY_IMPL(ghosttrain, CPU, m) { m.impl("twice", &twice); }
 
+A library runs with all rights of this process. It is used only from a folder that nobody but this
+user and root can change, and only if it is as it was built: size and SHA-256 stand beside it.
+
 The caller writes `ops = native.load()` once, outside of what torch.compile traces, and then
 `ops.twice(x)`. Parallel parts use `at::parallel_for` and give results that do not depend on the
 number of threads.
@@ -29,11 +32,14 @@ import sysconfig
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from ghosttrain.errors import UserError
+from ghosttrain.files import Damaged, changeable_by_others, file_digest, read_json, write_json
 from ghosttrain.locks import locked
 from ghosttrain.text import one_line
 
@@ -54,6 +60,10 @@ FLAGS = (
 PATIENCE = 300.0
 """Seconds after which a compiler is stopped, and another process's build no longer waited for."""
 
+LIBRARY = "ghosttrain.so"
+RECORD = "ghosttrain.json"
+"""Beside the library: its size and its SHA-256."""
+
 _COMPILE = (
     "import json, sys; from torch.utils.cpp_extension import load; load(**json.loads(sys.argv[1]))"
 )
@@ -64,18 +74,19 @@ def load() -> ModuleType | None:
     """Return `torch.ops.ghosttrain` with the kernels, or None where they cannot be had.
 
     Compiles on the first call on this machine (about half a minute); afterwards the library is
-    opened directly. None with GHOSTTRAIN_NATIVE=0, and, after one warning, where nothing could be
-    compiled or loaded.
+    checked and opened directly. None with GHOSTTRAIN_NATIVE=0, and, after one warning, where
+    nothing could be compiled or loaded.
     """
     if os.environ.get("GHOSTTRAIN_NATIVE") == "0":
         return None
     try:
         torch.ops.load_library(build())
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, UserError, subprocess.SubprocessError) as error:
         warnings.warn(
             f"C++ kernels are off: {one_line(error)[:200]}; the same results come from PyTorch's "
             "own operators, more slowly. Needed are a C++ compiler (apt install g++), ninja (pip "
-            f"install ninja) and a writable {_root()} (or TORCH_EXTENSIONS_DIR=FOLDER); "
+            f"install ninja) and a {_roots()[0]} (or TORCH_EXTENSIONS_DIR=FOLDER) that you can "
+            "write and nobody else; "
             "GHOSTTRAIN_NATIVE=0 switches them off without a word",
             RuntimeWarning,
             stacklevel=2,
@@ -85,29 +96,43 @@ def load() -> ModuleType | None:
 
 
 def build() -> Path:
-    """Return the shared library for this machine, compiled now if it is not there.
+    """Return the shared library for this machine, compiled now if it is not there, is not as it was
+    built, or lies where somebody else could have put it.
 
     Any number of processes may call at once: one compiles, in a folder of its own, and the finished
     file is moved into place.
 
     Raises:
-        OSError: the cache folder cannot be written.
+        OSError: no folder can be written that nobody else can change; the line names the first.
         RuntimeError: compiler or ninja is missing, or the compiler failed.
+        UserError: the disk is full.
         subprocess.TimeoutExpired: the compiler took longer than `PATIENCE`.
     """
-    library = library_path()
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Two builders waste time, they do no harm: one that hangs is not waited for for ever.
-        with locked(library.parent, busy=None, patience=PATIENCE):
-            if not library.exists():
-                _compile(library)
-    return library
+    faults: list[str] = []
+    for root in _roots():
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            root = root.resolve()  # what is checked is what is used, wherever a link leads later
+            if fault := changeable_by_others(root):
+                faults.append(f"{root} is not safe: {fault}")
+            else:
+                return _built(root / f"ghosttrain_{_key()}", faults)
+        except OSError as error:
+            faults.append(f"{error.filename or root}: {error.strerror or error}")
+    raise PermissionError(faults[0])
 
 
-def library_path() -> Path:
-    """Return where the shared library for this machine is, once it was compiled."""
-    return _root() / f"ghosttrain_{_key()}" / "ghosttrain.so"
+def library_path() -> Path | None:
+    """Return the library that was compiled for this machine and may be loaded; None: there is none.
+    Nothing is compiled.
+    """
+    for root in _roots():
+        with suppress(OSError):
+            if changeable_by_others(root) is None:
+                folder = root.resolve() / f"ghosttrain_{_key()}"
+                if _fault(folder) is None:
+                    return folder / LIBRARY
+    return None
 
 
 def validate_compiler() -> list[str]:
@@ -128,10 +153,52 @@ def _search_path() -> str:
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
-def _root() -> Path:
-    """Return the folder where torch keeps compiled extensions, found without its slow module."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions")
+def _built(folder: Path, notes: list[str]) -> Path:
+    """Return the intact library in `folder`, which lies where nobody else can change anything;
+    `notes` are said where it has to be compiled.
+    """
+    library = folder / LIBRARY
+    if _fault(folder) is None:
+        return library
+    folder.mkdir(mode=0o755, exist_ok=True)
+    if changeable_by_others(folder):
+        folder.chmod(0o755)
+    # Two builders waste time, they do no harm: one that hangs is not waited for for ever.
+    with locked(folder, busy=None, patience=PATIENCE):
+        fault = _fault(folder)
+        if fault is not None:
+            if os.path.lexists(library):
+                notes = [*notes, f"the one that is there is not used: {fault}"]
+            _compile(library, notes)
+    return library
+
+
+def _fault(folder: Path) -> str | None:
+    """Return why the library in `folder` must not be loaded, in words; None: it may be."""
+    library = folder / LIBRARY
+    try:
+        for each in (folder, library, folder / RECORD):
+            if fault := changeable_by_others(each):
+                return fault
+        record = read_json(folder / RECORD, largest=1000)
+        same_size = library.stat().st_size == record.get("bytes")
+        if not same_size or file_digest(library) != record.get("digest"):
+            return f"{library} is not as it was built"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (OSError, Damaged) as error:
+        return f"{folder / RECORD} cannot be read ({one_line(error)})"
+    return None
+
+
+def _roots() -> list[Path]:
+    """Return where compiled kernels may be kept, the best place first: where torch keeps extensions
+    (found without its slow module), then folders of this user's own.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    first = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+    own = Path(tempfile.gettempdir()) / f"ghosttrain-{os.geteuid()}"
+    return [first, cache / "ghosttrain", own]
 
 
 def _key() -> str:
@@ -162,13 +229,14 @@ def _cpu() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def _compile(library: Path) -> None:
+def _compile(library: Path, notes: list[str]) -> None:
     """Compile in a child process: warnings, PATH and a compiler that hangs stay out of this one."""
     compiler = validate_compiler()
     for left in library.parent.glob("build-*"):  # by a killed process
         if time.time() - left.stat().st_mtime > 2 * PATIENCE:
             shutil.rmtree(left, ignore_errors=True)
-    print(f"compiling C++ kernels into {library.parent} (once)", file=sys.stderr, flush=True)
+    reasons = "; ".join(["once", *notes])
+    print(f"compiling C++ kernels into {library.parent} ({reasons})", file=sys.stderr, flush=True)
     flags = [flag for flag in FLAGS if _takes(compiler, flag)]
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder:
         settings = {
@@ -190,7 +258,12 @@ def _compile(library: Path) -> None:
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise RuntimeError(next((x for x in lines if " error: " in x), lines[-1]))
-        os.replace(Path(folder) / library.name, library)
+        built = Path(folder) / library.name
+        built.chmod(0o755)
+        record = {"bytes": built.stat().st_size, "digest": file_digest(built)}
+        os.replace(built, library)
+    write_json(library.with_name(RECORD), record)
+    library.with_name(RECORD).chmod(0o644)
 
 
 def _takes(compiler: list[str], flag: str) -> bool:

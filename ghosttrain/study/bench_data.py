@@ -30,7 +30,13 @@ from ghosttrain.data import augment as augmentation
 from ghosttrain.data.augment import draw
 from ghosttrain.data.datasets import Dataset, build_datasets
 from ghosttrain.data.datasets.folder import FileDataset
-from ghosttrain.data.decode import decoded, jpeg_decoder_version, reduction, to_pixels
+from ghosttrain.data.decode import (
+    decoded,
+    jpeg_decoder_version,
+    readable,
+    reduction,
+    to_pixels,
+)
 from ghosttrain.data.loader import eval_loader, stacked, train_loader
 from ghosttrain.data.operations import NO_ARGUMENT, OPS, Fill
 from ghosttrain.data.order import eval_batches
@@ -156,7 +162,7 @@ class _Files(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         while True:
             with open(self._paths[index], "rb") as file:
-                image = Image.open(file).convert("RGB")
+                image = Image.open(file, formats=readable()).convert("RGB")
             try:
                 return self.transform(image), 0
             except ValueError:  # timm asks Pillow to keep 0 bits now and then, which it refuses

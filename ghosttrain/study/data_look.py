@@ -24,8 +24,7 @@ from ghosttrain.data.operations import NO_ARGUMENT
 from ghosttrain.engine.figures import new_figure, save_figure
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
-from ghosttrain.terminal import printable
-from ghosttrain.text import byte_size, listed
+from ghosttrain.text import byte_size, listed, printable
 
 LARGEST_SHEET = 400
 """Pictures on one sheet."""
@@ -94,7 +93,7 @@ def _place(axis, pixels: np.ndarray, words: str) -> None:  # type: ignore[no-unt
     picture = Image.fromarray(pixels.squeeze()).convert("RGB")
     picture.thumbnail((256, 256))
     axis.imshow(picture)
-    axis.set_title(printable(words), fontsize=5.5, parse_math=False)
+    axis.set_title(printable(words, lines=True), fontsize=5.5, parse_math=False)
 
 
 # --- statistics -----------------------------------------------------------------------------------

@@ -161,15 +161,14 @@ def _look_at_kernels(found: Found) -> tuple[State, str]:
     instructions = f"PyTorch computes with {torch.backends.cpu.get_cpu_capability()}"
     if os.environ.get("GHOSTTRAIN_NATIVE") == "0":
         return "OK", f"C++ kernels off (GHOSTTRAIN_NATIVE=0); {instructions}"
-    library = native.library_path()
-    if not library.exists():
+    if native.library_path() is None:
         try:
             native.validate_compiler()
         except RuntimeError as error:
             remedy = "pip install ninja" if "ninja" in str(error) else "apt install g++"
             return "note", f"C++ kernels off, a run is slower: {error}: {remedy}; {instructions}"
-        when = f"compiled into {library.parent} by the first run, in about half a minute"
-        return "note", f"C++ kernels are {when}; {instructions}"
+        when = "by the first run, in about half a minute"
+        return "note", f"C++ kernels are compiled {when}; {instructions}"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if native.load() is None:

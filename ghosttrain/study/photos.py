@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ghosttrain.data.decode import open_image, to_pixels
+
 WIDTH, HEIGHT = 500, 375  # the most common size in ImageNet
 QUALITY = 92
 _SCIKIT_IMAGE = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
@@ -29,7 +31,7 @@ def all_photos() -> list[Image.Image]:
     found, spec = two_photos(), find_spec("skimage")
     if spec is not None and spec.origin:
         folder = Path(spec.origin).parent / "data"
-        found += [Image.open(folder / name).convert("RGB") for name in _SCIKIT_IMAGE]
+        found += [to_pixels(open_image(str(folder / name)), 3) for name in _SCIKIT_IMAGE]
     return [_large_enough(photo) for photo in found]
 
 

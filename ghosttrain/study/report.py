@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ghosttrain.config.identity import result_settings, settings_hash
+from ghosttrain.config.identity import MOVED, result_settings, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun
 from ghosttrain.engine.metrics import TOPS, verdict
@@ -18,7 +18,7 @@ from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_config, read_result
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.study.table import markdown
-from ghosttrain.text import clock
+from ghosttrain.text import clock, printable
 
 MOST_CLASSES = 30
 """Lines of the table of classes."""
@@ -114,7 +114,7 @@ def _collect(folders: list[Path]) -> tuple[list[Run], list[str]]:
         if result is not None and result["settings"] == settings_hash(config):
             finished.append(Run(run, config, result))
         elif has_begun(run):
-            below.append(f"not finished: {run}")
+            below.append(f"not finished: {printable(str(run))}")
         else:
             starts += 1
     if starts:
@@ -284,17 +284,20 @@ def _no_better(config: Config, results: Sequence[Mapping[str, Any]]) -> list[str
     return [f"{config.recipe} {config.data.name} {config.model.name}: {verdicts[0]}"]
 
 
+def _is_aside(name: str) -> bool:
+    return name.startswith(".") or MOVED.search(name) is not None
+
+
 def _runs(folder: Path) -> list[Path]:
-    """Return the run folders at or below `folder`; hidden ones (moved aside by run.fresh) are left
-    out.
+    """Return the run folders at or below `folder`; those that run.fresh moved aside, and what lies
+    in hidden folders, are left out.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found = sorted(
         path.parent
         for path in folder.rglob("config.yaml")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and _is_run(path.parent)
+        if not any(map(_is_aside, path.relative_to(folder).parts)) and _is_run(path.parent)
     )
     if not found:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ghosttrain.engine.figures import new_figure, save_figure
 from ghosttrain.study.stats import Difference
-from ghosttrain.terminal import printable
+from ghosttrain.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,7 +115,7 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 def _plain(text: str) -> str:
     """Return text that matplotlib does not read as mathematics."""
-    return printable(text).replace("$", r"\$")
+    return printable(text, lines=True).replace("$", r"\$")
 
 
 def _finish(axis: Axes) -> None:

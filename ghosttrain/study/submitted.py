@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -43,9 +44,14 @@ def jobs_of(hydra_words: Sequence[str]) -> Iterator[None]:
             )
     from hydra.core.utils import JobReturn, JobStatus
     from submitit.core.core import Job
-    from submitit.core.utils import FailedSubmissionError, UncompletedJobError
+    from submitit.core.utils import DelayedSubmission, FailedSubmissionError, UncompletedJobError
 
-    results_of = Job.results
+    results_of, dump_of = Job.results, DelayedSubmission.dump
+
+    def dump(submission: Any, path: str | Path, *rest: Any) -> None:
+        # What lies there is run: nobody else may enter, whatever `hydra.sweep.dir` says.
+        Path(path).parent.chmod(0o700)
+        dump_of(submission, path, *rest)
 
     def results(job: Any) -> list[Any]:
         try:
@@ -59,7 +65,11 @@ def jobs_of(hydra_words: Sequence[str]) -> Iterator[None]:
             return [JobReturn(_return_value=None, status=JobStatus.COMPLETED)]
 
     try:
-        with patch.object(Job, "results", results), patch.dict(os.environ, ENVIRONMENT):
+        with (
+            patch.object(Job, "results", results),
+            patch.object(DelayedSubmission, "dump", dump),
+            patch.dict(os.environ, ENVIRONMENT),
+        ):
             yield
     except UserError:
         raise

@@ -175,14 +175,18 @@ def run_cells(
 
 
 def sweeps_folder(root: Path) -> Path:
-    """Make and return the folder of the sweeps of `run.root`.
+    """Make and return the folder of the sweeps of `run.root`, which only this user enters: what
+    launchers leave there for their jobs is run.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, is a link, or belongs to somebody else.
     """
     folder = root / ".sweeps"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+            raise UserError(f"{folder} is a link or belongs to another user: type another run.root")
+        folder.chmod(0o700)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; type another run.root") from None
     return folder

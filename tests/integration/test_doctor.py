@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import only_run, paint, stop_after_saves
 
-from ghosttrain.files import locked
+from ghosttrain.locks import locked
 from ghosttrain.study import doctor, packages
 
 DiskUsage = namedtuple("DiskUsage", "total used free")

@@ -10,10 +10,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import refusal
+
+from ghosttrain.study.submitted import jobs_of
+from ghosttrain.study.sweep import sweeps_folder
+
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY")
+MARK = "a5ecretwordofmine"
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_launcher_runs_what_is_missing_and_reports(ghosttrain, tiny, tmp_path, launcher):
+def test_a_launcher_runs_what_is_missing_and_reports(
+    ghosttrain, tiny, tmp_path, launcher, monkeypatch
+):
+    for name in SECRETS:
+        monkeypatch.setenv(name, MARK)
     hydra_words = ["hydra/launcher=basic"]
     if launcher == "joblib":
         if importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None:
@@ -40,6 +51,30 @@ def test_a_launcher_runs_what_is_missing_and_reports(ghosttrain, tiny, tmp_path,
     assert [f"seed={seed}" in cells[seed - 1]["words"] for seed in (1, 2, 3)] == [True] * 3
     assert {Path(cell["run"]).parent.parent for cell in cells} == {root}
     assert {path.parent for path in root.rglob("config.yaml")} == {Path(c["run"]) for c in cells}
+    assert (root / ".sweeps").stat().st_mode & 0o777 == 0o700
+    written = [path for path in root.rglob("*") if path.is_file()]
+    assert len(written) > 20 and not any(MARK.encode() in path.read_bytes() for path in written)
+
+
+def test_only_this_user_enters_the_folder_of_sweeps_and_that_of_jobs(tmp_path):
+    (tmp_path / ".sweeps").mkdir(mode=0o755)
+    assert sweeps_folder(tmp_path).stat().st_mode & 0o777 == 0o700
+    (tmp_path / ".sweeps").rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".sweeps").symlink_to(tmp_path / "elsewhere")
+    refusal(lambda: sweeps_folder(tmp_path), ".sweeps is a link or belongs to another user")
+    if os.geteuid() == 0:  # only root gives files to others
+        (tmp_path / ".sweeps").unlink()
+        sweeps_folder(tmp_path)
+        os.chown(tmp_path / ".sweeps", 65_533, -1)
+        refusal(lambda: sweeps_folder(tmp_path), "belongs to another user: type another run.root")
+    utils = pytest.importorskip("submitit.core.utils")
+    jobs = tmp_path / "mine"  # hydra.sweep.dir
+    jobs.mkdir(mode=0o755)
+    with jobs_of(["hydra/launcher=submitit_local"]):
+        utils.DelayedSubmission(len, [1]).dump(jobs / "job.pkl")
+    assert jobs.stat().st_mode & 0o777 == 0o700
+    assert utils.DelayedSubmission.load(jobs / "job.pkl").result() == 1
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_the_same_command_again_shows_the_result_and_fresh_runs_anew(ghosttrain,
     fresh = ghosttrain(*tiny, "run.fresh=true")
     assert fresh.code == 0 and "the earlier run was moved to" in fresh.out
     assert (run / "result.json").stat().st_mtime_ns > before
-    assert len(list(run.parent.glob(f".{run.name}.*"))) == 1
+    assert len(list(run.parent.glob(f"{run.name}.moved-*"))) == 1
 
 
 def test_killed_and_resumed_equals_uninterrupted(ghosttrain, tiny, tmp_path):

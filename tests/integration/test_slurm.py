@@ -4,7 +4,9 @@ requeued, and equal to the bit to a run without it.
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -117,12 +119,25 @@ def test_a_batch_script_without_srun_is_one_process(slurm, words, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["submitit_slurm", "submitit_local"])
-def test_the_tasks_of_a_cell_are_its_processes(ghosttrain, slurm, words, tmp_path, launcher):
+def test_the_tasks_of_a_cell_are_its_processes(
+    ghosttrain, slurm, words, tmp_path, launcher, monkeypatch
+):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("WANDB_API_KEY", "a5ecretwordofmine")
     own = [f"hydra/launcher={launcher}", "hydra.launcher.tasks_per_node=2"]
     root = tmp_path / "jobs"
     cells = ["-m", *words, "train.max_steps=1", "seed=1,2", f"run.root={root}"]
     assert "2 of 2 runs finished" in ghosttrain(*cells, *own).out
     logs = [path.read_text() for path in root.rglob("log.txt")]
     assert len(logs) == 2 and all("x 2 processes, on CPU" in log for log in logs)
+    written = [path for path in root.rglob("*") if path.is_file()]
+    assert not any(b"a5ecretwordofmine" in path.read_bytes() for path in written)
+    jobs = [path for path in written if path.name.endswith("submitted.pkl")]
+    for path in jobs:  # Hydra's launcher hands over words, and this package's function by its name
+        given = pickle.loads(path.read_bytes())
+        words_of_cell = json.loads(given.function.config.context)["words"]
+        assert [word for word in words_of_cell if word] == [w for w in cells[1:] if w != "seed=1,2"]
+        assert all(isinstance(word, str) for word in given.args[0])
+        assert path.parents[1].stat().st_mode & 0o777 == 0o700
+    assert len(jobs) == 2
     assert "2 of 2 runs finished" in ghosttrain(*cells).out  # they are shown, not repeated

@@ -16,6 +16,14 @@ from ghosttrain.data.datasets import build_datasets, digits, folder
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
+@pytest.mark.parametrize("name", ["..", "../train", "/etc", "", "a/../b", "~", "train\0"])
+def test_a_split_is_a_name_below_the_folder_of_the_data(root, idx, name):
+    for kind, where in (("folder", root), ("idx", idx[0])):
+        for half in ("train", "val"):
+            settings = DataConfig(name=kind, root=str(where), **{f"{half}_split": name})
+            refused_data(settings, f"data.{half}_split={name!r} ", "type ")
+
+
 def test_digits_are_all_of_scikit_learns_and_split_by_a_rule():
     from sklearn.datasets import load_digits
 

@@ -4,7 +4,10 @@ import errno
 import io
 import os
 import random
+import re
+import socket
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -332,13 +335,34 @@ def test_a_file_that_cannot_be_read_gets_the_remedy_of_its_cause(tmp_path, monke
         errno.ESTALE: "the disk or the network",
     }.items():
 
-        def fails(*args, number=number):
+        def fails(*args, number=number, **options):
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr("builtins.open", fails)
         message = refused(tmp_path / "a.jpg", f"({os.strerror(number)})", remedy)
         monkeypatch.undo()
         assert "intact" not in message
+
+
+def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    refused(tmp_path / "a.jpg", "is no file but a FIFO or a device", "or remove it")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "b.jpg"))
+        refused(tmp_path / "b.jpg", "(No such device or address)", "a file is expected there")
+    (tmp_path / "c.jpg").symlink_to("/dev/zero")
+    refused(tmp_path / "c.jpg", "is no file but a FIFO or a device")
+
+
+def test_only_one_place_opens_images_by_pillow():
+    """All others would lack the list of formats, the limit of pixels and the line about the file;
+    `bench data` reads as timm does."""
+    package = Path(decode.__file__).parents[1]
+    found = [p for p in package.rglob("*.py") if re.search(r"\bImage\.open\(", p.read_text())]
+    assert {p.name for p in found} == {"decode.py", "bench_data.py"}
+    for path in found:
+        calls = re.findall(r"\bImage\.open\(.*", path.read_text())
+        assert all("formats=readable()" in call for call in calls)
 
 
 def test_floating_point_pixels_are_refused(tmp_path):

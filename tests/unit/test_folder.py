@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import some_result
 
-from ghosttrain.config.identity import run_name, run_settings, settings_hash
+from ghosttrain.config.identity import MOVED, run_name, run_settings, settings_hash
 from ghosttrain.config.schema import Config, OptimConfig, RunConfig
 from ghosttrain.engine import folder as folders
 from ghosttrain.engine import run_files
@@ -29,6 +29,7 @@ from ghosttrain.engine.run_files import (
     write_config,
     write_result,
 )
+from ghosttrain.engine.track import Journal
 from ghosttrain.errors import UserError
 from ghosttrain.files import read_json, write_json
 
@@ -94,6 +95,69 @@ def test_a_run_with_other_settings_is_refused_once_a_step_was_kept(tmp_path):
     assert (folder / "config.yaml").read_bytes() == before
     with opened(first, []):  # the refused ones left no lock
         pass
+
+
+def test_fresh_moves_a_run_to_a_visible_name_and_nothing_else(tmp_path):
+    fresh = config(tmp_path, name="a", fresh=True)
+    folder = run_folder(fresh)
+    (folder / "checkpoints").mkdir(parents=True)  # of a start that was killed
+    with opened(fresh, notes := []):
+        assert notes == []
+    begin(folder)
+    (folder / "config.yaml").write_bytes(b"damaged")  # a step was kept: it is a run
+    with opened(fresh, notes):
+        pass
+    (aside,) = tmp_path.glob("a.moved-*")
+    assert notes == [f"run.fresh: the earlier run was moved to {aside}"]
+    assert MOVED.search(aside.name) and (aside / "metrics.jsonl").is_file()
+    for kind, file in (("photos", "1.jpg"), ("project", "config.yaml"), ("runs", "b/config.yaml")):
+        (tmp_path / kind / file).parent.mkdir(parents=True)
+        (tmp_path / kind / file).write_text("of mine")
+        for settings in (config(tmp_path, name=kind, fresh=True), config(tmp_path, name=kind)):
+            if settings.run.fresh or file == "config.yaml":
+                with pytest.raises(UserError, match="no run's") as refusal, opened(settings, []):
+                    pass
+                assert "choose another run.name" in str(refusal.value)
+        assert (tmp_path / kind / file).read_text() == "of mine"
+
+
+def test_links_below_the_root_are_not_followed(tmp_path):
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "runs"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("of mine")
+    (tmp_path / "real").mkdir()
+    root.symlink_to(tmp_path / "real")  # where runs are is the user's to say
+    mine = config(root, name="a/b")
+    folder = tmp_path / "real" / "a" / "b"
+    with opened(mine, []):
+        pass
+    for link, to in (
+        ("a", elsewhere),
+        ("a/b", elsewhere),
+        ("a/b/checkpoints", elsewhere),
+        ("a/b/log.txt", elsewhere / "file"),
+        ("a/b/metrics.jsonl", elsewhere / "file"),
+        ("a/b/checkpoints/last.pt", elsewhere / "file"),
+        ("a/b/result.json", "nowhere"),
+    ):
+        place = root / link
+        kept = place.with_name(place.name + "-kept")
+        if place.exists():
+            place.rename(kept)
+        place.symlink_to(to)
+        for settings in (mine, config(root, name="a/b", fresh=True)):
+            with pytest.raises(UserError, match=r" is a link \(to .*remove it, or type") as refusal:
+                with opened(settings, []):
+                    pass
+            assert str(refusal.value).startswith(f"{tmp_path / 'real' / link} is a link (to {to})")
+        place.unlink()
+        if kept.exists():
+            kept.rename(place)
+    assert [path.name for path in elsewhere.iterdir()] == ["file"]
+    (folder / "log.txt").symlink_to(elsewhere / "file")  # planted while it trains
+    with pytest.raises(OSError, match="symbolic links"):
+        Journal(folder / "log.txt").append("a line")
+    assert (elsewhere / "file").read_text() == "of mine"
 
 
 @pytest.mark.parametrize(

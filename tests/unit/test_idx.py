@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import refused_data, write_idx
+from helpers import refusal, refused_data, write_idx
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets import build_datasets, notes_on
+from ghosttrain.data.datasets import idx as idx_files
 
 
 def idx_data(root, **kwargs):
@@ -115,6 +117,21 @@ def test_idx_refuses_a_gz_that_is_none(tmp_path):
     refused_data(idx_data(tmp_path, val_split="train"), "cannot read", "fetch it again")
 
 
+READ = gzip.GzipFile.read
+
+
+def test_a_gz_is_not_unpacked_beyond_what_its_header_promises(tmp_path, monkeypatch):
+    """A few kB may stand for gigabytes."""
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    asked = []
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, n: asked.append(n) or READ(self, n))
+    for sizes, most in (((2, 2, 2), 8), ((2**32 - 1,) * 3, 1032 * 10_000)):
+        head = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in sizes)
+        path.write_bytes(gzip.compress(head + bytes(5_000_000)))
+        refusal(lambda: idx_files._read_idx(path, 3), "is damaged", "promises")
+        assert asked.pop() <= most + 1 and asked.pop() == 16
+
+
 def test_idx_refuses_a_gz_with_damage_inside(tmp_path):
     write_idx(
         tmp_path, "train", np.random.default_rng(0).integers(0, 4, (20, 9, 9)), np.arange(20), True
@@ -123,6 +140,4 @@ def test_idx_refuses_a_gz_with_damage_inside(tmp_path):
     whole = path.read_bytes()
     for at in range(12, len(whole), 37):
         path.write_bytes(whole[:at] + bytes(255 - b for b in whole[at : at + 8]) + whole[at + 8 :])
-        refused_data(
-            idx_data(tmp_path, val_split="train"), f"cannot read {path} (", "fetch it again"
-        )
+        refused_data(idx_data(tmp_path, val_split="train"), f"{path} ", ": fetch it again")

@@ -23,6 +23,8 @@ from ghosttrain.errors import UserError
         ("a\nb", "cannot be printed"),
         ("a\0b", "cannot be printed"),
         ("a\udcff", "is not UTF-8"),
+        ("a\x1b[2K", "cannot be printed"),
+        ("a.moved-20260101-120000/b", "that were moved aside"),
         ("a" * 221, "is longer than 220 bytes"),
     ],
 )

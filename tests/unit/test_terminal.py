@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 from helpers import only_run, some_result
+from tqdm import tqdm
 
 from ghosttrain.cli import main
 from ghosttrain.commands import cache as cache_command
 from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import cache_writer
+from ghosttrain.errors import UserError
 from ghosttrain.files import write_json
-from ghosttrain.terminal import Output, go_on_without, lasting_output, printable
+from ghosttrain.terminal import Output, go_on_without, lasting_output, screen
+from ghosttrain.text import printable
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "ghosttrain"]
@@ -80,6 +83,35 @@ def test_letters_that_the_locale_lacks_are_shown_as_numbers():
     print("Straße 猫 caf\udce9", file=stream, flush=True)
     assert raw.getvalue() == b"Stra\\xdfe \\u732b caf\\udce9\n"
     assert printable("猫 caf\udce9") == "猫 caf\\udce9"
+
+
+NAME = "\x1b]0;owned\x07\x1b[2K\rsafe\x9b31m\u202egpj.exe\n=== 1 of 1 finished"
+"""Sets the terminal's title, clears the line, writes another one, turns colour and direction."""
+SHOWN = r"\x1b]0;owned\x07\x1b[2K\x0dsafe\x9b31m\u202egpj.exe\x0a=== 1 of 1 finished"
+
+
+def test_no_name_tells_the_terminal_anything(capsys):
+    assert printable(NAME) == printable(SHOWN) == SHOWN
+    assert str(UserError(f"no {NAME}")) == f"no {SHOWN}".replace(r"\x0a", " ").replace(r"\x0d", " ")
+    with lasting_output():
+        for stream in (sys.stdout, sys.stderr):
+            print("a\tb", NAME, file=stream)
+            assert not stream.isatty()
+    for text in capsys.readouterr():
+        assert text == f"a\tb {SHOWN}\n".replace(r"\x0a", "\n")
+
+
+def test_a_progress_bar_may_move_the_cursor_of_a_terminal(monkeypatch):
+    raw = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", raw)
+    with lasting_output():
+        assert screen() is None
+        raw.isatty = lambda: True
+        with tqdm(total=2, file=screen()) as bar:
+            bar.update()
+            print(NAME, file=sys.stderr)
+    assert SHOWN.split(r"\x0a")[0] in raw.getvalue() and raw.getvalue().startswith("\r")
+    assert "\x1b" not in raw.getvalue()
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--cfg", "job"]])

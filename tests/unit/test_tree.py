@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import make_images, only_run, refusal
+from helpers import make_images, only_run, paint, refusal
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -47,6 +47,29 @@ def test_images_are_found_at_any_depth_and_in_one_order(root):
     assert names == sorted(names, key=os.fsencode) and len(names) == 3 + 6
     assert train.load(names.index("b/c/y.png")).getpixel((0, 0)) == (len("b/c/y.png"), 0, 0)
     assert not any("left out" in note for note in notes_on(train))
+
+
+def test_names_that_a_terminal_would_obey(root, tmp_path):
+    """A class is refused, since its name is shown everywhere; other names are shown as text."""
+    os.mkfifo(root / "train" / "class0" / "\x1b[2Ka.JPEG")
+    (root / "train" / "class0" / "b\n.\x1bjpg").touch()
+    (root / "train" / "class0" / "0.JPEG").rename(root / "train" / "class0" / "c\r\n.JPEG")
+    train, _ = build(root)
+    assert train.name_of(len(train.names[train.labels == 0]) - 1).endswith(
+        "class0/c\\x0d\\x0a.JPEG"
+    )
+    notes = "\n".join(notes_on(train))
+    assert "1 neither file nor folder (first: " in notes and "/\\x1b[2Ka.JPEG)" in notes
+    assert "(.\\x1bjpg 1; first: " in notes and "/b\\x0a.\\x1bjpg)" in notes
+    assert notes.replace("\n", " ").isprintable()
+    for split in ("train", "val"):
+        (root / split / "class0").rename(root / split / "\x1b]0;x\x07")
+    refused(root, r"has a class '\\x1b]0;x\\x07', whose name holds control characters: rename it")
+    table = tmp_path / "table.csv"
+    table.write_text("path,label\na.jpg,x\u202ey\n")
+    paint(tmp_path / "a.jpg")
+    settings = DataConfig(name="table", root=str(tmp_path), table="table.csv", split=0.5)
+    refusal(lambda: build_datasets(settings), f"{table} has a class", r"x\\u202ey")
 
 
 def test_every_ending_that_the_decoder_reads_is_found(root):

@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from ghosttrain.config.identity import fault_below
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset, evenly, splits
 from ghosttrain.data.datasets.duplicates import near_duplicates
@@ -20,7 +21,7 @@ from ghosttrain.data.datasets.splitting import held_out_mask, is_split_here
 from ghosttrain.data.datasets.tree import class_names, entries, list_tree
 from ghosttrain.data.decode import MAX_PIXELS, open_image, read_file
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.text import listed
+from ghosttrain.text import listed, printable
 
 IMAGENET_CLASSES = 1000
 DIGEST_FILES = 1024  # whose content a digest covers
@@ -56,8 +57,8 @@ class FileDataset(Dataset):
         return os.fsencode(self.relative_path(index))
 
     def name_of(self, index: int) -> str:
-        """Return the path of image `index`."""
-        return self.path(index)
+        """Return the path of image `index`, as it can be shown."""
+        return printable(self.path(index))
 
     def _content(self) -> Iterable[bytes]:
         """All names, and the bytes of evenly spaced files: resized copies keep their names, and
@@ -130,6 +131,8 @@ def split_here(data: DataConfig, whole: FileDataset) -> tuple[FileDataset, FileD
 
 
 def _split(root: Path, split: str, key: str) -> Path:
+    if fault := fault_below(split.rstrip("/")):
+        raise UserError(f"data.{key}={split!r} {fault}: type the name of a folder in {root}")
     folder = root / split
     if not folder.is_dir():
         hint = did_you_mean(split, [name for name, is_dir in entries(root) if is_dir])

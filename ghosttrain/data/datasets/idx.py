@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from ghosttrain.config.identity import fault_below
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import ArrayDataset, Dataset, splits
 from ghosttrain.data.datasets.tree import entries
 from ghosttrain.data.decode import image_remedy
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.text import listed
+
+DEFLATES = 1032
+"""Bytes that a byte of a gzipped file stands for at most (zlib's technical notes)."""
 
 
 def read_idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
@@ -61,6 +66,8 @@ def read_idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
 
 
 def _idx_file(root: Path, split: str, key: str, kind: str) -> Path:
+    if fault := fault_below(split):
+        raise UserError(f"data.{key}={split!r} {fault}: type how a file's name in {root} begins")
     for name in (f"{split}-{kind}-ubyte", f"{split}-{kind}-ubyte.gz"):
         if (root / name).is_file():
             return root / name
@@ -71,10 +78,25 @@ def _idx_file(root: Path, split: str, key: str, kind: str) -> Path:
     raise UserError(f"no {split}-{kind}-ubyte[.gz] in {root}: type data.{key}=PREFIX.{hint}")
 
 
+def _decompressed(path: Path, dims: int) -> bytes:
+    """Return the content of a gzipped file, at most a byte more than its header promises: a file of
+    a few kB may stand for gigabytes.
+    """
+    with gzip.open(path) as file:
+        head = file.read(4 + 4 * dims)
+        most = path.stat().st_size * DEFLATES
+        return head + file.read(min(math.prod(_shape(head, dims)), most) + 1)
+
+
+def _shape(head: bytes, dims: int) -> list[int]:
+    """Return what a header says of the sizes."""
+    return [int.from_bytes(head[at : at + 4], "big") for at in range(4, 4 + 4 * dims, 4)]
+
+
 def _read_idx(path: Path, dims: int) -> np.ndarray:
     """Return the unsigned bytes of an IDX file with `dims` dimensions."""
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = _decompressed(path, dims) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:  # the file itself may be intact
             raise UserError(
@@ -87,9 +109,9 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
             f"{path} is no IDX file of unsigned bytes in {dims} dimensions: "
             f"it begins with {raw[:4].hex() or 'nothing'}, not {magic.hex()}"
         )
-    shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, 4 + 4 * dims, 4)]
+    shape = _shape(raw, dims)
     body = len(raw) - (4 + 4 * dims)
-    expected = int(np.prod(shape, dtype=object))
+    expected = math.prod(shape)
     if body != expected:
         raise UserError(
             f"{path} is damaged: its header {tuple(shape)} promises {expected:,} bytes, "

@@ -16,6 +16,7 @@ from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset
 from ghosttrain.data.datasets.folder import FileDataset, split_here
 from ghosttrain.data.datasets.splitting import is_split_here
+from ghosttrain.data.datasets.tree import validate_class_name
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import expanded
 from ghosttrain.text import listed
@@ -42,6 +43,8 @@ def read_table(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     known = [data.train_split, data.val_split]
     wanted = [half in known for half in halves] if data.split_column else [True] * len(rows)
     classes = sorted({label for label, kept in zip(labels, wanted, strict=True) if kept})
+    for name in classes:
+        validate_class_name(name, table)
     number = {name: k for k, name in enumerate(classes)}
     whole = FileDataset(
         str(root),

@@ -28,7 +28,7 @@ import numpy as np
 from ghosttrain.data.decode import suffixes
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded, replacing
-from ghosttrain.text import listed
+from ghosttrain.text import has_controls, listed, printable
 
 THREADS = 16
 """Folders that are listed at a time."""
@@ -88,11 +88,25 @@ def _class_names(folder: Path, left_out: _LeftOut) -> list[str]:
     for path, is_folder in _scanned(os.fsencode(folder), left_out):
         if is_folder:
             names.append(os.fsdecode(os.path.basename(path)))
+            validate_class_name(names[-1], folder)
         else:
             left_out.add("outside the class folders", path)
     if not names:
         raise UserError(f"no class folders in {folder}: images must lie in {folder}/<class>/")
     return sorted(names, key=os.fsencode)
+
+
+def validate_class_name(name: str, source: Path) -> None:
+    """Refuse a class name that a terminal would obey; names of classes are shown everywhere.
+
+    Raises:
+        UserError: naming it, and where it comes from.
+    """
+    if has_controls(name):
+        raise UserError(
+            f"{source} has a class {printable(name)!r}, whose name holds control characters: "
+            "rename it"
+        )
 
 
 def _listed(folder: Path) -> Tree:
@@ -134,13 +148,13 @@ class _LeftOut:
 
     def add(self, reason: str, path: bytes) -> None:
         self.counts[reason] += 1
-        name = os.fsdecode(path)
+        name = printable(os.fsdecode(path))
         self.first[reason] = min(self.first.get(reason, name), name)
 
     def add_file(self, path: bytes) -> None:
         self.add(NO_SUFFIX, path)
         _, dot, suffix = os.path.basename(path).rpartition(b".")
-        self.suffixes[os.fsdecode(dot + suffix) if dot else "none"] += 1
+        self.suffixes[printable(os.fsdecode(dot + suffix)) if dot else "none"] += 1
 
     def merge(self, other: _LeftOut) -> None:
         self.counts += other.counts
