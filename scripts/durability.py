@@ -413,12 +413,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder:
         here = Path(folder).resolve()
         count = int(numbers[0]) if numbers else None
+        faults: list[str] = []
         if name == "chaos":
             faults = [f for n in (1, 2) for f in chaos(here, (count or 100) // 2, n)]
+        if name in ("chaos", "signals"):
             kinds = ("1", "2", "torchrun")
             faults += [f for how in kinds for f in signals(here, (count or 90) // 3, how)]
-        elif name == "signals":
-            faults = [f for how in ("1", "2") for f in signals(here, (count or 90) // 2, how)]
         elif name == "failures":
             faults = failures(here, count or 1)
         elif name == "crashpoints":
