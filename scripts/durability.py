@@ -387,7 +387,7 @@ def signals(
 def _hearer(agent: int) -> int | None:
     """Return the first rank that torchrun started; None before it did."""
     children = Path(f"/proc/{agent}/task/{agent}/children")
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, IndexError):
         return int(children.read_text().split()[0])
     return None
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +58,7 @@ LARGEST = 64_000_000
 MOST_SHARDS = 10**7
 """Files of outputs that a cache may have: 600 draws of ImageNet in files of 100 images."""
 OPEN_FILES = 512
-"""Shards that a process keeps mapped: each holds a file descriptor, of which 1024 are usual."""
+"""Shards that a process keeps open: each holds a file descriptor, of which 1024 are usual."""
 _MAGIC = f"ghosttrain cache {FORMAT}\n".encode().ljust(64, b"\0")
 _HEADER = len(_MAGIC) + 2 * 32  # identity and checksum; the body starts at a multiple of 64
 _OWN = {"cache.json", "tables.safetensors", "config.yaml", "draws"}
@@ -182,7 +181,7 @@ def stored_bytes(samples: int, draws: int, bytes_per_image: int, shard_size: int
 
 
 class TeacherCache:
-    """Cached outputs. May be sent to other processes; each maps the files that it reads itself."""
+    """Cached outputs. May be sent to other processes; each opens the files that it reads itself."""
 
     def __init__(self, folder: Path, info: CacheInfo, codec: Codec) -> None:
         self.folder = folder
@@ -190,7 +189,7 @@ class TeacherCache:
         self.codec = codec
         self._verified: set[Shard] = set()
         self._draw = -1
-        self._open: dict[int, np.ndarray] = {}  # shards of this draw by number, (samples, R)
+        self._open: dict[int, _File] = {}  # shards of this draw by number
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TeacherCache, (self.folder, self.info, self.codec.to("cpu"))
@@ -239,7 +238,7 @@ class TeacherCache:
         """Read all shards that are there; return those that are not as written, and why."""
         found = []
         for shard in self.shards():
-            if self._size(shard) is not None and (why := self._map(shard)[1]):
+            if self._size(shard) is not None and (why := self._look(shard)[1]):
                 found.append((shard, why))
         return found
 
@@ -324,46 +323,61 @@ class TeacherCache:
             if number not in self._open:
                 if len(self._open) >= OPEN_FILES:
                     del self._open[next(iter(self._open))]  # the one opened first
-                self._open[number] = self._verify(Shard(draw, number))
-            cached[row] = self._open[number][place]
+                self._open[number] = self._verified_file(Shard(draw, number))
+            record = self._record(Shard(draw, number), place)
+            cached[row] = np.frombuffer(record, np.uint8)
         return torch.from_numpy(cached)
 
-    def _verify(self, shard: Shard) -> np.ndarray:
-        """Return the bytes of a shard, of which the checksum was found right in this process."""
-        cached, why = self._map(shard, verify=shard not in self._verified)
-        if why:
-            raise UserError(
-                f"{self.path(shard)} {why}: type python -m ghosttrain cache"
-                f" {shlex.quote(str(self.folder))} --repair"
-            )
-        self._verified.add(shard)
-        return cached
+    def _record(self, shard: Shard, place: int) -> bytes:
+        """Return the bytes of one sample of an open shard. It is read, not mapped: of a mapped file
+        that is cut meanwhile, or of a failing disk, the system would kill this process.
+        """
+        size = self.info.bytes_per_image
+        try:
+            record = self._open[shard.number].read(size, _HEADER + place * size)
+        except OSError as error:
+            raise self._unreadable(shard, f"cannot be read: {_why(error)}") from None
+        if len(record) != size:
+            raise self._unreadable(shard, "became shorter while it was read")
+        return record
 
-    def _map(self, shard: Shard, verify: bool = True) -> tuple[np.ndarray, str]:
-        """Return the bytes of a shard, memory-mapped, and what is wrong with them, if anything.
+    def _verified_file(self, shard: Shard) -> _File:
+        """Return the open file of a shard, whose checksum was found right in this process."""
+        file, why = self._look(shard, verify=shard not in self._verified)
+        if file is None or why:
+            raise self._unreadable(shard, why)
+        self._verified.add(shard)
+        return file
+
+    def _unreadable(self, shard: Shard, why: str) -> UserError:
+        return UserError(
+            f"{self.path(shard)} {why}: type python -m ghosttrain cache"
+            f" {shlex.quote(str(self.folder))} --repair"
+        )
+
+    def _look(self, shard: Shard, verify: bool = True) -> tuple[_File | None, str]:
+        """Return the open file of a shard, and what is wrong with it, if anything.
 
         With `verify` the whole body is read and its checksum compared.
         """
-        nothing = np.empty((0, 0), np.uint8)
         try:
-            with open(self.path(shard), "rb") as file:
-                size, whole = os.fstat(file.fileno()).st_size, self._whole(shard)
-                if size != whole:
-                    return nothing, f"is not whole: {size:,} bytes instead of {whole:,}"
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            file = _File(self.path(shard))
+            size, whole = file.size(), self._whole(shard)
+            if size != whole:
+                return None, f"is not whole: {size:,} bytes instead of {whole:,}"
+            header = file.read(_HEADER, 0)
+            magic, at = header[: len(_MAGIC)], len(_MAGIC)
+            if magic != _MAGIC:
+                return None, "is no file of cached outputs of this version"
+            if header[at : at + 32] != self._identity(shard):
+                return None, "belongs to another cache or to another place in this one"
+            if verify and file.digest(_HEADER) != header[at + 32 :]:
+                return None, "is damaged: its checksum is wrong"
         except FileNotFoundError:
-            return nothing, "is missing"
+            return None, "is missing"
         except OSError as error:
-            return nothing, f"cannot be read: {_why(error)}"
-        magic, at = mapped[: len(_MAGIC)], len(_MAGIC)
-        if magic != _MAGIC:
-            return nothing, "is no file of cached outputs of this version"
-        if mapped[at : at + 32] != self._identity(shard):
-            return nothing, "belongs to another cache or to another place in this one"
-        body = memoryview(mapped)[_HEADER:]
-        if verify and hashlib.sha256(body).digest() != mapped[at + 32 : _HEADER]:
-            return nothing, "is damaged: its checksum is wrong"
-        return np.frombuffer(body, np.uint8).reshape(-1, self.info.bytes_per_image), ""
+            return None, f"cannot be read: {_why(error)}"
+        return file, ""
 
     def _size(self, shard: Shard) -> int | None:
         try:
@@ -414,6 +428,32 @@ def _shortened(a: str, b: str, most: int = 40) -> tuple[str, str]:
 
 
 # --- Files ----------------------------------------------------------------------------------------
+
+
+class _File:
+    """A file that is open as long as somebody refers to it. Several processes may read it."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):  # it could be opened
+            os.close(self.handle)
+
+    def size(self) -> int:
+        return os.fstat(self.handle).st_size
+
+    def read(self, size: int, at: int) -> bytes:
+        """Return up to `size` bytes from place `at` on."""
+        return os.pread(self.handle, size, at)
+
+    def digest(self, at: int) -> bytes:
+        """Return the SHA-256 of what follows place `at`."""
+        digest = hashlib.sha256()
+        while block := self.read(1 << 20, at):
+            digest.update(block)
+            at += len(block)
+        return digest.digest()
 
 
 def _write_info(folder: Path, info: CacheInfo, tables: str) -> None:

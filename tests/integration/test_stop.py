@@ -13,8 +13,11 @@ import pytest
 import torch
 from test_resume_within_an_epoch import assert_equal
 
+from ghosttrain.data.loader import Loader
+from ghosttrain.engine import train as train_module
 from ghosttrain.engine.checkpoint import read_checkpoint
 from ghosttrain.engine.evaluate import HeldOutImages
+from ghosttrain.engine.saving import Saver
 from ghosttrain.engine.stop import Stop
 from ghosttrain.errors import Stopped
 from ghosttrain.optim.ema import Ema
@@ -39,19 +42,28 @@ def send_at(patch: pytest.MonkeyPatch, step: int, *numbers: int) -> None:
 
 
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(ghosttrain, tiny, tmp_path):
-    """6 steps, 3 an epoch: within a row, at the end of an epoch, within one, in the evaluation."""
+    """6 steps, 3 an epoch: in the first batch, within a row, at the end of an epoch, within one, in
+    the evaluation, in the last save, while the network is fused."""
     words = [*tiny, *WORDS, "run.name=it"]
     assert ghosttrain(*words, f"run.root={tmp_path}/whole").code == 0
     ours = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(each) for each in ours]
-    cases = ((signal.SIGTERM, 1), (signal.SIGUSR1, 3), (signal.SIGINT, 5), (signal.SIGTERM, None))
-    for number, step in cases:
-        root = tmp_path / f"stopped{step}"
+    cases = (
+        (signal.SIGUSR1, (Loader, "_delivered"), 1),
+        (signal.SIGTERM, 1, 1),
+        (signal.SIGUSR1, 3, 3),
+        (signal.SIGINT, 5, 5),
+        (signal.SIGTERM, (HeldOutImages, "__iter__"), 3),
+        (signal.SIGINT, (Saver, "save"), 6),
+        (signal.SIGTERM, (train_module, "fuse"), 6),
+    )
+    for case, (number, moment, saved) in enumerate(cases):
+        root = tmp_path / f"stopped{case}"
         with pytest.MonkeyPatch.context() as patch:
-            if step is None:
-                patch.setattr(HeldOutImages, "__iter__", asked_while(HeldOutImages.__iter__))
+            if isinstance(moment, int):
+                send_at(patch, moment, number)
             else:
-                send_at(patch, step, number)
+                patch.setattr(*moment, asked_before(getattr(*moment), number))
             stopped = ghosttrain(*words, f"run.root={root}")
         assert stopped.code == (130 if number == signal.SIGINT else 75)
         why = "interrupted" if number == signal.SIGINT else number.name
@@ -59,18 +71,21 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(ghosttrain, tiny, tmp_path
         assert stopped.err.strip() == line
         assert [signal.getsignal(each) for each in ours] == before
         run = root / "it"
-        assert read_checkpoint(run / "checkpoints" / "last.pt")["step"] == (step or 3)
+        assert read_checkpoint(run / "checkpoints" / "last.pt")["step"] == saved, moment
         resumed = ghosttrain(*words, f"run.root={root}")
         assert resumed.code == 0, resumed.err
         assert_equal(run, tmp_path / "whole" / "it")
 
 
-def asked_while(iterate):
-    """Let SIGTERM arrive while the first evaluation runs."""
+def asked_before(call, number):
+    """Let a signal arrive where `call` is first called."""
+    calls = []
 
-    def asked(self):
-        signal.raise_signal(signal.SIGTERM)
-        return iterate(self)
+    def asked(*args):
+        if not calls:
+            calls.append(1)
+            signal.raise_signal(number)
+        return call(*args)
 
     return asked
 

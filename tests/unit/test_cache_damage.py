@@ -68,6 +68,16 @@ def test_a_truncated_shard_is_found(tmp_path: Path, size: int) -> None:
     refused(cache, shard, expected)
 
 
+def test_a_shard_that_is_cut_while_it_is_read_is_one_line(tmp_path: Path) -> None:
+    """Of a mapped file the system would kill the process."""
+    cache, shard = make(tmp_path / "cache"), Shard(0, 1)
+    assert torch.equal(cache.read(0, [10, 11]), content(0)[10:12])
+    os.truncate(cache.path(shard), HEADER + R + 1)
+    assert torch.equal(cache.read(0, [10]), content(0)[10:11])
+    with pytest.raises(UserError, match=r"000001\.shard became shorter while it was read: type "):
+        cache.read(0, [11])
+
+
 def test_a_shard_that_grew_is_found(tmp_path: Path) -> None:
     cache, shard = make(tmp_path / "cache"), Shard(0, 1)
     with open(cache.path(shard), "ab") as file:
