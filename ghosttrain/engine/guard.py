@@ -189,7 +189,9 @@ class Guard:
         counters = [*self.optimizer.param_groups, *(self.optimizer.state[p] for p in weights)]
         for counter in counters:
             step = counter.get("step")
-            if isinstance(step, int) or (isinstance(step, Tensor) and step.device.type == "cpu"):
+            if isinstance(step, int) or (
+                isinstance(step, Tensor) and step.device != weights[0].device  # else it was undone
+            ):
                 counter["step"] = step - 1
 
 
