@@ -40,7 +40,15 @@ from ghosttrain.engine.checkpoint import Checkpoint, newest_checkpoint
 from ghosttrain.engine.conditions import processor, settle_threads
 from ghosttrain.engine.devices import validate_visible
 from ghosttrain.engine.distributed import pick_device, validate_gpus
-from ghosttrain.engine.folder import continued, is_running, run_folder, validate_settings
+from ghosttrain.engine.folder import (
+    continued,
+    has_begun,
+    is_running,
+    run_folder,
+    validate_nothing_planted,
+    validate_settings,
+    validate_startable,
+)
 from ghosttrain.engine.identify import keeping_nothing, settled
 from ghosttrain.engine.label_loss import class_weights
 from ghosttrain.engine.launch import finished_result
@@ -51,7 +59,7 @@ from ghosttrain.engine.student import build_network, trained_depths
 from ghosttrain.engine.teacher_source import TeacherSource, build_teacher_source
 from ghosttrain.engine.track import summary_writer, wandb_mode
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded
+from ghosttrain.files import expanded, nearest
 from ghosttrain.models.cost import count_params
 from ghosttrain.models.weights.sources import published, weights_path
 from ghosttrain.study.cost import cache_of, folder_bytes, member_of, saved_bytes
@@ -367,23 +375,20 @@ def _look_at_disk(found: Found) -> tuple[State, str]:
     return "OK", text
 
 
-def nearest(path: Path) -> Path:
-    """Return the folder that exists, of `path` and those above it, nearest to it."""
-    return next(each for each in (path, *path.parents) if each.is_dir())
-
-
 # --- The run --------------------------------------------------------------------------------------
 
 
 def _look_at_run(found: Found) -> tuple[State, str]:
     config, folder = found.config, run_folder(found.config)
-    if not folder.exists():
-        return _new_run(folder)
+    validate_nothing_planted(config)
     if is_running(folder):
         raise UserError(
             f"another process is training in {folder}; wait for it, or choose another run.name"
         )
     if config.run.fresh:
+        validate_startable(config)
+        if not has_begun(folder):
+            return "OK", f"begins in {folder}"
         return "note", f"run.fresh: the earlier run is moved aside, and {folder} begins anew"
     notes: list[str] = []
     result = finished_result(folder, config, notes, mends=False)
@@ -395,8 +400,9 @@ def _look_at_run(found: Found) -> tuple[State, str]:
         text = f"finished, top-1 {top1:.2f} %: the command shows the result of {folder}"
         return ("note", f"{text}; {unknown}") if unknown else ("OK", text)
     config = continued(folder, config, [])
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return _new_run(folder)
+    validate_startable(config)
+    if not folder.exists():
+        return "OK", f"begins in {folder}"
     saved, _, damaged = newest_checkpoint(folder / "checkpoints") or (None, None, [])
     if saved is None:
         return "OK", f"no checkpoint yet: it begins at step 0 in {folder}"
@@ -409,16 +415,6 @@ def _look_at_run(found: Found) -> tuple[State, str]:
     text = f"goes on {place}, of {needed(found.plan, 'length').total_steps:,} steps, in {folder}"
     notes += [*damaged, *changed]
     return ("note", "; ".join([text, *notes])) if notes else ("OK", text)
-
-
-def _new_run(folder: Path) -> tuple[State, str]:
-    place = nearest(folder)
-    if not os.access(place, os.W_OK | os.X_OK):
-        return "FAIL", (
-            f"cannot write the run folder {folder}: {place} may not be written by you; type "
-            "run.root=/a/folder/you/may/write"
-        )
-    return "OK", f"begins in {folder}"
 
 
 def _look_at_tracking(found: Found) -> tuple[State, str]:

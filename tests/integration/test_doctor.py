@@ -43,7 +43,7 @@ def examined(ghosttrain):
 
 
 def files_below(*roots: Path) -> dict[Path, int]:
-    return {p: p.stat().st_mtime_ns for root in roots for p in root.rglob("*")}
+    return {p: p.lstat().st_mtime_ns for root in roots for p in root.rglob("*")}
 
 
 def failed(found: dict[str, tuple[str, str]]) -> dict[str, str]:
@@ -132,6 +132,62 @@ def test_what_a_run_refuses_is_said_in_its_words(examined, ghosttrain, tiny, tmp
         assert said.code == 2 and failed(found)[check] in said.err, said.err
     code, found = examined(*tiny, "data.root=/nowhere")
     assert found["teacher"] == ("note", "not looked at: it needs data, see above")
+
+
+def test_what_lies_in_the_place_of_a_run_folder(examined, ghosttrain, tiny, tmp_path):
+    """Each is refused by the run with the same line, and left as it is."""
+    root, folder = tmp_path / "runs", tmp_path / "runs" / "mine"
+    file, fifo = tmp_path / "file", tmp_path / "fifo"
+    file.write_text("of mine")
+    os.mkfifo(fifo)
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+
+    def planted(name: str, make) -> None:
+        (folder / name).parent.mkdir(parents=True)
+        make(folder / name)
+
+    no_run, link = "is no run's", "is a link (to"
+    not_a_file = "is a FIFO, a device or a socket, not a file"
+    for make, words, part in (
+        (lambda: root.mkdir() or folder.symlink_to(tmp_path), [], link),
+        (lambda: planted("log.txt", lambda path: path.symlink_to(file)), [], link),
+        (lambda: planted("config.yaml", lambda path: path.write_text("a: 1")), [], no_run),
+        (
+            lambda: planted("config.yaml", lambda path: path.write_text("a: 1")),
+            ["run.fresh=true"],
+            "run.fresh: ",
+        ),
+        (lambda: planted("config.yaml", os.mkfifo), [], not_a_file),
+        (lambda: planted("metrics.jsonl", os.mkfifo), [], not_a_file),
+        (lambda: planted("checkpoints/last.pt", os.mkfifo), [], not_a_file),
+        (lambda: planted("checkpoints/last.pt", os.mkfifo), ["run.fresh=true"], not_a_file),
+        (lambda: root.mkdir() or folder.write_text("of mine"), [], "is a file, not a folder"),
+        (lambda: None, [f"run.root={file}"], "is a file, not a folder"),
+        (lambda: None, [f"run.root={file / 'below'}"], "is a file, not a folder"),
+        (lambda: None, [f"run.root={fifo}"], "is a FIFO, a device or a socket, not a folder"),
+        (lambda: None, [f"run.root={tmp_path / 'one'}"], "is a link that leads nowhere"),
+    ):
+        make()
+        before = {*files_below(tmp_path)}
+        code, found = examined(*tiny, "run.name=mine", *words)
+        assert code == 1 and "run" in failed(found), (words, found)
+        assert part in failed(found)["run"], failed(found)
+        said = ghosttrain(*tiny, "run.name=mine", *words)
+        assert said.code == 2 and failed(found)["run"] in said.err, (said.err, found)
+        assert {each for each in files_below(tmp_path) if ".listed" not in each.parts} == before
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def test_weights_that_are_no_file(examined, ghosttrain, tiny, tmp_path):
+    os.mkfifo(fifo := tmp_path / "fifo.pth")
+    for path in (fifo, "/dev/zero"):
+        words = [*tiny, f"model.weights={path}"]
+        code, found = examined(*words)
+        assert code == 1 and [*failed(found)][0] == "student"
+        assert "a FIFO, a device or a socket, not a file" in failed(found)["student"]
+        said = ghosttrain(*words)
+        assert said.code == 2 and failed(found)["student"] in said.err
 
 
 def test_a_teacher_that_knows_nothing(examined, tiny, tmp_path):
