@@ -320,7 +320,8 @@ class Names:
             self._validate_key(key)
         if o.is_sweep_override() and not sweep:
             raise UserError(
-                f"{o.input_line!r} names several values: add -m to run one after the other"
+                f"{o.input_line!r} names several values: give one; train -m runs one after the "
+                "other, cost -m says what they cost"
             )
 
     def _validate_key(self, key: str) -> None:

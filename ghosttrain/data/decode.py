@@ -370,8 +370,8 @@ def _no_image(path: str, content: bytes) -> str:
     start = content[:16].decode("latin-1")
     shown = repr(start) if start.isascii() and start.isprintable() else content[:16].hex(" ")
     return (
-        f"{path} is no image of a kind that is read here ({', '.join(readable())}): it begins "
-        f"with {shown}; put an image in its place or remove it, {_AGAIN}"
+        f"{path} is no image of a kind that is read here: it begins with {shown}; put an image in "
+        f"its place or remove it, {_AGAIN}"
     )
 
 

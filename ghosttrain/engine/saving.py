@@ -80,7 +80,7 @@ class Saver:
         asked_meanwhile = self.is_over and isinstance(exc_info[1], Stopped)
         if (self.others and self.failure is None) or (self.newest is not None and asked_meanwhile):
             self._begin()
-            self._join()
+            self._join(is_last=True)
 
     def is_due(self, step: int, epochs_ended: int | None = None) -> bool:
         """Whether a checkpoint should be written after `step` steps; rank 0's time counts.
@@ -177,8 +177,8 @@ class Saver:
     def _is_writing(self) -> bool:
         return self.writer is not None and self.writer.is_alive()
 
-    def _join(self) -> None:
-        """Wait for the write under way; say what went wrong with it."""
+    def _join(self, is_last: bool = False) -> None:
+        """Wait for the write under way, the last one if `is_last`; say what went wrong with it."""
         if self.writer is None:
             return
         self.writer.join()
@@ -188,6 +188,9 @@ class Saver:
         if not isinstance(self.failure, UserError | OSError):
             raise self.failure
         kept = "the last good checkpoint stays" if self.path.is_file() else "there is none yet"
+        if is_last:
+            self.say(f"{self.failure}: {kept}")
+            return
         doing = "the run ends when it is written" if self.is_over else "training goes on"
         self.say(
             f"{self.failure}: {doing}, {kept}; tried again for {self.patience / 60:g} minutes "

@@ -71,6 +71,8 @@ MOST_CLASSES, MOST_HELD_OUT, MOST_EACH = 1000, 250, 4
 """Classes of which training images are decoded, of which held-out ones, and images of a class."""
 PREFETCHED = 2
 """Batches that every worker has ready or under way: `prefetch_factor` of torch's DataLoader."""
+LOADERS, OTHER_FILES = 2, 4
+"""Training and held-out images have workers of their own; files that a run opens beside theirs."""
 WANDB = "https://api.wandb.ai"
 PATIENCE = 5.0
 """Seconds in which a server must answer."""
@@ -197,10 +199,12 @@ def _look_at_files(found: Found) -> tuple[State, str]:
     limit = "without a limit" if most == resource.RLIM_INFINITY else f"at most {most:,}"
     if not found.workers:
         return "OK", f"{limit}; no data workers"
-    validate_workers(found.workers)
+    every = LOADERS * found.workers
+    validate_workers(every, beside=OTHER_FILES)
+    files = files_of(every) + OTHER_FILES
     return (
         "OK",
-        f"{limit}; {files_of(found.workers)} and more for {counted(found.workers, 'data worker')}",
+        f"{limit}; {files} and more for {LOADERS} x {counted(found.workers, 'data worker')}",
     )
 
 
@@ -224,11 +228,11 @@ def _look_at_images(found: Found) -> tuple[State, str]:
         broken += [fault for number in numbers if (fault := _fault(half, number, data))]
     if not broken:
         return "OK", f"{looked:,} decoded, some of each class; data check reads all"
-    count = f"{len(broken):,} of {looked:,}"
-    text = f"{count} cannot be read, the first: {broken[0]}; python -m ghosttrain data check lists"
+    text = f"{len(broken):,} of {looked:,} cannot be read, the first: {broken[0]}; "
     if data.on_error == "skip":
-        return "note", f"{text} all (data.on_error=skip leaves them out)"
-    return "FAIL", f"{text} all, with data.on_error=skip a run leaves them out"
+        text += "data.on_error=skip leaves such images out, data check lists all of them"
+        return "note", text
+    return "FAIL", f"{text}type data.on_error=skip to leave such images out, or see data check"
 
 
 def _fault(half: Dataset, number: int, data: DataConfig) -> str | None:

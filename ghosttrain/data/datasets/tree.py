@@ -104,7 +104,7 @@ def validate_class_name(name: str, source: Path) -> None:
     """
     if has_controls(name):
         raise UserError(
-            f"{source} has a class {printable(name)!r}, whose name holds control characters: "
+            f"{source} has a class '{printable(name)}', whose name holds control characters: "
             "rename it"
         )
 
