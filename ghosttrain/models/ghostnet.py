@@ -175,7 +175,8 @@ class GhostNet(Student):
         channels = make_divisible(STEM_CHANNELS * width)
         self.stem = make_stem(in_chans, channels, input_stride, reparam)
         layers = [("stem", channels, stem_stride(input_stride))]
-        stages, depth = [], 0
+        stages: list[nn.Module] = []
+        depth = 0
         for blocks in STAGES:
             stage = nn.Sequential()
             for kernel_size, mid, out, squeeze_excite, stride in blocks:

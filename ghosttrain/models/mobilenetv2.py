@@ -95,7 +95,7 @@ class MobileNetV2(Student):
         channels = make_divisible(STEM_CHANNELS * width, DIVISOR)
         self.stem = make_stem(in_chans, channels, input_stride, reparam)
         layers = [("stem", channels, stem_stride(input_stride))]
-        stages = []
+        stages: list[nn.Module] = []
         for expansion, out, depth, first_stride in STAGES:
             out_channels = make_divisible(out * width, DIVISOR)
             stage = nn.Sequential()

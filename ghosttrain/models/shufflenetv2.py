@@ -103,7 +103,8 @@ class ShuffleNetV2(Student):
         self.stem = make_stem(in_chans, STEM_CHANNELS, input_stride, reparam)
         self.stem_pool = nn.MaxPool2d(3, stride=2, padding=1)
         layers = [("stem_pool", STEM_CHANNELS, 2 * stem_stride(input_stride))]
-        inputs, stages = STEM_CHANNELS, []
+        stages: list[nn.Module] = []
+        inputs = STEM_CHANNELS
         for depth, outputs in zip(DEPTHS, widths, strict=True):
             stage = nn.Sequential(ShuffleBlock(inputs, outputs, 2, reparam=reparam))
             for _ in range(depth - 1):
