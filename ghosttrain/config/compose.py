@@ -49,6 +49,8 @@ from ghosttrain.config.names import (
 from ghosttrain.config.normalization import validate_normalization
 from ghosttrain.config.policy import validate_policy
 from ghosttrain.config.schema import (
+    BOX_DATA,
+    EMBEDDED_DATA,
     FULL,
     NAMED_SOURCES,
     PLAIN,
@@ -247,10 +249,13 @@ def _validate_split(data: DataConfig) -> None:
 
 
 def _validate_root_is_read(data: DataConfig) -> None:
-    if data.name == "digits" and data.root:
+    if data.name in EMBEDDED_DATA and data.root:
+        others = (
+            "coco or data=voc" if data.name in BOX_DATA else "imagenet, data=folder or data=idx"
+        )
         raise UserError(
-            f"data.root={data.root} is not used by the embedded data=digits; "
-            "type data=imagenet, data=folder or data=idx with it"
+            f"data.root={data.root} is not used by the embedded data={data.name}; "
+            f"type data={others} with it"
         )
 
 
@@ -573,7 +578,7 @@ def _check(
 
 def validate_data_here(data: DataConfig) -> None:
     """Raise UserError where the folder of the images is not given, or not on this machine."""
-    if data.name == "digits":
+    if data.name in EMBEDDED_DATA:
         return
     if not data.root:
         variable = " or set IMAGENET_DIR" if data.name == "imagenet" else ""

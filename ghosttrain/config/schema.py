@@ -336,12 +336,21 @@ def _texts(value: Any) -> Any:
     return [str(each) if type(each) is int else each for each in value]
 
 
+EMBEDDED_DATA = ("digits", "scenes")
+"""Data that are part of the installation."""
+BOX_DATA = ("scenes", "coco", "voc")
+"""Data whose images have boxes."""
+
+
 class DataConfig(Section):
     """Images and labels; what an image looks like when it reaches the network."""
 
-    name: Literal["digits", "folder", "imagenet", "idx", "table"] = "digits"
+    name: Literal["digits", "folder", "imagenet", "idx", "table", "scenes", "coco", "voc"] = (
+        "digits"
+    )
     """`digits` is embedded; `folder` and `imagenet` read `root/train/<class>/*`; `idx` reads IDX
-    files; `table` reads a CSV or JSON-lines file of paths and labels."""
+    files; `table` reads a CSV or JSON-lines file of paths and labels. For `detect`: `scenes` is
+    embedded and synthetic; `coco` and `voc` read the layouts of these sets."""
     root: str | None = Field(None, json_schema_extra=may_change("eval", "cache"))
     """Folder of the data; `imagenet` falls back to the environment variable IMAGENET_DIR."""
     digest: str | None = None
@@ -459,9 +468,9 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     """Training augmentation. Draws are a pure function of (augment.seed, draw, sample index)."""
 
-    policy: Literal["compact", "with_mixup", "none"] = "compact"
-    """`compact` leaves Mixup and CutMix out and refuses them; `with_mixup` allows them; `none`:
-    resize only."""
+    policy: Literal["compact", "with_mixup", "boxes", "none"] = "compact"
+    """`compact` leaves Mixup and CutMix out and refuses them; `with_mixup` allows them; `boxes` is
+    for images with boxes; `none`: resize only."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the draws, separate from `seed` so that runs with different seeds see the same
     images."""
@@ -492,6 +501,16 @@ class AugmentConfig(Section):
     """Mixup: Beta parameter; 0 is off. Only with `policy=with_mixup`."""
     cutmix_alpha: float = Field(0.0, ge=0)
     """CutMix: Beta parameter; 0 is off. Only with `policy=with_mixup`."""
+    photometric: bool = False
+    """Boxes: brightness, contrast, saturation, hue and channels change, as SSD
+    (https://arxiv.org/abs/1512.02325) has it."""
+    zoom_out: float = Field(1.0, ge=1)
+    """Boxes: half of the images become part of a canvas of up to this times their sides; 1 is
+    off."""
+    iou_crop: bool = False
+    """Boxes: a crop in which an object has a drawn least overlap (SSD)."""
+    scale_jitter: float = Field(0.0, ge=0, lt=1)
+    """Boxes: the image is scaled by 1 - this to 1 + this, then cropped or filled up; 0 is off."""
 
 
 class OptimConfig(Section):

@@ -10,7 +10,7 @@ from helpers import refused_settings
 from ghosttrain.commands.help import help_text
 from ghosttrain.config.compose import batch_split, cells, compose, override_saved
 from ghosttrain.config.identity import result_settings, run_name, settings_hash
-from ghosttrain.config.schema import Config, OptimConfig, Section
+from ghosttrain.config.schema import EMBEDDED_DATA, Config, OptimConfig, Section
 from ghosttrain.engine.run_files import write_config
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import expanded
@@ -368,7 +368,7 @@ def test_every_file_in_conf_composes(tmp_path, photo_folder):
                 + ["teacher.weights=runs/x"] * (file.stem == "file")
                 + [f"teacher.run={run}"] * (file.stem == "run")
                 + LITE * (file.stem == "ensemble"),
-                "data": [f"data.root={ROOT}"] * (file.stem != "digits")
+                "data": [f"data.root={ROOT}"] * (file.stem not in EMBEDDED_DATA)
                 + [f"data.table={table}", "data.split=0.5"] * (file.stem == "table"),
                 "budget": ["data=folder", f"data.root={photo_folder}"] * (file.stem == "small"),
                 "distill": ["teacher=digits"] * (file.stem != "none"),
