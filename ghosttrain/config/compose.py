@@ -33,6 +33,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ghosttrain import ranks
+from ghosttrain.config.detection import validate_detection
 from ghosttrain.config.distillation import validate_cache_settings, validate_loss, validate_teacher
 from ghosttrain.config.identity import changeable, field_of, flatten, unflatten, validate_run_name
 from ghosttrain.config.names import (
@@ -147,7 +148,9 @@ def compose(
     config = _replace(config, "data", **_data_paths(config.data))
     config = _replace(config, "cache", dir=_absolute(config.cache.dir))
     _check(config, names, chosen, trains, needs_data)
-    if config.model.source == "timm":  # it has no branches: no setting of them tells runs apart
+    if (
+        config.model.source != "ghosttrain"
+    ):  # it has no branches: no setting of them tells runs apart
         config = config.model_copy(update={"reparam": PLAIN})
     replaced = _replaced(budget, before, flatten(tree) | chosen)
     arguments = (*overrides, *(("--config-dir", config_dir) if config_dir else ()))
@@ -446,10 +449,10 @@ def _check(
             f"model.name={model.name} is no student.{hint} A timm model: model=timm model.name=NAME"
         )
     named = config.reparam.model_copy(update={"forward": FULL.forward}) not in (FULL, PLAIN)
-    if model.source == "timm" and (named or model.input_stride != "standard"):
+    if model.source != "ghosttrain" and (named or model.input_stride != "standard"):
         raise UserError(
-            f"timm's {model.name} is trained as it is: reparam settings and model.input_stride "
-            "would do nothing; leave them out"
+            f"{model.source}'s {model.name} is trained as it is: reparam settings and "
+            "model.input_stride would do nothing; leave them out"
         )
     if model.source == "timm" and config.train.sync_bn:
         raise UserError(
@@ -483,6 +486,7 @@ def _check(
     validate_loss(config.distill)
     validate_cache_settings(config.cache, config.distill, augment)
     validate_policy(augment)
+    validate_detection(config)
     validate_run_name(config)
     validate_normalization(data, config.teacher)
     for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max")):

@@ -141,8 +141,9 @@ class ModelConfig(Section):
 
     name: str = "ghostnetv3_100"
     """Student from `conf/model/`, or with `source=timm` any timm model name."""
-    source: Literal["ghosttrain", "timm"] = "ghosttrain"
-    """`ghosttrain`: this project's re-parameterized students; `timm`: `timm.create_model`."""
+    source: Literal["ghosttrain", "timm", "torchvision"] = "ghosttrain"
+    """`ghosttrain`: this project's re-parameterized students; `timm`: `timm.create_model`;
+    `torchvision`, for `detect`: a backbone of torchvision's (detect/backbones.py)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability before the classifier; `conf/model/` has the published one of each."""
     drop_path: float = Field(0.0, ge=0, lt=1)
@@ -163,6 +164,15 @@ class ModelConfig(Section):
     """Quantization-aware training: the fused network goes on from the `weights` of a finished run,
     the weights of its layers rounded to so many bits and their inputs to 8; null: no rounding.
     `quantize RUN --finetune` types it."""
+
+
+class DetectorConfig(Section):
+    """The detector of `detect`: torchvision's, with the model as backbone."""
+
+    name: Literal["none", "ssdlite", "retinanet"] = "none"
+    """`none`: classification; `ssdlite`: SSDLite; `retinanet`: RetinaNet on a feature pyramid."""
+    channels: int = Field(256, ge=8)
+    """RetinaNet: channels of the pyramid and of its head."""
 
 
 Forward = Literal["auto", "branches", "stacked", "collapsed"]
@@ -685,9 +695,9 @@ class TrainConfig(Section):
     """Steps in a row that may be left out because their loss or gradient is not finite. After more
     the run goes back to the weights of its last checkpoint, and on with the images that follow; if
     there is none since it did so before, it ends."""
-    best_by: Literal["top1", "balanced"] = "top1"
+    best_by: Literal["top1", "balanced", "ap"] = "top1"
     """Which held-out accuracy names the best epoch on the way: `top1`, or `balanced`, the mean
-    recall of the classes, where some have many more images than others."""
+    recall of the classes, where some have many more images than others; of detectors `ap`."""
     eval_every: int = Field(1, ge=1, json_schema_extra=may_change("run"))
     """Epochs between two evaluations of the EMA weights; the last epoch always is."""
     eval_batch: int | None = Field(None, ge=1, json_schema_extra=may_change("run", "eval", "cache"))
@@ -717,6 +727,7 @@ class Config(Section):
     """Seed of the initial weights, the sample order and dropout."""
     model: ModelConfig = ModelConfig()
     reparam: ReparamConfig = ReparamConfig()
+    detector: DetectorConfig = DetectorConfig()
     teacher: TeacherConfig = TeacherConfig()
     distill: DistillConfig = DistillConfig()
     cache: CacheConfig = CacheConfig()

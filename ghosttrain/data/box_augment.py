@@ -37,9 +37,9 @@ _PHOTOMETRIC, _ZOOM, _JITTER, _CROP, _FLIP = range(20, 25)  # beside the streams
 
 
 def box_transform(data: DataConfig, augment: AugmentConfig | None, boxes: Boxes) -> Any:
-    """Return what the loader calls for an image: (opens it, draw number, sample number) -> pixels
-    (C, S, S) uint8 and boxes (M, 5): left, top, right, bottom in pixels of the square and class,
-    filled up to the most boxes that an image has with rows of class `NO_CLASS`.
+    """Return what the loader calls for an image: (opens it, draw number, sample number[, S]) ->
+    pixels (C, S, S) uint8 and boxes (M, 5): left, top, right, bottom in pixels of the square and
+    class, filled up to the most boxes that an image has with rows of class `NO_CLASS`.
 
     Args:
         data: size and resampling.
@@ -57,6 +57,7 @@ def _sample(
     opened: Callable[[], Image.Image],
     draw_number: int,
     index: int,
+    size: int | None = None,
 ) -> list[Tensor]:
     from torchvision import tv_tensors
     from torchvision.transforms import v2
@@ -81,7 +82,7 @@ def _sample(
         ),
         "labels": torch.from_numpy(labels.copy()),
     }
-    size = data.eval_size if augment is None else data.train_size
+    size = size or (data.eval_size if augment is None else data.train_size)
     if augment is not None:
         for ingredient, transform in _ingredients(augment, data, len(labels) > 0):
             sample = _drawn(transform, sample, mix(augment.seed, ingredient, draw_number, index))

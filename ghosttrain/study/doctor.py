@@ -44,10 +44,12 @@ from ghosttrain.engine.folder import continued, is_running, run_folder, validate
 from ghosttrain.engine.identify import keeping_nothing, settled
 from ghosttrain.engine.label_loss import class_weights
 from ghosttrain.engine.launch import finished_result
+from ghosttrain.engine.metrics import WORDS, headline, score
 from ghosttrain.engine.plan import Plan, make_plan
 from ghosttrain.engine.same_data import describe_data, validate_result, validate_same_data
 from ghosttrain.engine.saving import validate_room
-from ghosttrain.engine.student import build_network, trained_depths
+from ghosttrain.engine.student import trained_depths
+from ghosttrain.engine.tasks import task_of
 from ghosttrain.engine.teacher_source import TeacherSource, build_teacher_source
 from ghosttrain.engine.track import summary_writer, wandb_mode
 from ghosttrain.errors import UserError
@@ -282,7 +284,7 @@ def _look_at_student(found: Found) -> tuple[State, str]:
     alone = config.train.model_copy(update={"sync_bn": False})  # there is no rank to ask here
     config = config.model_copy(update={"train": alone})
     _validate_here(config.model.weights, config.model.name, "model.weights")
-    network = build_network(
+    network = task_of(config).build_network(
         config, train_set.classes, features, plan.micro_batch, torch.device("cpu")
     )
     trained_depths(network.student, config)
@@ -391,8 +393,8 @@ def _look_at_run(found: Found) -> tuple[State, str]:
         validate_data_here(config.data)
         unknown = validate_result(folder, config, result)
         found.is_finished = True
-        top1 = result["weights"][result["headline"]]["top1"]
-        text = f"finished, top-1 {top1:.2f} %: the command shows the result of {folder}"
+        word = WORDS[headline(result["weights"][result["headline"]])]
+        text = f"finished, {word} {score(result):.2f} %: the command shows the result of {folder}"
         return ("note", f"{text}; {unknown}") if unknown else ("OK", text)
     config = continued(folder, config, [])
     if not os.access(folder, os.W_OK | os.X_OK):
