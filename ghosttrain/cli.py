@@ -18,7 +18,7 @@ from ghosttrain.commands.arguments import (
     validate_known,
     validate_not_hydras,
 )
-from ghosttrain.errors import BUSY, Busy, Stopped, UserError, did_you_mean, mistake
+from ghosttrain.errors import Stopped, UserError, did_you_mean, mistake
 from ghosttrain.terminal import Output, lasting_output, reason
 from ghosttrain.threads import wait_asleep
 
@@ -51,8 +51,8 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; return the exit code: 0, 1 (a run of a sweep failed), 2 (a mistake of the user,
-    or what was asked for could not be printed), 75 (asked to end by a signal; the same command
-    goes on), 130 (Ctrl-C).
+    or what was asked for could not be printed), 69 (another process does it), 75 (asked to end by a
+    signal, or stood still; the same command goes on), 130 (Ctrl-C).
     """
     args = list(sys.argv[1:] if argv is None else argv)
     wait_asleep()
@@ -75,7 +75,7 @@ def _main(args: list[str]) -> int:
             raise
         where = f" (rank {ranks.rank()})" if ranks.rank() else ""
         print(f"ghosttrain: error{where}: {line}", file=sys.stderr)
-        return BUSY if isinstance(error, Busy) else 2
+        return error.exit_code if isinstance(error, UserError) else 2
     except RuntimeError as error:
         if ranks.world_size() == 1 or not _lost_a_peer(error):
             raise

@@ -48,6 +48,8 @@ class UserError(ValueError):
     prints it and exits with code 2.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str) -> None:
         super().__init__(printable(" ".join(message.splitlines())))
 
@@ -64,6 +66,19 @@ sysexits.h."""
 
 class Busy(UserError):
     """Another process owns what this one needs."""
+
+    exit_code = BUSY
+
+
+class Stalled(UserError):
+    """The run stood still; the same command goes on from its last checkpoint."""
+
+    exit_code = SAVED
+    reason = ""
+    """Set before it is raised in another thread, which takes a class and no words."""
+
+    def __init__(self) -> None:
+        super().__init__(self.reason)
 
 
 class Stopped(SystemExit):

@@ -69,17 +69,16 @@ def locked(folder: Path, busy: str | None, patience: float | None = None) -> Ite
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process owns a folder now, as far as can be known."""
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    """Whether another process owns a folder now, as far as can be known. Two that ask at once do
+    not see each other.
+    """
     try:
-        handle = os.open(folder / LOCK, os.O_RDWR | flags)
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
-    except OSError:  # a folder that may be read alone
-        handle = os.open(folder / LOCK, os.O_RDONLY | flags)
     try:
-        owned = _flock(handle)
-        return not owned if owned is not None else _Lease(folder / LEASE).is_owned()
+        owned = _flock(handle, fcntl.LOCK_SH)
+        return not owned if owned is not None else _Lease(folder / LEASE).is_counted()
     finally:
         _release(handle)
 
@@ -134,10 +133,10 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _flock(handle: int) -> bool | None:
+def _flock(handle: int, kind: int = fcntl.LOCK_EX) -> bool | None:
     """Return whether this process has the lock now; None where the file system has no locks."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -156,7 +155,8 @@ class _Lease:
 
     def __init__(self, path: Path) -> None:
         self.path, self.token = path, f"{_me()} {secrets.token_hex(8)}"
-        self.said, self.since = "", time.monotonic()
+        self.seen: str | None = None
+        self.since = time.monotonic()
         self.may_be_gone = False
         """Whether there is an owner who has not counted since the first look."""
         self.ended = threading.Event()
@@ -164,15 +164,13 @@ class _Lease:
 
     def take(self) -> bool:
         """Take the lease if nobody has it, or its owner is gone; whether this process has it."""
-        now, said = time.monotonic(), self._read()
-        if said != self.said:
-            self.may_be_gone = bool(said) and not self.said
-            self.said, self.since = said, now
-        if said and not _is_dead(said) and now - self.since < STALE:
+        now, content = time.monotonic(), self._read()
+        if content != self.seen:
+            self.may_be_gone = content is not None and self.seen is None
+            self.seen, self.since = content, now
+        if content is not None and not _is_dead(content) and now - self.since < STALE:
             return False
-        if said:
-            self._write(0)
-        elif not self._create():
+        if not self._write(0, over=content is not None):
             return False
         time.sleep(BEAT / 10)  # of two that take over at once, the second has it
         if not self._is_mine():
@@ -181,10 +179,14 @@ class _Lease:
         self.counter.start()
         return True
 
-    def is_owned(self) -> bool:
-        """Whether somebody has the lease, as far as one look says."""
-        said = self._read()
-        return bool(said) and not _is_dead(said)
+    def is_counted(self) -> bool:
+        """Whether the owner counts, or may do so in a moment: waits for two counts at the most."""
+        first, until = self._read(), time.monotonic() + 2 * BEAT
+        if first is None or _is_dead(first):
+            return False
+        while (content := self._read()) == first and time.monotonic() < until:
+            time.sleep(BEAT / 10)
+        return content is not None and content != first
 
     def give_back(self) -> None:
         """End the lease, if this process has it."""
@@ -198,7 +200,8 @@ class _Lease:
         count = 0
         while not self.ended.wait(BEAT):
             with suppress(OSError):
-                if not self._is_mine():
+                content = self._read()
+                if content is not None and not content.startswith(self.token):
                     print(
                         f"ghosttrain: error: {self.path.parent} was taken by another process while "
                         "this one stood still; this one ends",
@@ -207,30 +210,34 @@ class _Lease:
                     )
                     os._exit(BUSY)
                 count += 1
-                self._write(count)
+                self._write(count, over=content is not None)  # else somebody removed it
 
     def _is_mine(self) -> bool:
-        return self._read().startswith(self.token)
+        return (self._read() or "").startswith(self.token)
 
-    def _read(self) -> str:
+    def _read(self) -> str | None:
+        """Return what the file holds; None where there is none."""
         try:
-            return self.path.read_text(encoding="utf-8")
+            return self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
-            return ""
+            return None
 
-    def _create(self) -> bool:
-        try:
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return False
-        os.write(handle, f"{self.token} 0".encode())
-        os.close(handle)
-        return True
-
-    def _write(self, count: int) -> None:
+    def _write(self, count: int, over: bool) -> bool:
+        """Write the file as a whole, `over` one that is there or only where there is none; whether
+        it was written.
+        """
         part = self.path.with_name(f"{LEASE}.{self.token[-8:]}")
         part.write_text(f"{self.token} {count}", encoding="utf-8")
-        part.replace(self.path)
+        if over:
+            part.replace(self.path)
+            return True
+        try:
+            os.link(part, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            part.unlink()
+        return True
 
 
 def _is_dead(said: str) -> bool:

@@ -49,8 +49,8 @@ SETTLED, SLOW = 20.0, 0.3
 """Seconds of training before it is judged whether the images come too slowly, and the share of the
 time spent waiting from which they do."""
 MOST_WORKERS = 16
-PATIENCE = 600.0
-"""Seconds to wait for the workers' next batch."""
+PATIENCE = 300.0
+"""Seconds to wait for the workers' next batch, twice: once may be over after Ctrl-Z and fg."""
 CachedReader = Callable[[int, Sequence[int]], Tensor]
 """(draw number, sample numbers) -> what is stored of them: (B, R) uint8. It is called in the
 workers and must pickle."""
@@ -109,7 +109,7 @@ class Loader:
         views: Sequence[View] = (),
         cached: CachedReader | None = None,
         replace_seed: int | None = None,
-        patience: float = PATIENCE,
+        patience: float | None = PATIENCE,
     ) -> None:
         """Use `train_loader` or `eval_loader`; `views` are those that `transform` makes."""
         self.broken: dict[int, str] = {}
@@ -131,7 +131,7 @@ class Loader:
                 sampler=self._plan,
                 batch_size=None,  # an item is already a whole batch
                 num_workers=workers,
-                timeout=patience if workers else 0,
+                timeout=patience if workers and patience else 0,
                 persistent_workers=workers > 0,
                 collate_fn=_unchanged,
                 pin_memory=device.type == "cuda",
@@ -166,7 +166,12 @@ class Loader:
             batches = iter(self._loader)
         while True:
             with _explained(workers), self._waiting():
-                batch = next(batches, None)
+                try:
+                    batch = next(batches, None)
+                except RuntimeError as error:
+                    if _TIMED_OUT not in str(error):
+                        raise
+                    batch = next(batches, None)
             if batch is None:
                 return
             if isinstance(batch, _Failure):
@@ -260,7 +265,7 @@ def train_loader(
     channels_last: bool = False,
     views: Sequence[View] = (),
     cached: CachedReader | None = None,
-    patience: float = PATIENCE,
+    patience: float | None = PATIENCE,
 ) -> Loader:
     """Return a loader of augmented images.
 
@@ -272,7 +277,7 @@ def train_loader(
         channels_last: memory format of the student's images.
         views: further sizes and resamplings of the same augmented images (teachers').
         cached: reads cached outputs for the same images and draws.
-        patience: seconds to wait for the workers' next batch.
+        patience: seconds to wait for the workers' next batch, twice; None: as long as it takes.
     """
     if dataset.boxes is None:
         transform = train_transform(data, augment, views)
@@ -289,7 +294,7 @@ def eval_loader(
     device: torch.device,
     channels_last: bool = False,
     views: Sequence[View] = (),
-    patience: float = PATIENCE,
+    patience: float | None = PATIENCE,
 ) -> Loader:
     """Return a loader of centre crops, nothing random; arguments as for `train_loader`."""
     if dataset.boxes is None:

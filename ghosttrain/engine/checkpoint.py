@@ -76,10 +76,13 @@ def generations(folder: Path, keep: int) -> Iterator[Path]:
     return (folder / (f"last-{age}.pt" if age else NEWEST) for age in range(keep))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Checkpoint, Path, list[str]] | None:
+def newest_checkpoint(
+    folder: Path, taken_before: int | None = None
+) -> tuple[Checkpoint, Path, list[str]] | None:
     """Return the newest checkpoint that is whole, its file, and a line for each damaged one.
 
-    None where there is none.
+    None where there is none. With `taken_before` the newest whose last step that was not skipped
+    lies before that one.
 
     Raises:
         UserError: there are some, and none is whole.
@@ -89,7 +92,10 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, Path, list[str]] | None
     there = [path for path in generations(folder, MOST) if path.exists()]
     for path in there:
         try:
-            return read_checkpoint(path), path, notes
+            saved = read_checkpoint(path)
+            taken = saved.get("guard", {}).get("last_taken", saved["step"])
+            if taken_before is None or taken < taken_before:
+                return saved, path, notes
         except UserError as error:
             if path == there[-1]:
                 raise

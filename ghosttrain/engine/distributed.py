@@ -74,11 +74,13 @@ def _store(meeting: str | None) -> dist.Store | None:
 
 
 def wait_at_most(minutes: float) -> None:
-    """Let a rank that waits for others give up after `minutes`; torch's own 30 until then."""
+    """Let a rank that waits for others give up after `minutes`, and not before torch's own 30: one
+    of them may compile meanwhile.
+    """
     if world_size() > 1:
         # The first is its name from PyTorch 2.13 on, the second warns there.
         name = "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout"
-        getattr(dist.distributed_c10d, name)(timedelta(minutes=minutes))
+        getattr(dist.distributed_c10d, name)(timedelta(minutes=max(minutes, 30)))
 
 
 def call_off() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
-from ghosttrain.data.loader import Batch, Broken, eval_loader
+from ghosttrain.data.loader import PATIENCE, Batch, Broken, eval_loader
 from ghosttrain.data.order import eval_batches, eval_indices
 from ghosttrain.engine import distributed
 from ghosttrain.engine.metrics import BINS, MOST_CONFUSED, UNIT, Counts, row_of
@@ -71,7 +71,7 @@ class HeldOutImages:
             config.data,
             device,
             config.train.channels_last,
-            patience=60 * (config.train.stall_minutes + 1),  # the watchdog is first
+            patience=None if stop else PATIENCE,  # in training the watchdog's
         )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,9 +1,9 @@
-"""Steps whose loss or gradient is not finite: all ranks leave them out, and nothing of them stays.
+"""Steps whose loss or gradient is not finite: all ranks skip them, and nothing of them stays.
 
 A loss that is NaN or infinite makes the gradients of its rank NaN, and the average over ranks
 carries that to all of them: each sees the same, without another message. On a CPU the optimizer
 then does not step. A GPU is not asked whether a step was good, for it would have to be waited for:
-there the step is taken, and undone by the GPU itself. What was left out is known at the next row.
+there the step is taken, and undone by the GPU itself. What was skipped is known at the next row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COUNTS = ("skipped", "in_a_row", "last_taken", "rolled_back_at")
 
 
 class Skip(NamedTuple):
-    """A step that was left out."""
+    """A step that was skipped."""
 
     step: int
     """Its number, counted from 1."""
@@ -48,18 +48,18 @@ class Skip(NamedTuple):
 
 @dataclass
 class _Step:
-    """What must be known of a step if it was left out."""
+    """What must be known of a step if it was skipped."""
 
     number: int
     terms: list[Mapping[str, Tensor]]
     indices: list[Tensor]
     passed: Tensor
-    undone: bool
-    """Whether a GPU took the step, and undoes it if it must be."""
+    undone: list[Tensor] | None
+    """The weights of which a GPU took the step, and undoes it if it must be; None on a CPU."""
 
 
 class Guard:
-    """Leaves out the steps that are not finite, and counts them."""
+    """Skips the steps that are not finite, and counts them."""
 
     def __init__(self, network: nn.Module, optimizer: Optimizer, ema: Ema, on_host: bool) -> None:
         """Guard the training of `network`.
@@ -72,13 +72,15 @@ class Guard:
         """
         self.optimizer, self.ema, self.on_host = optimizer, ema, on_host
         self.skipped = self.in_a_row = self.last_taken = 0
+        self.longest = 0
+        """Steps in a row that were skipped, at most, since the reading before the last."""
         self.rolled_back_at = -1
         """Steps done when the run last went back to its checkpoint; -1: it never did."""
         self.steps: list[_Step] = []
         self._terms: list[Mapping[str, Tensor]] = []
         self._indices: list[Tensor] = []
         self._statistics = _Copies([*network.buffers()])
-        self._rest: tuple[int, _Copies] = (0, _Copies([]))
+        self._state: tuple[int, _Copies] = (0, _Copies([]))
 
     def begin(self) -> None:
         """Keep the running statistics, which the forward changes: before each step."""
@@ -104,11 +106,13 @@ class Guard:
         backwards; then comes `end`.
         """
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grads = [weight.grad for weight in weights if weight.grad is not None]
-        passed = all_finite(grads)
+        stepped = [weight for weight in weights if weight.grad is not None]
+        passed = all_finite([weight.grad for weight in stepped if weight.grad is not None])
         # What an optimizer keeps of a parameter comes into being with its first step.
-        undone = not self.on_host and len(grads) <= len(self.optimizer.state)
-        self.steps.append(_Step(number, self._terms, self._indices, passed, undone))
+        known = not self.on_host and all(weight in self.optimizer.state for weight in stepped)
+        step = _Step(number, self._terms, self._indices, passed, stepped if known else None)
+        self.steps.append(step)
+        undone = step.undone is not None
         if undone:
             self._copies(weights).keep()
         elif not passed:
@@ -118,33 +122,37 @@ class Guard:
     def end(self) -> Tensor:
         """Undo the step on a GPU if it must be; return whether it was taken, on the device."""
         step = self.steps[-1]
-        if step.undone:
+        if step.undone is not None:
             self._statistics.back_unless(step.passed)
-            self._rest[1].back_unless(step.passed)
+            self._state[1].back_unless(step.passed)
         return step.passed
 
     def rolled_back(self, step: int) -> None:
         """Remember that after this step the run went back to its checkpoint."""
-        self.rolled_back_at, self.in_a_row = step, 0
-        self._rest = (0, _Copies([]))  # the optimizer has other tensors
+        self.rolled_back_at, self.in_a_row, self.longest = step, 0, 0
+        self._state = (0, _Copies([]))  # the optimizer has other tensors
 
     def read(self) -> list[Skip]:
-        """Return the steps that were left out since the last reading, with what all ranks know of
+        """Return the steps that were skipped since the last reading, with what all ranks know of
         them, on rank 0; all ranks call it, and each has counted them.
         """
         steps, self.steps = self.steps, []
         if not steps:
             return []
         passed = torch.stack([step.passed for step in steps]).tolist()
+        self.longest = self.in_a_row
         for step, good in zip(steps, passed, strict=True):
             self.skipped += not good
             self.in_a_row = 0 if good else self.in_a_row + 1
+            self.longest = max(self.longest, self.in_a_row)
             self.last_taken = step.number if good else self.last_taken
-        missed = [step for step, good in zip(steps, passed, strict=True) if not good]
-        if not missed:
+        skipped_steps = [step for step, good in zip(steps, passed, strict=True) if not good]
+        if not skipped_steps:
             return []
-        self._forget_steps(sum(step.undone for step in missed))
-        found = distributed.gathered([_fault(step) for step in missed])
+        for step in skipped_steps:
+            if step.undone is not None:
+                self._forget_step(step.undone)
+        found = distributed.gathered([_fault(step) for step in skipped_steps])
         return [_first(faults) for faults in zip(*found, strict=True)]
 
     def state(self) -> dict[str, int]:
@@ -164,25 +172,27 @@ class Guard:
 
     def _copies(self, weights: list[Tensor]) -> _Copies:
         """Return the copies of what a step changes on the device: weights, moments, the average."""
-        if len(self.optimizer.state) != self._rest[0]:
+        if len(self.optimizer.state) != self._state[0]:
             kept = [value for each in self.optimizer.state.values() for value in each.values()]
             moments = [t for t in kept if isinstance(t, Tensor) and t.device == weights[0].device]
             average = self.ema.model
             changed = [*weights, *moments, *average.parameters(), *average.buffers()]
-            self._rest = len(self.optimizer.state), _Copies(changed)
-        return self._rest[1]
+            self._state = len(self.optimizer.state), _Copies(changed)
+        return self._state[1]
 
-    def _forget_steps(self, count: int) -> None:
-        """Take steps out of the counters of this process, which a GPU cannot undo: until the row
-        the corrections of Adam's moments and the warm-up of the average were `count` steps ahead.
+    def _forget_step(self, weights: Sequence[Tensor]) -> None:
+        """Take a step of these weights out of the counters of this process, which a GPU cannot
+        undo: until the row the corrections of Adam's moments, and the warm-up of the average, were
+        a step ahead.
         """
-        if not count:
-            return
-        self.ema.updates -= count
-        for holder in (*self.optimizer.param_groups, *self.optimizer.state.values()):
-            step = holder.get("step")
-            if isinstance(step, int) or (isinstance(step, Tensor) and step.device.type == "cpu"):
-                holder["step"] = step - count
+        self.ema.updates -= 1
+        counters = [*self.optimizer.param_groups, *(self.optimizer.state[p] for p in weights)]
+        for counter in counters:
+            step = counter.get("step")
+            if isinstance(step, int) or (
+                isinstance(step, Tensor) and step.device != weights[0].device  # else it was undone
+            ):
+                counter["step"] = step - 1
 
 
 @torch.no_grad()
@@ -231,29 +241,29 @@ class _Copies:
 
 
 def skip_note(skips: Sequence[Skip]) -> str:
-    """Return a line about steps that were left out."""
+    """Return a line about steps that were skipped."""
     first = skips[0]
     why = "the gradient is" if first.cause == "gradient" else f"{first.cause} is"
     if first.of_teacher:
         why = "the teacher's answer is"
     where = f" on rank {first.rank}" if distributed.world_size() > 1 else ""
-    what = f"step {first.step:,} was left out"
+    what = f"step {first.step:,} was skipped"
     if len(skips) > 1:
-        what = f"{len(skips)} steps from {first.step:,} to {skips[-1].step:,} were left out"
+        what = f"{len(skips)} steps from {first.step:,} to {skips[-1].step:,} were skipped"
         where += f" at step {first.step:,}"
     return f"note: {what}: {why} not finite{where}; metrics.jsonl has the sample numbers"
 
 
-def left_out_note(skipped: int) -> list[str]:
-    """Return a line about how many steps of a run were left out; nothing where none was."""
+def skipped_steps_note(skipped: int) -> list[str]:
+    """Return a line about how many steps of a run were skipped; nothing where none was."""
     if not skipped:
         return []
     what = "1 step was" if skipped == 1 else f"{skipped:,} steps were"
-    return [f"note: {what} left out: loss or gradient was not finite (metrics.jsonl says where)"]
+    return [f"note: {what} skipped: loss or gradient was not finite (metrics.jsonl says where)"]
 
 
 def _fault(step: _Step) -> Skip:
-    """Return what this rank knows of a step that was left out."""
+    """Return what this rank knows of a step that was skipped."""
     rank, everything = distributed.rank(), _numbers(step.indices)
     for terms, indices in zip(step.terms, step.indices, strict=True):
         broken = list(_not_finite(terms))

@@ -9,6 +9,7 @@ all stop, and every rank looks there once a step.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,7 @@ class Stop:
     """Whether a run was asked to end. All ranks of a run look at the same places."""
 
     def __init__(
-        self, device: torch.device, log_every: int, alive: Callable[[], object] = int
+        self, device: torch.device, log_every: int, alive: Callable[[int], object] = int
     ) -> None:
         """Listen to nothing yet.
 
@@ -34,7 +35,7 @@ class Stop:
             device: of this rank.
             log_every: steps between two rows, at which all ranks of GPUs have reached the same
                 step: between them one may be ahead of another.
-            alive: called at each look: the run goes on.
+            alive: called at each look with the steps done, 0 in an evaluation: the run goes on.
         """
         self.number = 0
         """The signal that this rank got; 0: none."""
@@ -50,6 +51,8 @@ class Stop:
         """
         before = {number: signal.getsignal(number) for number in SIGNALS}
         ours = [number for number, handler in before.items() if _is_free(handler)]
+        if threading.current_thread() is not threading.main_thread():
+            ours = []  # Python lets no other thread listen
         for number in ours:
             signal.signal(number, self._asked)
         try:
@@ -68,13 +71,13 @@ class Stop:
 
     def poll(self, step: int) -> None:
         """Raise Stopped where all ranks stop after `step` optimizer steps; once a step."""
-        self.alive()
+        self.alive(step)
         if self._when(step) <= step:
             raise Stopped(self._number())
 
     def is_asked(self) -> bool:
         """Whether this rank or another one was asked to end."""
-        self.alive()
+        self.alive(0)
         return self.number > 0 or self._told() is not None
 
     def agree(self, asked: bool) -> None:

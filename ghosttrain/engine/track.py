@@ -201,7 +201,10 @@ class Tracker:
             self.say(f"{METRICS}: {counted(damaged, 'damaged row')} left out")
         steps = (row["step"] for row in rows if row["kind"] != "eval")
         last = max((step for step in steps if step <= start_step), default=0)
-        if last < start_step:  # a checkpoint is written at a row
+        # Between two rows a checkpoint holds what the next one is made of.
+        in_epoch = start_step - plan.begin_of(plan.epoch_of(start_step))
+        since_row = min(start_step % config.tracker.log_every, in_epoch)
+        if last < start_step - since_row:
             self.say(f"{METRICS}: the rows after step {last} to step {start_step} are lost")
         asked, mode = config.tracker.wandb, wandb_mode(config)
         if mode != "off":

@@ -31,7 +31,7 @@ from ghosttrain.engine.conditions import changed_conditions, conditions, settle_
 from ghosttrain.engine.cuda_graph import record
 from ghosttrain.engine.evaluate import Evaluation, HeldOutImages, try_first_batch
 from ghosttrain.engine.freeze import freeze_at, freeze_network
-from ghosttrain.engine.guard import Guard, left_out_note, skip_note
+from ghosttrain.engine.guard import Guard, skip_note, skipped_steps_note
 from ghosttrain.engine.label_loss import class_weights
 from ghosttrain.engine.plan import make_plan
 from ghosttrain.engine.rows import read_metrics
@@ -119,7 +119,6 @@ def train(choose: Callable[[Config], Task], config: Config | None, notes: list[s
     weights_K = class_weights(config.train, train_set.labels, len(classes))
     teacher = build_teacher_source(config, train_set, device)
     watchdog = Watchdog(run, config.train.stall_minutes)
-    patience = config.train.stall_minutes + 1  # minutes; the watchdog says more, and is first
     train_images = train_loader(
         train_set,
         config.data,
@@ -128,7 +127,7 @@ def train(choose: Callable[[Config], Task], config: Config | None, notes: list[s
         channels_last=config.train.channels_last,
         views=teacher.views,
         cached=teacher.cached,
-        patience=60 * patience,
+        patience=None,  # the watchdog's
     )
     stop = Stop(device, config.tracker.log_every, watchdog.beat)
     held_images = HeldOutImages(
@@ -197,18 +196,25 @@ def train(choose: Callable[[Config], Task], config: Config | None, notes: list[s
     def roll_back(why: str) -> None:
         saver.wait()
         distributed.barrier()
-        newest, path, _ = newest_checkpoint(checkpoints) or (None, None, [])
+        # Of two with the same weights as now, the older one would change nothing either.
+        older = newest_checkpoint(checkpoints, taken_before=state.guard.last_taken)
+        newest, path, _ = older or newest_checkpoint(checkpoints) or (None, None, [])
+        distributed.validate_same(
+            "checkpoint to go back to",
+            str(newest and newest["step"]),
+            "is run.root a shared folder?",
+        )
         # Since the last time a step must have been taken and saved.
         if newest is None or path is None or not state.guard.has_gone_on(newest.get("guard", {})):
             raise UserError(f"{why}: {_diverged(run)}")
         state.roll_back(newest, path)
         tracker.say(
-            f"note: {why}: the run goes back to the weights of step {newest['step']:,}, its last "
-            "checkpoint, and on with the images that follow"
+            f"note: {why}: the run goes back to the weights of step {newest['step']:,}; it goes on "
+            "with the images that follow"
         )
 
-    with train_images, held_images, tracker, saver, stop.saving(save), watchdog:
-        distributed.wait_at_most(patience)
+    with train_images, held_images, tracker, saver, watchdog, stop.saving(save):
+        distributed.wait_at_most(config.train.stall_minutes + 1)  # the watchdog is first
         if rank == 0:
             tracker.say(*summary.head(about, student, notes), *tracker.about())
         try_first_batch(student, held_images)
@@ -272,10 +278,10 @@ def train(choose: Callable[[Config], Task], config: Config | None, notes: list[s
                 state.step += 1
                 if state.step % config.tracker.log_every == 0 or state.step == plan.end_of(epoch):
                     say_skips()
-                    if state.guard.in_a_row > config.train.max_skips:
+                    if state.guard.longest > config.train.max_skips:
                         roll_back(
-                            f"{state.guard.in_a_row} steps in a row were left out to step "
-                            f"{state.step:,} (train.max_skips={config.train.max_skips})"
+                            f"{state.guard.longest} steps in a row were skipped before step "
+                            f"{state.step + 1:,} (train.max_skips={config.train.max_skips})"
                         )
                     if read := meter.read():
                         row = read | {"lr": lr}
@@ -289,8 +295,8 @@ def train(choose: Callable[[Config], Task], config: Config | None, notes: list[s
 
             # -------------------------------------------------------- Save
             # Before the evaluation, which a resumed run repeats: it may fail.
-            distributed.average_buffers(student, ema.model)
             validate_weights()
+            distributed.average_buffers(student, ema.model)
             stop.poll(state.step)
             if state.step >= plan.total_steps or saver.is_due(state.step, epoch + 1):
                 save()
@@ -306,8 +312,8 @@ def train(choose: Callable[[Config], Task], config: Config | None, notes: list[s
             result["notes"] = advice(config, read_metrics(run), result, plan.steps_per_epoch)
             result["skipped"] = skipped.count_skipped(run)
             result["notes"] += skipped.skipped_note(**result["skipped"])
-            result["left_out_steps"] = state.guard.skipped
-            result["notes"] += left_out_note(state.guard.skipped)
+            result["skipped_steps"] = state.guard.skipped
+            result["notes"] += skipped_steps_note(state.guard.skipped)
             saver.finish()
             tracker.say(f"checkpoints: training waited {saver.waited:.2f} s for them")
             write_weights(run / "model.safetensors", ema.model, kind)

@@ -35,12 +35,12 @@ from omegaconf import DictConfig
 from ghosttrain import ranks
 from ghosttrain.config.compose import Composed, as_mistakes, compose
 from ghosttrain.config.names import Cells, Names
-from ghosttrain.engine.folder import is_running, run_folder
+from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.launch import follow, launch, others_told
 from ghosttrain.engine.metrics import WORDS, headline, score
 from ghosttrain.engine.run_files import read_result
-from ghosttrain.errors import BUSY, Busy, UserError, mistake
+from ghosttrain.errors import BUSY, UserError, mistake
 from ghosttrain.files import expanded, read_json, write_json
 from ghosttrain.study.report import report
 from ghosttrain.study.submitted import jobs_of
@@ -235,24 +235,21 @@ def run_cell(given: DictConfig) -> float | None:
     label = _label(job, context, words, f"[{number + 1}{of}]")
     if label is None:
         print(f"\n=== {number + 1}{of}: {' '.join(words)}", flush=True)
-    folder, top1, word, elsewhere = None, math.nan, WORDS["top1"], False
+    folder, top1, word = None, math.nan, WORDS["top1"]
     try:
         with others_told(), only_lines_of(label):
             composed = compose(words, context["config_dir"])
             folder = run_folder(settled(composed))
-            # Tasks of the same cell wait to hear from `launch`, which refuses it too.
-            elsewhere = is_running(folder) and not ranks.is_on_its_own()
             with _threads_of(context, composed):
-                code = BUSY if elsewhere else launch(composed, _run_everywhere())
-        elsewhere = code == BUSY
+                code = launch(composed, _run_everywhere())
     except Exception as error:  # the other cells still run
         message = mistake(error)
         if message is None:
             traceback.print_exc()
         else:
             print(f"ghosttrain: error: {message}", file=sys.stderr)
-        code = 1 if message is None else 2
-        elsewhere = isinstance(error, Busy)
+        code = 1 if message is None else getattr(error, "exit_code", 2)
+    elsewhere = code == BUSY
     outcome = {
         "words": words,
         "exit_code": code,

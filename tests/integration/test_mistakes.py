@@ -183,8 +183,8 @@ def test_training_that_diverges_says_so(ghosttrain, tiny):
     checkpoint to go back to."""
     words = ["optim=sgd", "optim.lr=1e30", "train.global_batch=8", "tracker.log_every=1"]
     ended = ghosttrain(*tiny, *words, "train.max_skips=3")
-    refused(ended, "4 steps in a row were left out to step 5 (train.max_skips=3)", "diverged")
-    assert "note: step 2 was left out: label is not finite; metrics.jsonl has" in ended.out
+    refused(ended, "4 steps in a row were skipped before step 6 (train.max_skips=3)", "diverged")
+    assert "note: step 2 was skipped: label is not finite; metrics.jsonl has" in ended.out
 
 
 def test_weights_that_are_not_finite_are_never_saved(ghosttrain, tiny, tmp_path):

@@ -19,7 +19,7 @@ from ghosttrain import locks
 from ghosttrain.errors import Busy
 from ghosttrain.locks import is_locked, locked
 
-OWN = "import sys, time; from pathlib import Path; from ghosttrain.locks import locked"
+OWN = "import time; from pathlib import Path; from ghosttrain import locks\nlocks.BEAT = 0.1"
 NO_LOCKS = (
     "import errno, fcntl\ndef no(*_): raise OSError(errno.ENOSYS, 'no locks')\nfcntl.flock = no"
 )
@@ -41,9 +41,8 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def owner(folder: Path, system: str, then: str = "time.sleep(600)") -> subprocess.Popen[str]:
     """Start a process that owns `folder`."""
     code = f"{NO_LOCKS if system == 'lease' else ''}\n{OWN}\n"
-    code += (
-        f"with locked(Path({str(folder)!r}), 'busy'):\n    print('owned', flush=True)\n    {then}"
-    )
+    code += f"with locks.locked(Path({str(folder)!r}), 'busy'):\n"
+    code += f"    print('owned', flush=True)\n    {then}"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "owned\n"
     return process
@@ -93,9 +92,8 @@ def test_a_worker_does_not_keep_the_lock_of_a_killed_owner(tmp_path: Path) -> No
     try:
         process.kill()
         process.wait()
-        os.kill(worker, 0)  # it lives
-        with locked(tmp_path, "busy"):
-            pass
+        with locked(tmp_path, "busy", patience=60):  # it may not have begun to run yet
+            os.kill(worker, 0)  # it lives
     finally:
         os.kill(worker, signal.SIGKILL)
         process.stdout.close()
@@ -108,12 +106,34 @@ def test_an_owner_elsewhere_that_stopped_counting_is_gone(tmp_path, monkeypatch,
     monkeypatch.setattr(locks, "STALE", 0.5)
     (tmp_path / locks.LOCK).touch()
     (tmp_path / locks.LEASE).write_text("4711 elsewhere 0123456789abcdef 7")
-    assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)  # in two counts it would have counted
     began = time.monotonic()
     with locked(tmp_path, "busy", patience=0):
         assert time.monotonic() - began >= 0.5
         assert "4711" not in (tmp_path / locks.LEASE).read_text()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_owner_that_died_while_it_wrote_locks_nobody_out(tmp_path, monkeypatch, system):
+    """An empty file, or none that is text."""
+    if system == "flock":
+        pytest.skip("it writes nothing that counts")
+    monkeypatch.setattr(locks, "STALE", 0.3)
+    for content in (b"", b"\xff\xfe"):
+        (tmp_path / locks.LEASE).write_bytes(content)
+        with locked(tmp_path, "busy", patience=0):
+            (tmp_path / locks.LEASE).unlink()  # by somebody who tidies up: it comes back
+            time.sleep(3 * locks.BEAT)
+            assert is_locked(tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+def test_two_that_ask_do_not_see_each_other(tmp_path: Path) -> None:
+    (tmp_path / locks.LOCK).touch()  # left by one that was killed
+    handle = os.open(tmp_path / locks.LOCK, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    assert not is_locked(tmp_path)
+    os.close(handle)
 
 
 def _own_then_lose(folder: Path, name: str) -> None:

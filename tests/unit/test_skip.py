@@ -129,6 +129,26 @@ def test_by_default_it_ends_the_run_and_says_what_else_there_is(photos):
         refusal(lambda: list(loader.batches([[1]])), "a/1.png", "data.on_error=skip", "as wrong")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_happens_to_a_file_after_it_was_listed_is_one_line(photos, workers):
+    """It vanishes, is cut, becomes another one, a folder, or a FIFO that nobody writes into."""
+    changes = {
+        "0": Path.unlink,
+        "2": lambda path: os.truncate(path, 30),
+        "3": lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0"),
+        "4": lambda path: (path.unlink(), path.mkdir()),
+        "5": lambda path: (path.unlink(), os.mkfifo(path)),
+    }
+    data = settings(photos, workers=workers)
+    train, _ = build_datasets(data)
+    with train_loader(train, data, AugmentConfig(), CPU) as loader:
+        assert len(list(loader.batches([[0]]))) == 1
+        for name, change in changes.items():
+            change(photos / "train" / "a" / f"{name}.png")
+            line = refusal(lambda: list(loader.batches([[int(name)]])), f"a/{name}.png")  # noqa: B023
+            assert "\n" not in line
+
+
 def test_where_nothing_can_be_read_it_ends_all_the_same(photos):
     for path in photos.glob("train/*/*"):
         os.truncate(path, 60)

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from ghosttrain.locks import locked
+from ghosttrain.errors import BUSY, Busy
 from ghosttrain.study import sweep
 from ghosttrain.study.sweep import _new_folder
 from ghosttrain.terminal import only_lines_of
@@ -76,13 +76,16 @@ def test_two_sweeps_of_the_same_second_have_two_folders(tmp_path):
 
 
 def test_a_run_of_another_process_is_neither_finished_nor_failed(cells, ghosttrain, tmp_path):
-    seeds = cells(0, 0)
+    """It says so itself, or the ranks that it starts end with the exit code that says so."""
+    seeds = cells(Busy("process 4711 on gpu07 has it"), BUSY, 0)
     words = [f"run.root={tmp_path}", "run.name=it"]
-    (tmp_path / "it").mkdir()
-    with locked(tmp_path / "it", "busy"):
-        outcome = ghosttrain("-m", *words, "seed=1")
-    assert outcome.code == 0 and not seeds and "=== running elsewhere\n" in outcome.out
-    assert outcome.err == f"ghosttrain: running elsewhere: {' '.join(words)} seed=1\n"
+    outcome = ghosttrain("-m", *words, "seed=1,2")
+    assert outcome.code == 0 and seeds == [1, 2]
+    assert outcome.out.count("=== running elsewhere\n") == 2
+    assert outcome.err.splitlines() == [
+        "ghosttrain: error: process 4711 on gpu07 has it",
+        *(f"ghosttrain: running elsewhere: {' '.join(words)} seed={seed}" for seed in (1, 2)),
+    ]
 
 
 def test_cells_that_run_at_once_show_only_lines_of_their_own(cells, ghosttrain, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """A step whose loss is not finite is left out: the run is, to the bit, one that never saw it.
 
-Run as a script (`python test_left_out_steps.py STEP RANK WORDS...`) this file is one of two ranks,
+Run as a script (`python test_skipped_steps.py STEP RANK WORDS...`) this file is one of two ranks,
 the images of one of which are broken in one step.
 """
 
@@ -124,9 +124,9 @@ def test_a_broken_image_leaves_no_trace(ghosttrain, tiny, tmp_path, monkeypatch,
         broken = Breaking(4).install(patch)
         run = ghosttrain(*tiny, *WORDS, f"run.root={tmp_path}/broken")
     assert run.code == 0, run.err
-    line = "note: step 4 was left out: label is not finite; metrics.jsonl has the sample numbers"
+    line = "note: step 4 was skipped: label is not finite; metrics.jsonl has the sample numbers"
     assert run.out.count(line) == 1
-    assert "note: 1 step was left out: loss or gradient was not finite" in run.out
+    assert "note: 1 step was skipped: loss or gradient was not finite" in run.out
     (row,) = (r for r in read_metrics(tmp_path / "broken" / "it") if r["kind"] == "skipped")
     assert row == {"kind": "skipped", "step": 4, "cause": "label", "of_teacher": False, "rank": 0,
                    "samples": broken.samples}  # fmt: skip
@@ -157,7 +157,7 @@ def test_one_of_two_ranks_is_enough(tiny, tmp_path):
         return outputs
 
     said, samples = go(2)
-    assert "note: step 2 was left out: label is not finite on rank 1; metrics.jsonl" in said
+    assert "note: step 2 was skipped: label is not finite on rank 1; metrics.jsonl" in said
     (row,) = (r for r in read_metrics(tmp_path / "broken2" / "it") if r["kind"] == "skipped")
     assert row["rank"] == 1 and samples.strip().endswith(f"samples {row['samples']}")
     go(-2)
@@ -191,20 +191,20 @@ def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_images(
         run = ghosttrain(*words)
     assert run.code == 0, run.err
     assert (
-        "note: 3 steps in a row were left out to step 5 (train.max_skips=2): the run goes back to "
-        "the weights of step 4, its last checkpoint, and on with the images that follow" in run.out
+        "note: 3 steps in a row were skipped before step 6 (train.max_skips=2): the run goes back "
+        "to the weights of step 4; it goes on with the images that follow" in run.out
     )
     saved = read_checkpoint(only_run(tmp_path / "runs") / "checkpoints" / "last.pt")
     assert saved["step"] == 9 and saved["guard"] == {
         "skipped": 3, "in_a_row": 0, "last_taken": 9, "rolled_back_at": 5
     }  # fmt: skip
-    # Saved when two steps had been left out: the weights are those after step 2.
+    # Saved when two steps had been skipped: the weights are those after step 2.
     with monkeypatch.context() as patch:
         Breaking(*range(4, 10), parts=1).install(patch)
         again = ghosttrain(*words, "run.name=again")
     assert again.code == 2
     assert (
-        "3 steps in a row were left out to step 9 (train.max_skips=2): training diverged; the "
+        "3 steps in a row were skipped before step 10 (train.max_skips=2): training diverged; the "
         in (again.err)
     )
 
@@ -228,8 +228,32 @@ def test_a_teacher_is_named():
         optimizer.zero_grad()
     (skip,) = guard.read()
     assert skip == Skip(2, "soft_ce", True, 0, [7, 5]) and guard.skipped == guard.in_a_row == 1
-    assert skip_note([skip]).startswith("note: step 2 was left out: the teacher's answer is not")
+    assert skip_note([skip]).startswith("note: step 2 was skipped: the teacher's answer is not")
     assert all(map(torch.equal, before, network.parameters()))
+
+
+def test_what_learns_for_the_first_time_in_a_skipped_step_of_a_gpu():
+    """Layers thaw and freeze: one that never learnt has no moments to go back to, and the counter
+    of one that is frozen stays."""
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    network = nn.Sequential(first, second)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    guard = Guard(network, optimizer, Ema(network, 0.9), on_host=False)
+    cases = ((first, 1.0), (first, 1.0), (second, NAN), (second, 1.0), (first, NAN), (second, 1.0))
+    for number, (layer, value) in enumerate(cases, 1):
+        guard.begin()
+        loss = value * layer(torch.ones(1, 2)).sum()
+        guard.backward({"loss": loss}, torch.tensor([0]), 1)
+        if guard.passes(number):
+            optimizer.step()
+        guard.end()
+        optimizer.zero_grad()
+    assert [skip.step for skip in guard.read()] == [3, 5]
+    for layer in (first, second):
+        for parameter in layer.parameters():
+            state = optimizer.state[parameter]
+            assert parameter.isfinite().all() and state["exp_avg"].isfinite().all()
+            assert state["step"] == 2
 
 
 def test_what_is_not_finite_is_seen_and_undone():
