@@ -60,6 +60,13 @@ def test_ssdlite_gives_the_losses_of_torchvisions_own():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_targets_are_boxes_and_labels_from_1_without_what_fills_up():
+    targets = targets_of(BOXES)
+    assert [t["labels"].tolist() for t in targets] == [[1, 3], [2], []]
+    assert targets[0]["boxes"].tolist() == [[10, 12, 60, 70], [30, 40, 90, 120]]
+    assert targets[2]["boxes"].shape == (0, 4)
+
+
 def student(name="ghostnetv3_050"):
     return build_backbone(create_model(name, 3), SSDLITE_REDUCTIONS, name)
 
