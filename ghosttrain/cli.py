@@ -25,6 +25,7 @@ from ghosttrain.threads import wait_asleep
 VERBS = {
     "train": "train a run; the same command again resumes it, or shows its result",
     "eval": "evaluate a run again, exactly",
+    "detect": "train a detector, or evaluate one again",
     "fuse": "write the inference model of a run",
     "export": "convert a run for a device, and prove that the file answers alike",
     "quantize": "write a run in INT8, and measure what it costs",

@@ -51,8 +51,10 @@ def run(options: Namespace) -> int:
     if names[0] != "check":
         go_on_without()
     from ghosttrain.config.compose import compose
+    from ghosttrain.config.detection import validate_classifies
 
     config = compose(words, options.config_dir, trains=False).config
+    validate_classifies(config, f"data {names[0]}")
     if names[0] == "check":
         from ghosttrain.study.data_check import as_json, check_data, describe
 

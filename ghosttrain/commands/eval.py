@@ -57,9 +57,12 @@ def _evaluate_weights(weights: str, words: list[str], config_dir: str | None) ->
         UserError: they are not there, are of another network, or have other classes.
     """
     from ghosttrain.config.compose import compose
+    from ghosttrain.config.detection import validate_classifies
     from ghosttrain.engine.identify import settled
 
-    config = settled(compose([*words, f"model.weights={weights}"], config_dir, trains=False))
+    composed = compose([*words, f"model.weights={weights}"], config_dir, trains=False)
+    validate_classifies(composed.config, "eval --weights")
+    config = settled(composed)
     if ranks.must_spawn(config.launch.nproc):
         from ghosttrain.engine.spawn import spawn
 

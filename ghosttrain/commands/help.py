@@ -27,9 +27,9 @@ ARGUMENTS = with_config_dir(
     )
 )
 VERB_NAMES = (
-    "train", "eval", "fuse", "export", "quantize", "latency", "pareto", "publish", "predict",
-    "wrong", "report", "study", "recipes", "cost", "doctor", "lr_find", "data", "cache", "bench",
-    "version",
+    "train", "eval", "detect", "fuse", "export", "quantize", "latency", "pareto", "publish",
+    "predict", "wrong", "report", "study", "recipes", "cost", "doctor", "lr_find", "data", "cache",
+    "bench", "version",
 )  # fmt: skip
 ALSO_SECTIONS = ("train", "cache", "data")
 """Verbs that a section of settings is called like: their help shows both."""
@@ -48,6 +48,7 @@ verbs (python -m ghosttrain VERB --help: all about one)
   train             the default; the same command again resumes, or shows a finished run's result
   eval RUN          evaluate a run again, exactly; data.root= and launch.nproc= may differ
                     (eval --weights FILE model= data=: weights that belong to no run)
+  detect            train a detector on a student (SSDLite, RetinaNet); detect eval RUN
   fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere;
                     --to timm or torchvision: weights for their network of the same name)
   export RUN --to F a file for a device (onnx, litert, executorch, openvino, coreml, ncnn,

@@ -33,6 +33,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ghosttrain import ranks
+from ghosttrain.config.detection import validate_detection
 from ghosttrain.config.distillation import validate_cache_settings, validate_loss, validate_teacher
 from ghosttrain.config.identity import changeable, field_of, flatten, unflatten, validate_run_name
 from ghosttrain.config.names import (
@@ -49,6 +50,8 @@ from ghosttrain.config.names import (
 from ghosttrain.config.normalization import validate_normalization
 from ghosttrain.config.policy import validate_policy
 from ghosttrain.config.schema import (
+    BOX_DATA,
+    EMBEDDED_DATA,
     FULL,
     NAMED_SOURCES,
     PLAIN,
@@ -145,7 +148,9 @@ def compose(
     config = _replace(config, "data", **_data_paths(config.data))
     config = _replace(config, "cache", dir=_absolute(config.cache.dir))
     _check(config, names, chosen, trains, needs_data)
-    if config.model.source == "timm":  # it has no branches: no setting of them tells runs apart
+    if (
+        config.model.source != "ghosttrain"
+    ):  # it has no branches: no setting of them tells runs apart
         config = config.model_copy(update={"reparam": PLAIN})
     replaced = _replaced(budget, before, flatten(tree) | chosen)
     arguments = (*overrides, *(("--config-dir", config_dir) if config_dir else ()))
@@ -247,10 +252,13 @@ def _validate_split(data: DataConfig) -> None:
 
 
 def _validate_root_is_read(data: DataConfig) -> None:
-    if data.name == "digits" and data.root:
+    if data.name in EMBEDDED_DATA and data.root:
+        others = (
+            "coco or data=voc" if data.name in BOX_DATA else "imagenet, data=folder or data=idx"
+        )
         raise UserError(
-            f"data.root={data.root} is not used by the embedded data=digits; "
-            "type data=imagenet, data=folder or data=idx with it"
+            f"data.root={data.root} is not used by the embedded data={data.name}; "
+            f"type data={others} with it"
         )
 
 
@@ -441,10 +449,10 @@ def _check(
             f"model.name={model.name} is no student.{hint} A timm model: model=timm model.name=NAME"
         )
     named = config.reparam.model_copy(update={"forward": FULL.forward}) not in (FULL, PLAIN)
-    if model.source == "timm" and (named or model.input_stride != "standard"):
+    if model.source != "ghosttrain" and (named or model.input_stride != "standard"):
         raise UserError(
-            f"timm's {model.name} is trained as it is: reparam settings and model.input_stride "
-            "would do nothing; leave them out"
+            f"{model.source}'s {model.name} is trained as it is: reparam settings and "
+            "model.input_stride would do nothing; leave them out"
         )
     if model.source == "timm" and config.train.sync_bn:
         raise UserError(
@@ -478,6 +486,7 @@ def _check(
     validate_loss(config.distill)
     validate_cache_settings(config.cache, config.distill, augment)
     validate_policy(augment)
+    validate_detection(config)
     validate_run_name(config)
     validate_normalization(data, config.teacher)
     for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max")):
@@ -573,7 +582,7 @@ def _check(
 
 def validate_data_here(data: DataConfig) -> None:
     """Raise UserError where the folder of the images is not given, or not on this machine."""
-    if data.name == "digits":
+    if data.name in EMBEDDED_DATA:
         return
     if not data.root:
         variable = " or set IMAGENET_DIR" if data.name == "imagenet" else ""

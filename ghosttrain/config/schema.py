@@ -141,8 +141,9 @@ class ModelConfig(Section):
 
     name: str = "ghostnetv3_100"
     """Student from `conf/model/`, or with `source=timm` any timm model name."""
-    source: Literal["ghosttrain", "timm"] = "ghosttrain"
-    """`ghosttrain`: this project's re-parameterized students; `timm`: `timm.create_model`."""
+    source: Literal["ghosttrain", "timm", "torchvision"] = "ghosttrain"
+    """`ghosttrain`: this project's re-parameterized students; `timm`: `timm.create_model`;
+    `torchvision`, for `detect`: a backbone of torchvision's (detect/backbones.py)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability before the classifier; `conf/model/` has the published one of each."""
     drop_path: float = Field(0.0, ge=0, lt=1)
@@ -163,6 +164,15 @@ class ModelConfig(Section):
     """Quantization-aware training: the fused network goes on from the `weights` of a finished run,
     the weights of its layers rounded to so many bits and their inputs to 8; null: no rounding.
     `quantize RUN --finetune` types it."""
+
+
+class DetectorConfig(Section):
+    """The detector of `detect`: torchvision's, with the model as backbone."""
+
+    name: Literal["none", "ssdlite", "retinanet"] = "none"
+    """`none`: classification; `ssdlite`: SSDLite; `retinanet`: RetinaNet on a feature pyramid."""
+    channels: int = Field(256, ge=8)
+    """RetinaNet: channels of the pyramid and of its head."""
 
 
 Forward = Literal["auto", "branches", "stacked", "collapsed"]
@@ -336,12 +346,21 @@ def _texts(value: Any) -> Any:
     return [str(each) if type(each) is int else each for each in value]
 
 
+EMBEDDED_DATA = ("digits", "scenes")
+"""Data that are part of the installation."""
+BOX_DATA = ("scenes", "coco", "voc")
+"""Data whose images have boxes."""
+
+
 class DataConfig(Section):
     """Images and labels; what an image looks like when it reaches the network."""
 
-    name: Literal["digits", "folder", "imagenet", "idx", "table"] = "digits"
+    name: Literal["digits", "folder", "imagenet", "idx", "table", "scenes", "coco", "voc"] = (
+        "digits"
+    )
     """`digits` is embedded; `folder` and `imagenet` read `root/train/<class>/*`; `idx` reads IDX
-    files; `table` reads a CSV or JSON-lines file of paths and labels."""
+    files; `table` reads a CSV or JSON-lines file of paths and labels. For `detect`: `scenes` is
+    embedded and synthetic; `coco` and `voc` read the layouts of these sets."""
     root: str | None = Field(None, json_schema_extra=may_change("eval", "cache"))
     """Folder of the data; `imagenet` falls back to the environment variable IMAGENET_DIR."""
     digest: str | None = None
@@ -459,9 +478,9 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     """Training augmentation. Draws are a pure function of (augment.seed, draw, sample index)."""
 
-    policy: Literal["compact", "with_mixup", "none"] = "compact"
-    """`compact` leaves Mixup and CutMix out and refuses them; `with_mixup` allows them; `none`:
-    resize only."""
+    policy: Literal["compact", "with_mixup", "boxes", "none"] = "compact"
+    """`compact` leaves Mixup and CutMix out and refuses them; `with_mixup` allows them; `boxes` is
+    for images with boxes; `none`: resize only."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the draws, separate from `seed` so that runs with different seeds see the same
     images."""
@@ -492,6 +511,16 @@ class AugmentConfig(Section):
     """Mixup: Beta parameter; 0 is off. Only with `policy=with_mixup`."""
     cutmix_alpha: float = Field(0.0, ge=0)
     """CutMix: Beta parameter; 0 is off. Only with `policy=with_mixup`."""
+    photometric: bool = False
+    """Boxes: brightness, contrast, saturation, hue and channels change, as SSD
+    (https://arxiv.org/abs/1512.02325) has it."""
+    zoom_out: float = Field(1.0, ge=1)
+    """Boxes: half of the images become part of a canvas of up to this times their sides; 1 is
+    off."""
+    iou_crop: bool = False
+    """Boxes: a crop in which an object has a drawn least overlap (SSD)."""
+    scale_jitter: float = Field(0.0, ge=0, lt=1)
+    """Boxes: the image is scaled by 1 - this to 1 + this, then cropped or filled up; 0 is off."""
 
 
 class OptimConfig(Section):
@@ -666,9 +695,9 @@ class TrainConfig(Section):
     """Steps in a row that may be left out because their loss or gradient is not finite. After more
     the run goes back to the weights of its last checkpoint, and on with the images that follow; if
     there is none since it did so before, it ends."""
-    best_by: Literal["top1", "balanced"] = "top1"
+    best_by: Literal["top1", "balanced", "ap"] = "top1"
     """Which held-out accuracy names the best epoch on the way: `top1`, or `balanced`, the mean
-    recall of the classes, where some have many more images than others."""
+    recall of the classes, where some have many more images than others; of detectors `ap`."""
     eval_every: int = Field(1, ge=1, json_schema_extra=may_change("run"))
     """Epochs between two evaluations of the EMA weights; the last epoch always is."""
     eval_batch: int | None = Field(None, ge=1, json_schema_extra=may_change("run", "eval", "cache"))
@@ -698,6 +727,7 @@ class Config(Section):
     """Seed of the initial weights, the sample order and dropout."""
     model: ModelConfig = ModelConfig()
     reparam: ReparamConfig = ReparamConfig()
+    detector: DetectorConfig = DetectorConfig()
     teacher: TeacherConfig = TeacherConfig()
     distill: DistillConfig = DistillConfig()
     cache: CacheConfig = CacheConfig()

@@ -36,6 +36,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.augment import Transform, View, eval_transform, normalise, train_transform
+from ghosttrain.data.box_augment import box_transform
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.decode import TOO_MANY_FILES, BrokenImage
 from ghosttrain.data.order import mix
@@ -70,6 +71,9 @@ class Batch(NamedTuple):
     """(B, R) uint8; None without a cache."""
     broken: tuple[Broken, ...] = ()
     """Under `data.on_error=skip`: what could not be read."""
+    boxes: Tensor | None = None
+    """(B, M, 5): left, top, right, bottom in pixels of the image and class, of images with boxes;
+    rows of class -1 fill up."""
 
 
 class Broken(NamedTuple):
@@ -239,6 +243,7 @@ class Loader:
             {view: moved(pixels) for view, pixels in batch.views.items()},
             None if batch.cached is None else moved(batch.cached),
             batch.broken,
+            None if batch.boxes is None else moved(batch.boxes),
         )
 
 
@@ -274,7 +279,10 @@ def train_loader(
         cached: reads cached outputs for the same images and draws.
         patience: seconds to wait for the workers' next batch, twice; None: as long as it takes.
     """
-    transform = train_transform(data, augment, views)
+    if dataset.boxes is None:
+        transform = train_transform(data, augment, views)
+    else:
+        transform = box_transform(data, augment, dataset.boxes)
     return Loader(
         dataset, transform, data, device, channels_last, views, cached, augment.seed, patience
     )
@@ -289,7 +297,10 @@ def eval_loader(
     patience: float | None = PATIENCE,
 ) -> Loader:
     """Return a loader of centre crops, nothing random; arguments as for `train_loader`."""
-    transform = eval_transform(data, views)
+    if dataset.boxes is None:
+        transform = eval_transform(data, views)
+    else:
+        transform = box_transform(data, None, dataset.boxes)
     return Loader(dataset, transform, data, device, channels_last, views, patience=patience)
 
 
@@ -374,6 +385,8 @@ class _Samples(TorchDataset[Any]):
             cached = None if self.cached is None else self.cached(draw_number, indices)
         except UserError as error:
             return _Failure(str(error))
+        has_boxes = self.dataset.boxes is not None
+        boxes = torch.stack([sample.pop() for sample in samples]) if has_boxes else None
         pixels, *views = map(stacked, zip(*samples, strict=True))
         batch = Batch(
             pixels,
@@ -382,6 +395,7 @@ class _Samples(TorchDataset[Any]):
             dict(zip(self.views, views, strict=True)),
             cached,
             tuple(broken),
+            boxes,
         )
         return batch if get_worker_info() is None else _packed(batch)
 
@@ -438,6 +452,7 @@ def _packed(batch: Batch) -> _Parcel | _Failure:
     would wait for this batch for ever.
     """
     tensors = [batch.images, *batch.views.values()]
+    tensors += [] if batch.boxes is None else [batch.boxes]
     try:
         # The thread that hands them over needs a few: without, the main process would wait.
         _validate_files(len(tensors) + 3 + 6)

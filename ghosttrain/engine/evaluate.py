@@ -35,8 +35,8 @@ class Evaluation(NamedTuple):
     table: Table
     difference: float
     """Largest absolute difference between a logit of "fused" and of what was fused; 0 without."""
-    counts: dict[str, Counts]
-    """Name of a model -> what was counted."""
+    counts: Mapping[str, Any]
+    """Name of a model -> what was counted; its `record(classes)` is what `result.json` holds."""
 
 
 class HeldOutImages:
@@ -62,7 +62,7 @@ class HeldOutImages:
             batch: images per forward pass and rank.
             stop: where it is asked for, the iteration raises Stopped on all ranks.
         """
-        self.stop = stop
+        self.stop, self.dataset = stop, dataset
         self.indices: Sequence[int]
         self.indices = eval_indices(len(dataset), distributed.rank(), distributed.world_size())
         self.batch = batch

@@ -24,7 +24,8 @@ from typing import Any
 
 from ghosttrain.config.identity import flatten, run_name, run_settings, settings_hash
 from ghosttrain.config.schema import Config
-from ghosttrain.engine.metrics import WORDS, class_lines, table_lines, verdict
+from ghosttrain.engine.detection_words import detection_lines
+from ghosttrain.engine.metrics import WORDS, class_lines, score, table_lines, verdict
 from ghosttrain.engine.rows import METRICS, read_metrics
 from ghosttrain.engine.run_files import (
     is_signed,
@@ -393,12 +394,14 @@ def made_by_other_code(folder: Path) -> str | None:
 def result_lines(result: dict[str, Any]) -> list[str]:
     """Return the final table of a run, one string per line."""
     classes, best, form = result["classes"], result["best"], result["model"]
-    lines = table_lines(
-        result["weights"], len(classes["names"]), {result["headline"]: "   <- the result"}
-    )
-    lines += class_lines(classes)
-    lines.append(verdict(result["weights"][result["headline"]]["top1"], classes))
-    by = "balanced" if "balanced" in best else "top1"
+    notes = {result["headline"]: "   <- the result"}
+    if "ignoring" in result:
+        lines = detection_lines(result["weights"], classes, result["ignoring"], notes)
+    else:
+        lines = table_lines(result["weights"], len(classes["names"]), notes)
+        lines += class_lines(classes)
+        lines.append(verdict(score(result), classes))
+    by = next(key for key in WORDS if key in best)
     lines.append(
         f"best EMA on the way: {best[by]:.2f} % {WORDS[by]} after epoch {best['epoch']} "
         "(not the result: the held-out set chose it)"
@@ -406,7 +409,8 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     sizes = f"{form['params_train'] / 1e6:.3f} M parameters, {form['macs_train'] / 1e6:.1f} M MACs"
     if "fused" in result["weights"]:
         pair = "in float vs rounded as INT8" if form.get("weight_bits") else "fused vs unfused"
-        lines.append(f"{pair}: largest difference of a logit {result['fuse_max_diff']:.1e}")
+        what = "an output of the head" if "ignoring" in result else "a logit"
+        lines.append(f"{pair}: largest difference of {what} {result['fuse_max_diff']:.1e}")
         fused = f"{form['params_fused'] / 1e6:.3f} M, {form['macs_fused'] / 1e6:.1f} M"
         sizes = f"{sizes} in training form; {fused} fused"
     lines.append(f"{sizes}; at {form['eval_size']} px")

@@ -68,21 +68,21 @@ def launch(
         return spawn(composed.arguments, config.launch.nproc, config.launch.devices)
     with opened(config, notes, composed.arguments) as config:
         with without_collection():
-            from ghosttrain.engine.classification import CLASSIFICATION
+            from ghosttrain.engine.tasks import task_of
             from ghosttrain.engine.train import train
 
-        train(CLASSIFICATION, config, notes)
+        train(task_of, config, notes)
     return 0
 
 
 def follow() -> None:
     """Be one of the ranks after the first: train what rank 0 says."""
     with without_collection():
-        from ghosttrain.engine.classification import CLASSIFICATION
+        from ghosttrain.engine.tasks import task_of
         from ghosttrain.engine.train import train
 
     go_on_without()
-    train(CLASSIFICATION, None, [])  # the settings come from rank 0
+    train(task_of, None, [])  # the settings come from rank 0
 
 
 @contextmanager

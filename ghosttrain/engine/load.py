@@ -36,6 +36,11 @@ def load_run(folder: str | Path, weights: WeightsKind = "ema") -> nn.Module:
     """
     folder = expanded(folder)
     config = read_config(folder)
+    if config.detector.name != "none":
+        raise UserError(
+            f"{folder} is a run of detection, which this does not take: type python -m ghosttrain "
+            f"detect eval {folder}"
+        )
     if weights not in ("ema", "raw", "fused"):
         raise UserError(f"weights={weights!r}: choose 'ema', 'raw' or 'fused'")
     if weights == "fused":
@@ -52,6 +57,31 @@ def load_run(folder: str | Path, weights: WeightsKind = "ema") -> nn.Module:
     model = build_student(without_start(config), saved["classes"])
     fit_saved(model, student_weights(saved, weights), folder)
     return give_predictions(model.eval(), config.data, saved["classes"])
+
+
+def load_detector(folder: Path, weights: WeightsKind = "ema") -> nn.Module:
+    """Return the detector of a run in eval mode, on the CPU; the arguments are those of `load_run`.
+
+    Raises:
+        UserError: no run of detection there, or nothing saved yet.
+    """
+    from ghosttrain.engine.detection import build_detector
+
+    config = read_config(folder)
+    if config.detector.name == "none":
+        raise UserError(f"{folder} classifies: type python -m ghosttrain eval {folder}")
+    if weights == "fused":
+        return fuse(load_detector(folder, "ema"))
+    final = folder / "model.safetensors"
+    if weights == "ema" and final.is_file():
+        state, about = read_weights(final)
+        classes, origin = about["classes"], final
+    else:
+        saved = _last(folder)
+        state, classes, origin = student_weights(saved, weights), saved["classes"], folder
+    detector = build_detector(without_start(config), classes)
+    fit_saved(detector, state, origin)
+    return detector.eval()
 
 
 def _last(folder: Path) -> Checkpoint:

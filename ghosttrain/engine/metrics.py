@@ -9,7 +9,7 @@ Legend: K classes, N images; T true class, P predicted class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ BINS = 15
 """Of the calibration error, as in https://arxiv.org/abs/1706.04599."""
 UNIT = 2**24
 """Confidences and losses are counted in steps of 1 / UNIT."""
-WORDS = {"top1": "top-1", "balanced": "balanced accuracy"}
+WORDS = {"top1": "top-1", "balanced": "balanced accuracy", "ap": "AP"}
 """Choice of `train.best_by` -> what it is called in a sentence."""
 TOPS = 5
 """More classes than this make a top-5 that says something."""
@@ -49,6 +49,21 @@ class Counts:
     """Calibration: images, hits and sum of confidences (in steps of 1 / UNIT) of each bin."""
     confusion_TP: np.ndarray | None = None
     """Images of class T taken for P; None where there are more than `MOST_CONFUSED` classes."""
+
+    def record(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Return what `result.json` holds of the classes (`class_record`)."""
+        return class_record(self, classes)
+
+
+def headline(row: Mapping[str, float]) -> str:
+    """Return the name of the number that a row is judged by: `ap` of a detector, else `top1`."""
+    return "ap" if "ap" in row else "top1"
+
+
+def score(result: Mapping[str, Any]) -> float:
+    """Return the number that a finished run is judged by, in per cent."""
+    row = result["weights"][result["headline"]]
+    return float(row[headline(row)])
 
 
 def row_of(counts: Counts) -> dict[str, float]:

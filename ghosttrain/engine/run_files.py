@@ -29,6 +29,8 @@ PRODUCTS = ("model.safetensors", "curves.png", "confusion.png", "card.md")
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+Share = Annotated[float, Field(ge=-1, le=100)]
+"""In per cent; -1: there is nothing to measure it on."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -50,6 +52,7 @@ class _Row(_Record):
 class _Best(_Record):
     top1: Annotated[float, Field(ge=-1, le=100)] | None = None
     balanced: Annotated[float, Field(ge=-1, le=100)] | None = None
+    ap: Annotated[float, Field(ge=-1, le=100)] | None = None
     epoch: Count
 
 
@@ -102,6 +105,30 @@ class Result(_Record):
     """What the course of the run teaches (`advice.py`)."""
     files: dict[str, str]
     """Name of a product -> SHA-256."""
+
+
+class _BoxRow(_Record):
+    ap: Share
+    ap50: Share
+    n: Count
+
+
+class _BoxClasses(_Record):
+    names: list[str]
+    boxes: list[Count]
+    ap: list[Percent | None]
+    confusion: None
+
+
+class DetectionResult(Result):
+    """What the `result.json` of a detector holds."""
+
+    weights: dict[str, _BoxRow]  # type: ignore[assignment]
+    """Kind of weights -> the numbers of COCO in per cent."""
+    classes: _BoxClasses  # type: ignore[assignment]
+    """Of the headline's weights."""
+    ignoring: _BoxRow
+    """Of a detector that ignores the picture."""
 
 
 # --- config.yaml ----------------------------------------------------------------------------------
@@ -177,7 +204,8 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         result = read_json(path, LARGEST)
-        Result.model_validate(result)
+        kind = DetectionResult if "ignoring" in result else Result
+        kind.model_validate(result)
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({_reason(error)}): the command of this run makes it anew from the "

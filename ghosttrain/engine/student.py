@@ -12,6 +12,7 @@ from torch import nn
 
 from ghosttrain.config.losses import compares_features
 from ghosttrain.config.schema import Config
+from ghosttrain.detect.backbones import create_torchvision_model
 from ghosttrain.distill.features import Network, pooled_width
 from ghosttrain.engine.freeze import frozen_throughout
 from ghosttrain.errors import UserError
@@ -20,7 +21,13 @@ from ghosttrain.models.depth import block_depths
 from ghosttrain.models.int8 import round_layers
 from ghosttrain.models.sync_bn import synchronize
 from ghosttrain.models.timm_limits import validate_timm_sides
-from ghosttrain.models.weights.files import other_input_stride, other_normalisation
+from ghosttrain.models.weights.files import (
+    other_input_stride,
+    other_normalisation,
+    read_state,
+)
+from ghosttrain.models.weights.fit import fit_state
+from ghosttrain.models.weights.sources import weights_path
 
 
 def build_network(
@@ -77,6 +84,12 @@ def build_student(
     """
     model, in_chans = config.model, config.data.in_chans
     student: Any
+    if model.source == "torchvision":
+        student = create_torchvision_model(model.name)
+        if model.weights:
+            path = weights_path(model.weights, None, "model.weights")
+            fit_state(student, read_state(path), f"torchvision's {model.name}", str(path))
+        return student
     if model.source == "timm":
         student = create_timm_model(
             model.name,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ghosttrain.config.identity import run_name, settings_hash
-from ghosttrain.config.schema import Config
+from ghosttrain.config.schema import EMBEDDED_DATA, Config
 from ghosttrain.data.datasets import (
     Dataset,
     classes_note,
@@ -22,10 +22,10 @@ from ghosttrain.data.datasets import (
 )
 from ghosttrain.data.datasets.folder import FileDataset
 from ghosttrain.data.decode import jpeg_decoder_version
+from ghosttrain.detect.coco_numbers import ignoring_the_picture, measure
 from ghosttrain.engine.evaluate import Evaluation
 from ghosttrain.engine.folder import result_lines, run_folder
 from ghosttrain.engine.label_loss import class_weights
-from ghosttrain.engine.metrics import class_record
 from ghosttrain.engine.plan import Plan
 from ghosttrain.engine.same_data import without_classes
 from ghosttrain.engine.state import TrainState
@@ -72,10 +72,10 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
         jpegs = f"; JPEGs decoded by {jpeg_decoder_version(data.decoder)}"
     lines.append(f"data: {train_set.describe()}; held out {len(held_out):,}{jpegs}")
     lines.append(f"classes: {classes_note(train_set, held_out)}")
-    if data.name == "digits":
+    if data.name in EMBEDDED_DATA:
+        others = "COCO: type data=coco" if train_set.boxes else "ImageNet: type data=imagenet"
         lines.append(
-            "  no other data was named, so this is the embedded set; ImageNet: type data=imagenet "
-            "data.root=/path"
+            f"  no other data was named, so this is the embedded set; {others} data.root=/path"
         )
     lines += [f"  {note}" for note in (*notes_on(train_set), *notes_on(held_out))]
     if data.name in ("folder", "table"):
@@ -83,8 +83,7 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
     lines += [f"  {note}" for note in duplicates_note(data, train_set, held_out)]
     lines += notes
     lines.append(
-        f"student: {config.model.name}, {count_params(student) / 1e6:.3f} M parameters in training "
-        "form"
+        f"{_what_it_is(config)}, {count_params(student) / 1e6:.3f} M parameters in training form"
     )
     if config.model.weights:
         known = (getattr(student, "weights_dialect", "timm"), getattr(student, "weights_note", ""))
@@ -121,6 +120,13 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
     return [*lines, *filter(None, [plan.long_warmup()])]
 
 
+def _what_it_is(config: Config) -> str:
+    """Return `student: NAME`, or `detector: ssdlite on NAME`."""
+    detects = config.detector.name != "none"
+    kind = f"detector: {config.detector.name} on" if detects else "student:"
+    return f"{kind} {config.model.name}"
+
+
 def training_notes(config: Config, train_set: Dataset) -> list[str]:
     """Return lines about what does not learn and about how classes are weighed."""
     freeze, train, lines = config.model.freeze, config.train, []
@@ -145,10 +151,18 @@ def result(run: Description, state: TrainState, measured: Measured) -> dict[str,
     models, size, chans = measured.models, run.config.data.eval_size, run.config.data.in_chans
     average = models["ema"]
     fused = models.get("fused", average)  # a timm model has no other form
-    return {
+    train, held_out = run.train_set.boxes, run.held_out.boxes
+    detection: dict[str, Any] = {}
+    if train is not None and held_out is not None:
+        blind = ignoring_the_picture(train, len(state.classes), held_out.sizes)
+        detection = {
+            "ignoring": measure(held_out, state.classes, blind).row,
+            "detector": run.config.detector.name,
+        }
+    return detection | {
         "headline": "ema",
         "weights": measured.evaluation.table,
-        "classes": class_record(measured.evaluation.counts["ema"], state.classes),
+        "classes": measured.evaluation.counts["ema"].record(state.classes),
         "best": state.best,
         "fuse_max_diff": measured.evaluation.difference,
         "model": {
@@ -183,9 +197,25 @@ def card(run: Description, result: dict[str, Any], notes: Sequence[str]) -> str:
     size = data.eval_size
     resized = math.floor(data.eval_size / data.crop_pct)
     mixed = " Mixup/CutMix were on." if policy == "with_mixup" else ""
+    network = f"`{config.model.name}`"
+    use = f"""```python
+import ghosttrain
+
+model = ghosttrain.load_run("this/folder")  # EMA; or weights="raw", "fused"
+model.predict(["image.jpg"])  # [[({first!r}, 0.98), ...]]
+```
+
+`python -m ghosttrain predict this/folder image.jpg` does the same. An image is resized to
+{resized} px (shorter side, {data.interpolation}), cropped to {size} x {size}, and normalised:
+mean {list(data.mean)}, std {list(data.std)}, of pixels in [0, 1]."""
+    if config.detector.name != "none":
+        network = f"`{config.detector.name}` on `{config.model.name}`"
+        use = f"""`python -m ghosttrain detect eval this/folder` measures it again. An image is
+stretched to {size} x {size} px ({data.interpolation}) and normalised: mean {list(data.mean)},
+std {list(data.std)}, of pixels in [0, 1]."""
     return f"""# {run_name(config)}
 
-`{config.model.name}` trained with the recipe `{config.recipe}` on {config.data.name}, seed
+{network} trained with the recipe `{config.recipe}` on {config.data.name}, seed
 {config.seed}, on {result["device"]}. The result is the final EMA weights on {len(run.held_out)}
 held-out images.
 
@@ -198,16 +228,7 @@ held-out images.
 {bullets}
 Teacher: {teacher} ({config.distill.name}). Augmentation: `{policy}`.{mixed}
 
-```python
-import ghosttrain
-
-model = ghosttrain.load_run("this/folder")  # EMA; or weights="raw", "fused"
-model.predict(["image.jpg"])  # [[({first!r}, 0.98), ...]]
-```
-
-`python -m ghosttrain predict this/folder image.jpg` does the same. An image is resized to
-{resized} px (shorter side, {data.interpolation}), cropped to {size} x {size}, and normalised:
-mean {list(data.mean)}, std {list(data.std)}, of pixels in [0, 1].
+{use}
 Classes: {shown_classes}.
 
 All settings: `config.yaml`; versions, commit, command: `provenance.json`.

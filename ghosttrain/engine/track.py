@@ -27,7 +27,7 @@ from ghosttrain.config.identity import run_name
 from ghosttrain.config.schema import Config
 from ghosttrain.engine import distributed
 from ghosttrain.engine.figures import new_figure, save_figure
-from ghosttrain.engine.metrics import LISTED_CLASSES
+from ghosttrain.engine.metrics import LISTED_CLASSES, WORDS, headline
 from ghosttrain.engine.plan import Plan
 from ghosttrain.engine.rows import METRICS, read_metrics, read_rows, row_line
 from ghosttrain.errors import UserError
@@ -432,15 +432,16 @@ def describe(row: Row) -> str:
 
 
 def eval_row(table: Mapping[str, Mapping[str, float]]) -> Row:
-    """Return the row of metrics of an evaluation: `ema_top1`, `raw_loss`, ..."""
-    kept = ("top1", "balanced", "loss")
-    return {f"{name}_{key}": row[key] for name, row in table.items() for key in kept}
+    """Return the row of metrics of an evaluation: `ema_top1`, `raw_loss`, ... or `ema_ap`, ..."""
+    kept = ("top1", "balanced", "loss", "ap", "ap50")
+    return {f"{name}_{key}": row[key] for name, row in table.items() for key in kept if key in row}
 
 
 def describe_eval(table: Mapping[str, Mapping[str, float]], by: str) -> str:
     """Return `held-out top-1: EMA 71.20 %, raw 70.00 %`; with `by` balanced that accuracy too."""
     ema, raw = table["ema"], table["raw"]
-    text = f"held-out top-1: EMA {ema['top1']:.2f} %, raw {raw['top1']:.2f} %"
+    key = headline(ema)
+    text = f"held-out {WORDS[key]}: EMA {ema[key]:.2f} %, raw {raw[key]:.2f} %"
     return f"{text}, balanced EMA {ema['balanced']:.2f} %" if by == "balanced" else text
 
 
@@ -453,6 +454,7 @@ def draw_curves(folder: Path, title: str, steps_per_epoch: int) -> None:
     held = [r for r in rows if r["kind"] == "eval"]
     figure = new_figure(11, 3.6)
     losses, rate, accuracy = figure.subplots(1, 3)
+    judged = "ap" if any("ema_ap" in row for row in held) else "top1"
 
     def epochs(rows: list[dict[str, Any]]) -> list[float]:
         return [row["step"] / steps_per_epoch for row in rows]
@@ -466,16 +468,18 @@ def draw_curves(folder: Path, title: str, steps_per_epoch: int) -> None:
         losses.plot(epochs(rows_with), held_losses, ".-", label="held out (EMA)", linewidth=1)
     rate.plot(epochs(train), [r["lr"] for r in train], color="tab:gray")
     for name in ("raw", "ema"):
-        rows_with = [r for r in held if f"{name}_top1" in r]
-        accuracy.plot(epochs(rows_with), [r[f"{name}_top1"] for r in rows_with], ".-", label=name)
+        key = f"{name}_{judged}"
+        rows_with = [r for r in held if key in r]
+        accuracy.plot(epochs(rows_with), [r[key] for r in rows_with], ".-", label=name)
     agreed = [
         (r["step"] / steps_per_epoch, 100 * r["agreement"]) for r in train if "agreement" in r
     ]
     if agreed:
         accuracy.plot(*zip(*agreed, strict=True), color="0.7", linewidth=1, label=AGREED, zorder=0)
     if held:
-        best = max(r["ema_top1"] for r in held)
-        accuracy.set_title(f"last EMA {held[-1]['ema_top1']:.2f} %, best {best:.2f} %", fontsize=9)
+        course = [r[f"ema_{judged}"] for r in held]
+        title_of_it = f"last EMA {course[-1]:.2f} %, best {max(course):.2f} %"
+        accuracy.set_title(title_of_it, fontsize=9)
     if held or agreed:
         accuracy.legend(frameon=False)
     if names or rows_with:
@@ -483,7 +487,7 @@ def draw_curves(folder: Path, title: str, steps_per_epoch: int) -> None:
     for axis, label in (
         (losses, "loss"),
         (rate, "learning rate at each step"),
-        (accuracy, "held-out top-1 %"),
+        (accuracy, f"held-out {WORDS[judged]} %"),
     ):
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)

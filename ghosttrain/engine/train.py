@@ -23,6 +23,7 @@ from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import train_loader
 from ghosttrain.data.order import mix
+from ghosttrain.distill.features import Network
 from ghosttrain.engine import distributed, folder, same_data, skipped, summary, track
 from ghosttrain.engine.advice import advice
 from ghosttrain.engine.checkpoint import newest_checkpoint, set_damaged_aside
@@ -38,7 +39,7 @@ from ghosttrain.engine.run_files import write_result
 from ghosttrain.engine.saving import Saver, validate_room
 from ghosttrain.engine.state import TrainState
 from ghosttrain.engine.stop import Stop
-from ghosttrain.engine.student import build_network, has_fused_form, trained_depths
+from ghosttrain.engine.student import has_fused_form, trained_depths
 from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.watchdog import Watchdog
 from ghosttrain.engine.weights_file import describe_weights, weights_bytes, write_weights
@@ -55,25 +56,27 @@ from ghosttrain.threads import Neighbours
 
 @dataclass(frozen=True)
 class Task:
-    """What a run learns: three plain functions, chosen by the command."""
+    """What a run learns: four plain functions, chosen by its settings."""
 
     build_data: Callable[[DataConfig], tuple[Dataset, Dataset]]
     """Settings -> the training set and the held-out set."""
+    build_network: Callable[..., Network]
+    """(config, classes, pooled features of the teacher, micro-batch, device) -> what is trained."""
     loss_terms: Callable[..., dict[str, Tensor]]
     """(config, network, teacher, batch, classes=, epoch=, progress=) -> every term of the loss by
     name, weighted, and "loss", their sum. `progress` is the share of the run that is done."""
     evaluate: Callable[..., Evaluation]
     """(models by name, held-out batches, device, number of classes) -> a row of numbers for each
-    model, in it "top1" and every choice of `train.best_by` (higher is better), and more."""
+    model, in it the choices of `train.best_by` for this task (higher is better), and more."""
 
 
-def train(task: Task, config: Config | None, notes: list[str]) -> None:
+def train(choose: Callable[[Config], Task], config: Config | None, notes: list[str]) -> None:
     """Train one student as `config` says; everything it leaves behind is in the run folder.
 
     On rank 0 the caller has opened the run folder (`folder.opened`).
 
     Args:
-        task: what is learnt.
+        choose: settings -> what is learnt.
         config: all settings on rank 0; None on the other ranks, which receive rank 0's.
         notes: lines for the head of the log.
 
@@ -86,6 +89,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
     config = distributed.broadcast(config)
     if config is None:  # rank 0 found a finished run
         return distributed.stop()
+    task = choose(config)
     device = distributed.pick_device(config.launch.device)
     rank, ranks = distributed.rank(), distributed.world_size()
     run = folder.run_folder(config)
@@ -132,7 +136,7 @@ def train(task: Task, config: Config | None, notes: list[str]) -> None:
 
     # ---------------------------------------------------------------- Network, optimizer
     torch.manual_seed(config.seed)
-    network = build_network(config, classes, teacher.num_features, plan.micro_batch, device)
+    network = task.build_network(config, classes, teacher.num_features, plan.micro_batch, device)
     student = network.student
     trained = trained_depths(student, config)
     optimizer = build_optimizer(config.optim, network, trained)

@@ -35,6 +35,8 @@ def describe_weights(config: Config, classes: Sequence[str], kind: WeightsKind) 
             include={"in_chans", "mean", "std", "eval_size", "crop_pct", "interpolation"},
         ),
     }
+    if config.detector.name != "none":
+        about["detector"] = config.detector.model_dump(mode="json")
     return {"format": "pt", "ghosttrain": json.dumps(about)}
 
 

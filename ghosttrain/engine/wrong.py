@@ -45,11 +45,10 @@ def find_mistakes(model: Any, held_out: Dataset, config: Config, batch: int) -> 
     found = []
     classes = held_out.classes
     with eval_loader(held_out, config.data, torch.device("cpu")) as loader:
-        for images, labels, indices, *_, broken in loader.batches(
-            eval_batches(range(len(held_out)), batch)
-        ):
-            unread = {each.number for each in broken}
-            best = model(images).double().softmax(dim=1).max(dim=1)
+        for each_batch in loader.batches(eval_batches(range(len(held_out)), batch)):
+            labels, indices = each_batch.labels, each_batch.indices
+            unread = {each.number for each in each_batch.broken}
+            best = model(each_batch.images).double().softmax(dim=1).max(dim=1)
             rows = zip(indices.tolist(), labels.tolist(), best.indices.tolist(),
                        best.values.tolist(), strict=True)  # fmt: skip
             found += [

@@ -19,8 +19,14 @@ from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.schema import ReparamConfig
-from ghosttrain.models.layers import ConvBN, SqueezeExcite, Student, make_divisible
-from ghosttrain.models.reparam import RepConv2d, make_stem
+from ghosttrain.models.layers import (
+    ConvBN,
+    SqueezeExcite,
+    Student,
+    last_of_each_stride,
+    make_divisible,
+)
+from ghosttrain.models.reparam import RepConv2d, make_stem, stem_stride
 
 # One line per block, one tuple per stage: kernel of the depthwise convolutions, expanded and output
 # channels at width 1.0, squeeze-excite, stride.
@@ -168,7 +174,9 @@ class GhostNet(Student):
 
         channels = make_divisible(STEM_CHANNELS * width)
         self.stem = make_stem(in_chans, channels, input_stride, reparam)
-        stages, depth = [], 0
+        layers = [("stem", channels, stem_stride(input_stride))]
+        stages: list[nn.Module] = []
+        depth = 0
         for blocks in STAGES:
             stage = nn.Sequential()
             for kernel_size, mid, out, squeeze_excite, stride in blocks:
@@ -186,19 +194,21 @@ class GhostNet(Student):
                     )
                 )
                 channels, depth = out_channels, depth + 1
+            layers.append((f"stages.{len(stages)}", channels, blocks[0][-1]))
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
         self.last = ConvBN(channels, self.num_features, 1)
+        self.feature_info = last_of_each_stride([*layers, ("last", self.num_features, 1)])
         self.head = nn.Linear(self.num_features, HEAD_CHANNELS)
         self.classifier = nn.Linear(HEAD_CHANNELS, num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to (B, num_features, H / 32, W / 32), rounded up.
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to (B, C, H / 2, W / 2), rounded up."""
+        return F.relu(self.stem(x), inplace=True)
 
-        With `input_stride="small"` the map is 1/16 of the image.
-        """
-        x = F.relu(self.stem(x), inplace=True)
-        return F.relu(self.last(self.stages(x)), inplace=True)
+    def forward_last(self, x: Tensor) -> Tensor:
+        """Map (B, C, H', W') to the last map (B, num_features, H', W')."""
+        return F.relu(self.last(x), inplace=True)
 
     def pool(self, features: Tensor) -> Tensor:
         """Map the last map (B, num_features, H', W') to pooled features (B, 1280)."""

@@ -8,6 +8,9 @@ Shapes: B batch, C channels, H W map, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,15 +136,36 @@ class SqueezeExcite(nn.Module):
         return x * gate_BC[:, :, None, None]
 
 
+def last_of_each_stride(layers: Sequence[tuple[str, int, int]]) -> list[dict[str, Any]]:
+    """Return `Student.feature_info` of layers that follow one another.
+
+    Args:
+        layers: name of the module, channels of its map, and its own stride.
+    """
+    taps, reduction = {}, 1
+    for module, channels, stride in layers:
+        reduction *= stride
+        taps[reduction] = {"num_chs": channels, "reduction": reduction, "module": module}
+    return list(taps.values())
+
+
 class Student(nn.Module):
     """Frame of every student: what is known about it, and the check of its input.
 
-    A subclass sets `num_features` and `classifier` and defines `forward_features`. The least sizes
-    of images come from `ghosttrain/config/students.py`.
+    A subclass sets `num_features`, `stages`, `classifier` and `feature_info`, and defines
+    `forward_stem` and `forward_last`. The least sizes of images come from
+    `ghosttrain/config/students.py`.
     """
 
+    stages: nn.Sequential
     classifier: nn.Linear
 
+    feature_info: list[dict[str, Any]]
+    """Of the last layer of each stride, as timm's networks have it: channels of its map
+    (`num_chs`), pixels of the image for one of the map (`reduction`), name of the `module`."""
+
+    stem_end = "stem"
+    """Name of the last module of the stem."""
     num_features: int
     """Channels of the last map, the output of `forward_features`."""
     weights_dialect: str | None = None
@@ -159,9 +183,36 @@ class Student(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.min_size, self.one_value_size = sides_of(name, input_stride)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to the map that the first stage takes."""
         raise NotImplementedError
+
+    def forward_last(self, x: Tensor) -> Tensor:
+        """Map the map of the last stage to the last map (B, num_features, H', W')."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to (B, num_features, H / 32, W / 32), rounded up.
+
+        With `input_stride="small"` the map is 1/16 of the image.
+        """
+        return self.forward_last(self.stages(self.forward_stem(x)))
+
+    def forward_maps(self, x: Tensor) -> list[Tensor]:
+        """Map images (B, in_chans, H, W) to the maps that `feature_info` lists, after the
+        activation where one follows the layer: (B, num_chs, H / reduction, W / reduction), rounded
+        up.
+
+        Raises:
+            UserError: the images cannot be taken.
+        """
+        self.check_input(x)
+        x = self.forward_stem(x)
+        maps = {self.stem_end: x}
+        for name, stage in self.stages.named_children():
+            x = maps[f"stages.{name}"] = stage(x)
+        maps["last"] = self.forward_last(x)
+        return [maps[tap["module"]] for tap in self.feature_info]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the last map (B, num_features, H', W') and classify it: logits (B, K).

@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.schema import ReparamConfig
-from ghosttrain.models.layers import ConvBN, Student, make_divisible, start_small
-from ghosttrain.models.reparam import RepConv2d, make_stem, share_gain
+from ghosttrain.models.layers import (
+    ConvBN,
+    Student,
+    last_of_each_stride,
+    make_divisible,
+    start_small,
+)
+from ghosttrain.models.reparam import RepConv2d, make_stem, share_gain, stem_stride
 
 # Expansion, output channels at width 1.0, blocks, stride of the first block.
 STAGES = (
@@ -88,7 +94,8 @@ class MobileNetV2(Student):
 
         channels = make_divisible(STEM_CHANNELS * width, DIVISOR)
         self.stem = make_stem(in_chans, channels, input_stride, reparam)
-        stages = []
+        layers = [("stem", channels, stem_stride(input_stride))]
+        stages: list[nn.Module] = []
         for expansion, out, depth, first_stride in STAGES:
             out_channels = make_divisible(out * width, DIVISOR)
             stage = nn.Sequential()
@@ -97,21 +104,23 @@ class MobileNetV2(Student):
                     InvertedResidual(channels, out_channels, stride, expansion, reparam=reparam)
                 )
                 channels = out_channels
+            layers.append((f"stages.{len(stages)}", channels, first_stride))
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
         self.last = ConvBN(channels, self.num_features, 1)
+        self.feature_info = last_of_each_stride([*layers, ("last", self.num_features, 1)])
         self.classifier = nn.Linear(self.num_features, num_classes)
         self.apply(_initialise)
         share_gain(self)
         start_small(self.classifier)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to (B, num_features, H / 32, W / 32), rounded up.
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to (B, C, H / 2, W / 2), rounded up."""
+        return F.relu6(self.stem(x), inplace=True)
 
-        With `input_stride="small"` the map is 1/16 of the image.
-        """
-        x = F.relu6(self.stem(x), inplace=True)
-        return F.relu6(self.last(self.stages(x)), inplace=True)
+    def forward_last(self, x: Tensor) -> Tensor:
+        """Map (B, C, H', W') to the last map (B, num_features, H', W')."""
+        return F.relu6(self.last(x), inplace=True)
 
 
 def _initialise(module: nn.Module) -> None:

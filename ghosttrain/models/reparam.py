@@ -104,10 +104,15 @@ def make_stem(
 
     `input_stride` "standard" halves the map, "small" keeps it. It has branches with `reparam.stem`.
     """
-    stride = 1 if input_stride == "small" else 2
+    stride = stem_stride(input_stride)
     if reparam.stem:
         return RepConv2d(in_chans, channels, 3, stride, reparam=reparam)
     return ConvBN(in_chans, channels, 3, stride)
+
+
+def stem_stride(input_stride: str) -> int:
+    """Return the stride of the first convolution under `model.input_stride`."""
+    return 1 if input_stride == "small" else 2
 
 
 def share_gain(model: nn.Module) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghosttrain.config.schema import ReparamConfig
-from ghosttrain.models.layers import ConvBN, Student, start_small
-from ghosttrain.models.reparam import RepConv2d, make_stem, share_gain
+from ghosttrain.models.layers import ConvBN, Student, last_of_each_stride, start_small
+from ghosttrain.models.reparam import RepConv2d, make_stem, share_gain, stem_stride
 
 DEPTHS = (4, 8, 4)  # blocks per stage; the first of each has stride 2
 STEM_CHANNELS = 24
@@ -85,6 +85,8 @@ class ShuffleNetV2(Student):
     `channels` are those of the three stages and of the last map.
     """
 
+    stem_end = "stem_pool"
+
     def __init__(
         self,
         name: str,
@@ -99,24 +101,29 @@ class ShuffleNetV2(Student):
         *widths, self.num_features = channels
 
         self.stem = make_stem(in_chans, STEM_CHANNELS, input_stride, reparam)
-        inputs, stages = STEM_CHANNELS, []
+        self.stem_pool = nn.MaxPool2d(3, stride=2, padding=1)
+        layers = [("stem_pool", STEM_CHANNELS, 2 * stem_stride(input_stride))]
+        stages: list[nn.Module] = []
+        inputs = STEM_CHANNELS
         for depth, outputs in zip(DEPTHS, widths, strict=True):
             stage = nn.Sequential(ShuffleBlock(inputs, outputs, 2, reparam=reparam))
             for _ in range(depth - 1):
                 stage.append(ShuffleBlock(outputs, outputs, 1, reparam=reparam))
+            layers.append((f"stages.{len(stages)}", outputs, 2))
             stages.append(stage)
             inputs = outputs
         self.stages = nn.Sequential(*stages)
         self.last = ConvBN(inputs, self.num_features, 1)
+        self.feature_info = last_of_each_stride([*layers, ("last", self.num_features, 1)])
         self.classifier = nn.Linear(self.num_features, num_classes)
         share_gain(self)
         start_small(self.classifier)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to (B, num_features, H / 32, W / 32), rounded up.
-
-        With `input_stride="small"` the map is 1/16 of the image.
-        """
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to (B, C, H / 4, W / 4), rounded up."""
         x = F.relu(self.stem(x), inplace=True)
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
-        return F.relu(self.last(self.stages(x)), inplace=True)
+        return self.stem_pool(x)
+
+    def forward_last(self, x: Tensor) -> Tensor:
+        """Map (B, C, H', W') to the last map (B, num_features, H', W')."""
+        return F.relu(self.last(x), inplace=True)

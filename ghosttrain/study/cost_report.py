@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghosttrain.config.compose import compose
+from ghosttrain.config.detection import validate_classifies
 from ghosttrain.config.names import Names
 from ghosttrain.engine.identify import settled
 from ghosttrain.errors import UserError
@@ -74,6 +75,8 @@ def cost_of_command(
         runs = compose_cells(cells, overrides, config_dir, needs_data=False)
     else:
         runs = [compose(overrides, config_dir, needs_data=False)]
+    for composed in runs:
+        validate_classifies(composed.config, "cost")
     costs = [run_cost(composed, known, speed) for composed in runs]
     if speed is not None:
         return costs

@@ -38,7 +38,8 @@ from ghosttrain.engine.distributed import pick_device, validate_gpus
 from ghosttrain.engine.identify import keeping_nothing, settled
 from ghosttrain.engine.label_loss import class_weights
 from ghosttrain.engine.plan import make_plan
-from ghosttrain.engine.student import build_network, trained_depths
+from ghosttrain.engine.student import trained_depths
+from ghosttrain.engine.tasks import task_of
 from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.track import summary_writer, wandb_mode
 from ghosttrain.errors import UserError
@@ -251,7 +252,7 @@ def _look_at_student(found: Found) -> tuple[State, str]:
     alone = config.train.model_copy(update={"sync_bn": False})  # there is no rank to ask here
     config = config.model_copy(update={"train": alone})
     _validate_here(config.model.weights, config.model.name, "model.weights")
-    network = build_network(
+    network = task_of(config).build_network(
         config, train_set.classes, features, plan.micro_batch, torch.device("cpu")
     )
     trained_depths(network.student, config)

@@ -17,6 +17,7 @@ from ghosttrain.engine.folder import (
     validate_startable,
 )
 from ghosttrain.engine.launch import finished_result
+from ghosttrain.engine.metrics import WORDS, headline, score
 from ghosttrain.engine.same_data import describe_data, validate_result, validate_same_data
 from ghosttrain.engine.saving import validate_room
 from ghosttrain.errors import UserError
@@ -111,8 +112,8 @@ def look_at_run(found: Found) -> tuple[State, str]:
         validate_data_here(config.data)
         unknown = validate_result(folder, config, result)
         found.is_finished = True
-        top1 = result["weights"][result["headline"]]["top1"]
-        text = f"finished, top-1 {top1:.2f} %: the command shows the result of {folder}"
+        word = WORDS[headline(result["weights"][result["headline"]])]
+        text = f"finished, {word} {score(result):.2f} %: the command shows the result of {folder}"
         return ("note", f"{text}; {unknown}") if unknown else ("OK", text)
     config = continued(folder, config, [])
     validate_startable(config)

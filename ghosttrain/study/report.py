@@ -51,6 +51,8 @@ METRICS = {
     "loss": "loss",
     "raw_top1": "raw top-1 %",
     "fused_top1": "fused top-1 %",
+    "ap": "EMA AP %",
+    "ap50": "EMA AP50 %",
 }
 """Choice of `report.metrics` -> its column; of the EMA weights where none is named."""
 OF_A_CLASS = ("recall", "precision")
@@ -236,8 +238,11 @@ def default_metrics(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the columns that say something of these results: top-5 where there are more than five
     classes, balanced accuracy where some class has more images than another.
     """
-    classes = [result["classes"] for result in results]
-    names = ["top1"]
+    detectors = ["ignoring" in result for result in results]
+    if all(detectors):
+        return ["ap", "ap50"]
+    classes = [result["classes"] for result in results if "ignoring" not in result]
+    names = [*["ap"] * any(detectors), "top1"]
     names += ["top5"] * any(len(each["names"]) > TOPS for each in classes)
     names += ["balanced"] * any(len(set(each["images"])) > 1 for each in classes)
     return [*names, "raw_top1", "fused_top1"]
@@ -271,13 +276,19 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
     classes, weights = result["classes"], result["weights"]
     if of_class:
         names = classes["names"]
-        return classes[kind][names.index(of_class)] if of_class in names else None
+        known = kind in classes and of_class in names
+        return classes[kind][names.index(of_class)] if known else None
     row, _, key = name.partition("_") if name in ("raw_top1", "fused_top1") else ("ema", "", name)
     return weights.get(row, {}).get(key)
 
 
 def _no_better(config: Config, results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line where no run of a row beats the largest class."""
+    if "ignoring" in results[0]:
+        if any(r["weights"]["ema"]["ap"] > r["ignoring"]["ap"] for r in results):
+            return []
+        what = f"{config.recipe} {config.data.name} {config.model.name}"
+        return [f"{what}: no better than a detector that ignores the picture"]
     verdicts = [verdict(r["weights"]["ema"]["top1"], r["classes"]) for r in results]
     if not all(line.startswith("note:") for line in verdicts):
         return []
@@ -338,5 +349,8 @@ def _differences(configs: Sequence[Config]) -> list[dict[str, Any]]:
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Return step -> held-out top-1 % of the averaged weights, of the rows of `metrics.jsonl`."""
-    return {row["step"]: row["ema_top1"] for row in rows if "ema_top1" in row}
+    """Return step -> held-out top-1 % (of detectors AP %) of the averaged weights, of the rows of
+    `metrics.jsonl`.
+    """
+    judged = ("ema_top1", "ema_ap")
+    return {row["step"]: row[key] for row in rows for key in judged if key in row}

@@ -34,6 +34,7 @@ from omegaconf import DictConfig
 from ghosttrain.config.compose import Composed, as_mistakes, compose
 from ghosttrain.config.identity import settings_hash
 from ghosttrain.config.names import Cells, Names, quoted
+from ghosttrain.engine.metrics import score
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError
 from ghosttrain.files import extra, resolved
@@ -382,7 +383,7 @@ def _confirm(
     composed = [compose(line, config_dir) for line in lines.lines]
     done, failed, elsewhere = run_cells(lines, composed, launcher, config_dir)
     results = [result for folder in done if (result := read_result(folder))]
-    values = [float(result["weights"]["ema"]["top1"]) for result in results]
+    values = [score(result) for result in results]
     if values:
         among = len(found.trials("COMPLETE"))
         new = ", ".join(str(result["seed"]) for result in results)

@@ -38,6 +38,7 @@ from ghosttrain.config.names import Cells, Names
 from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.launch import follow, launch, others_told
+from ghosttrain.engine.metrics import WORDS, headline, score
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import BUSY, UserError, mistake
 from ghosttrain.files import expanded, read_json, write_json
@@ -234,7 +235,7 @@ def run_cell(given: DictConfig) -> float | None:
     label = _label(job, context, words, f"[{number + 1}{of}]")
     if label is None:
         print(f"\n=== {number + 1}{of}: {' '.join(words)}", flush=True)
-    folder, top1 = None, math.nan
+    folder, top1, word = None, math.nan, WORDS["top1"]
     try:
         with others_told(), only_lines_of(label):
             composed = compose(words, context["config_dir"])
@@ -257,9 +258,9 @@ def run_cell(given: DictConfig) -> float | None:
     }
     write_json(Path(context["folder"]) / f"{number}.json", outcome)
     if not code and folder is not None and (result := read_result(folder)):
-        top1 = float(result["weights"]["ema"]["top1"])
+        top1, word = score(result), WORDS[headline(result["weights"]["ema"])]
     if label is not None or elsewhere:
-        what = f"failed (exit code {code})" if code else f"finished, EMA top-1 {top1:.2f} %"
+        what = f"failed (exit code {code})" if code else f"finished, EMA {word} {top1:.2f} %"
         print(label or "===", "running elsewhere" if elsewhere else what, flush=True)
     return top1 if math.isfinite(top1) else None
 

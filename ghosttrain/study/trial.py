@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ghosttrain.engine.evaluate import Evaluation
 from ghosttrain.engine.folder import opened, run_folder
 from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.summary import device_name
-from ghosttrain.engine.train import Task, train
+from ghosttrain.engine.train import train
 from ghosttrain.errors import UserError
 from ghosttrain.files import Damaged, expanded, read_json, write_json
 
@@ -74,8 +74,13 @@ def measure_trial(config: Config) -> Trial:
     with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder:
         short = _shortened(config, folder)
         with redirect_stdout(io.StringIO()), opened(short, []) as short:
-            task = Task(_few_held_out, watch.loss_terms, watch.evaluate)
-            train(task, short, [])
+            task = replace(
+                CLASSIFICATION,
+                build_data=_few_held_out,
+                loss_terms=watch.loss_terms,
+                evaluate=watch.evaluate,
+            )
+            train(lambda _: task, short, [])
         rows = [row for row in read_metrics(run_folder(short)) if row["kind"] == "train"]
     batch, counted = short.train.global_batch, rows[WARM_UP:]
     seconds = sum(batch / row["images_per_second"] for row in counted)

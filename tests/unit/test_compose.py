@@ -10,7 +10,7 @@ from helpers import refused_settings
 from ghosttrain.commands.help import help_text
 from ghosttrain.config.compose import batch_split, cells, compose, override_saved
 from ghosttrain.config.identity import result_settings, run_name, settings_hash
-from ghosttrain.config.schema import Config, OptimConfig, Section
+from ghosttrain.config.schema import BOX_DATA, EMBEDDED_DATA, Config, OptimConfig, Section
 from ghosttrain.engine.run_files import write_config
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import expanded
@@ -355,6 +355,9 @@ def test_did_you_mean():
     assert did_you_mean("x", []) == ""
 
 
+DETECTS = ["augment=boxes", "train.best_by=ap"]
+
+
 def test_every_file_in_conf_composes(tmp_path, photo_folder):
     run, table = tmp_path, tmp_path / "table.csv"
     write_config(run, Config())
@@ -362,15 +365,28 @@ def test_every_file_in_conf_composes(tmp_path, photo_folder):
     for group in (p for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "study"):
         for file in group.glob("*.yaml"):
             extra = {
-                "model": ["model.name=resnet10t"] if file.stem == "timm" else [],
+                "model": {
+                    "timm": ["model.name=resnet10t"],
+                    "torchvision": [
+                        "model.name=resnet18",
+                        "data=scenes",
+                        "detector=retinanet",
+                        *DETECTS,
+                    ],
+                }.get(file.stem, []),
                 "teacher": ["distill=kl"] * (file.stem != "none")
                 + ["teacher.name=resnet18"] * (file.stem == "timm")
                 + ["teacher.weights=runs/x"] * (file.stem == "file")
                 + [f"teacher.run={run}"] * (file.stem == "run")
                 + LITE * (file.stem == "ensemble"),
-                "data": [f"data.root={ROOT}"] * (file.stem != "digits")
-                + [f"data.table={table}", "data.split=0.5"] * (file.stem == "table"),
-                "budget": ["data=folder", f"data.root={photo_folder}"] * (file.stem == "small"),
+                "data": [f"data.root={ROOT}"] * (file.stem not in EMBEDDED_DATA)
+                + [f"data.table={table}", "data.split=0.5"] * (file.stem == "table")
+                + ["detector=ssdlite", *DETECTS] * (file.stem in BOX_DATA),
+                "detector": ["data=scenes", *DETECTS] * (file.stem != "none"),
+                "budget": ["data=folder", f"data.root={photo_folder}"] * (file.stem == "small")
+                + ["detector=ssdlite", "data=scenes", *DETECTS] * (file.stem == "scenes"),
+                "augment": ["detector=ssdlite", "data=scenes", "train.best_by=ap"]
+                * (file.stem == "boxes"),
                 "distill": ["teacher=digits"] * (file.stem != "none"),
             }.get(group.name, [])
             choice = f"{group.name}={file.stem}"

@@ -84,8 +84,8 @@ def test_batches_hold_what_the_transform_makes(data):
     train, _ = build_datasets(data)
     transform = train_transform(data, AugmentConfig())
     mean, std = torch.tensor(data.mean), torch.tensor(data.std)
-    for images, labels, indices, views, cached, broken in run(data, 0, epochs=(1,)):
-        assert views == {} and cached is None and broken == ()
+    for images, labels, indices, views, cached, broken, boxes in run(data, 0, epochs=(1,)):
+        assert views == {} and cached is None and broken == () and boxes is None
         assert images.dtype == torch.float32 and images.is_contiguous()
         assert labels.dtype == indices.dtype == torch.int64
         assert labels.tolist() == train.labels[indices].tolist()

@@ -436,7 +436,7 @@ def read(path: Path) -> dict:
 def test_every_student_has_its_file_and_every_file_its_student():
     files = {path.stem for path in (CONF / "model").glob("*.yaml")}
     pretrained = {f"efficientnet_lite{size}" for size in range(3)}
-    assert files == {*STUDENTS, "timm", *pretrained}
+    assert files == {*STUDENTS, "timm", "torchvision", *pretrained}
     for name in pretrained:
         settings = ModelConfig(**read(CONF / "model" / f"{name}.yaml"))
         assert (settings.source, settings.weights) == ("timm", "efficientnet-lite")

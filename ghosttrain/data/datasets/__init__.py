@@ -1,5 +1,5 @@
 """Sample number -> (image, label): embedded digits, class folders (ImageNet too), tables of
-paths, IDX files.
+paths, IDX files; or (image, boxes): embedded synthetic scenes, COCO's and VOC's layouts.
 
 Owns what exists on disk and its checks: everything wrong with the data as a whole is said here,
 before training starts, in one line. Broken single files show when they are decoded. Knows nothing
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import ArrayDataset, Dataset
+from ghosttrain.data.datasets.coco import read_coco
 from ghosttrain.data.datasets.digits import read_digits
 from ghosttrain.data.datasets.folder import FileDataset, FolderDataset, read_folders
 from ghosttrain.data.datasets.idx import read_idx
@@ -23,8 +24,10 @@ from ghosttrain.data.datasets.inspection import (
     notes_on,
     unusual_notes,
 )
+from ghosttrain.data.datasets.scenes import read_scenes
 from ghosttrain.data.datasets.selection import selected
 from ghosttrain.data.datasets.table import read_table
+from ghosttrain.data.datasets.voc import read_voc
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
 
@@ -45,8 +48,12 @@ READERS = {
     "imagenet": read_folders,
     "idx": read_idx,
     "table": read_table,
+    "coco": read_coco,
+    "voc": read_voc,
 }
 """`data.name` -> what reads both halves of data that lie in a folder."""
+EMBEDDED = {"digits": read_digits, "scenes": read_scenes}
+"""`data.name` -> what makes both halves of data that are part of the installation."""
 
 
 def build_datasets(data: DataConfig) -> tuple[Dataset, Dataset]:
@@ -57,12 +64,12 @@ def build_datasets(data: DataConfig) -> tuple[Dataset, Dataset]:
     Raises:
         UserError: the data are not there, not complete, or their two halves do not fit each other.
     """
-    if data.name == "digits":
-        halves = read_digits(data.in_chans)
+    if data.name in EMBEDDED:
+        halves = EMBEDDED[data.name](data.in_chans)
     else:
         halves = READERS[data.name](data, _root(data))
     train, held_out = selected(data, *halves)
-    if len(train.classes) < 2:
+    if len(train.classes) < 2 and train.boxes is None:
         raise UserError(
             f"{train.source} has one class, {train.classes[0]!r}: there is nothing to tell apart, "
             "and the loss is 0 from the start; add images of another class (of what it is not, for "
@@ -78,6 +85,8 @@ def _root(data: DataConfig) -> Path:
         "folder": f"{data.train_split}/<class>/*.jpg",
         "imagenet": f"{data.train_split}/<class>/*.JPEG",
         "table": "the images of data.table",
+        "coco": f"annotations/instances_{data.train_split}.json and {data.train_split}/*.jpg",
+        "voc": "ImageSets/Main/*.txt, Annotations/*.xml and JPEGImages/*.jpg",
     }[data.name]
     if not root:
         raise UserError(

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ghosttrain.config.schema import DataConfig
+from ghosttrain.data.datasets.boxes import Boxes
 from ghosttrain.data.decode import BIT_DEPTH, to_pixels
 
 
@@ -34,6 +35,9 @@ class Dataset:
     """Folders or files whose modification times tell whether all this must be read again."""
     bit_depth: int = BIT_DEPTH
     """Bits that the values of 16-bit images use."""
+    boxes: Boxes | None = None
+    """Where the objects are, and of what class; `labels` are then 0. None: an image is of one
+    class."""
     _arrays: ClassVar[tuple[str, ...]] = ()
     """Fields besides `labels` that have a value for every image."""
 
@@ -80,7 +84,9 @@ class Dataset:
         """
         digest = hashlib.sha256()
         classes = os.fsencode("\0".join(self.classes))
-        for part in (classes, self.labels.astype("<i8").tobytes(), *self._content()):
+        parts = [classes, self.labels.astype("<i8").tobytes()]
+        parts += [] if self.boxes is None else [self.boxes.content()]
+        for part in (*parts, *self._content()):
             # With its length, or a byte that moves from one part to the next would go unseen.
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
@@ -98,6 +104,8 @@ class Dataset:
         digest = hashlib.sha256(os.fsencode("\0".join(self.classes)))
         digest.update(self.labels.astype("<i8").tobytes())
         digest.update(self._index())
+        if self.boxes is not None:
+            digest.update(self.boxes.content())
         return {"classes": self.classes, "images": len(self), "digest": digest.hexdigest()}
 
     def _index(self) -> bytes:
@@ -106,7 +114,8 @@ class Dataset:
 
     def describe(self) -> str:
         """Return one line such as `digits, train: 1,437 images, 10 classes`."""
-        return f"{self.source}: {len(self):,} images, {len(self.classes):,} classes"
+        boxes = "" if self.boxes is None else f"{len(self.boxes.labels):,} boxes of "
+        return f"{self.source}: {len(self):,} images, {boxes}{len(self.classes):,} classes"
 
 
 @dataclass(frozen=True, eq=False)

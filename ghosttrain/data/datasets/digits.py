@@ -27,14 +27,20 @@ def read_digits(in_chans: int) -> tuple[Dataset, Dataset]:
         Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC) for image in small
     )
     images = np.stack([np.asarray(image) for image in enlarged])
-    by_class = np.argsort(labels, kind="stable")
-    held_out = np.zeros(len(labels), dtype=bool)
-    held_out[by_class[::5]] = True
+    held_out = held_out_digits(labels)
     classes = [str(k) for k in range(10)]
     return (
         ArrayDataset("digits, train", classes, labels[~held_out], in_chans, images[~held_out]),
         ArrayDataset("digits, held out", classes, labels[held_out], in_chans, images[held_out]),
     )
+
+
+def held_out_digits(labels: np.ndarray) -> np.ndarray:
+    """Return which digits are held out, (N,) bool, by the labels of all, (N,)."""
+    by_class = np.argsort(labels, kind="stable")
+    held_out = np.zeros(len(labels), dtype=bool)
+    held_out[by_class[::5]] = True
+    return held_out
 
 
 def load_levels() -> tuple[np.ndarray, np.ndarray]:

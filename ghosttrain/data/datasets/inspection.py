@@ -96,6 +96,12 @@ def classes_note(train_set: Dataset, held_out: Dataset) -> str:
     the most would reach on the held-out images.
     """
     names = train_set.classes
+    if train_set.boxes is not None:
+        counts = np.bincount(train_set.boxes.labels, minlength=len(names))
+        pairs = zip(names, counts.tolist(), strict=True)
+        return (
+            f"boxes of {listed((f'{name} {count:,}' for name, count in pairs), most=MOST_LISTED)}"
+        )
     counts, held = (np.bincount(d.labels, minlength=len(names)) for d in (train_set, held_out))
     text = listed((f"{n} {c:,}" for n, c in zip(names, counts, strict=True)), most=MOST_LISTED)
     if len(names) > MOST_LISTED:

@@ -1,0 +1,124 @@
+"""`detect`: train a detector by the loop that trains classifiers; `detect eval RUN`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ghosttrain import ranks
+from ghosttrain.commands import train
+from ghosttrain.commands.arguments import (
+    Arguments,
+    folders_and_overrides,
+    one_folder,
+    with_config_dir,
+)
+from ghosttrain.errors import UserError
+
+RECIPE = "+recipe=detect_ssdlite"
+ARGUMENTS = with_config_dir(
+    Arguments(
+        "detect",
+        "[+recipe=NAME] [key=value ...] | eval RUN [key=value ...]",
+        f"Train a detector; without a recipe {RECIPE}, on embedded synthetic\n"
+        "scenes. train takes its recipes too, and sweeps (-m). The same command again resumes\n"
+        "a run, or shows its result.\n\n"
+        "eval RUN  measure the raw, EMA and fused weights of a run again, exactly",
+        takes_folders=True,
+        actions=("eval",),
+    )
+)
+
+
+def run(options: Namespace) -> int:
+    """Train or evaluate; return the exit code."""
+    if options.words[:1] == ["eval"]:
+        folders, overrides = folders_and_overrides(options.words[1:])
+        return _evaluate(one_folder("detect eval", folders), overrides)
+    words = [word for word in options.words if "=" not in word]
+    if words:
+        raise UserError(
+            f"detect {words[0]}: type python -m ghosttrain detect [key=value ...] to train, or "
+            "detect eval RUN"
+        )
+    names_recipe = any(word.lstrip("+").startswith("recipe=") for word in options.words)
+    asked = [*([] if names_recipe else [RECIPE]), *options.words]
+    if options.config_dir:
+        asked += ["--config-dir", options.config_dir]
+    return train.run(train.ARGUMENTS.parse_args(asked))
+
+
+def _evaluate(folder: Path, overrides: list[str]) -> int:
+    """Print the numbers of COCO of the raw, EMA and fused weights of a run; return 1 where they are
+    not those of `result.json`, on the same images and with the same settings.
+
+    Raises:
+        UserError: no run of detection there, other classes, or a setting that would make it another
+            model.
+    """
+    from ghosttrain.config.compose import override_saved
+    from ghosttrain.config.schema import LaunchConfig
+    from ghosttrain.engine.run_files import read_config, read_result
+
+    saved, result = read_config(folder), read_result(folder)
+    if saved.detector.name == "none":
+        raise UserError(f"{folder} classifies: type python -m ghosttrain eval {folder}")
+    alone = saved.model_copy(update={"launch": LaunchConfig()})
+    config = override_saved(alone, overrides, "eval")
+    if saved.detector.name == "ssdlite" and config.data.eval_size != saved.data.train_size:
+        raise UserError(
+            f"data.eval_size={config.data.eval_size}: the anchors of this run are those of "
+            f"{saved.data.train_size} px: leave data.eval_size out"
+        )
+    if ranks.must_spawn(config.launch.nproc):
+        from ghosttrain.engine.spawn import spawn
+
+        return spawn(("detect", "eval", str(folder), *overrides), config.launch.nproc)
+
+    from ghosttrain.data.datasets import notes_on
+    from ghosttrain.engine import distributed
+    from ghosttrain.engine.detection import evaluate
+    from ghosttrain.engine.detection_words import detection_lines
+    from ghosttrain.engine.evaluate import HeldOutImages
+    from ghosttrain.engine.load import held_out_of, load_detector
+    from ghosttrain.engine.student import has_fused_form
+    from ghosttrain.engine.weights_file import WeightsKind
+
+    code = 0
+    distributed.start()
+    device = distributed.pick_device(config.launch.device)
+    held_out, batch = held_out_of(folder, config)
+    kinds: list[WeightsKind] = ["raw", "ema", *(("fused",) if has_fused_form(config) else ())]
+    models = {str(kind): load_detector(folder, kind).to(device) for kind in kinds}
+    with HeldOutImages(held_out, config, device, batch) as held_images:
+        found = evaluate(models, held_images, device, len(held_out.classes))
+    if distributed.rank() == 0:
+        record = found.counts["ema"].record(held_out.classes)
+        reported: dict[str, Any] = (result or {}).get("weights", {})
+        notes = {
+            name: "   as reported" if row == reported[name] else "   not as reported"
+            for name, row in found.table.items()
+            if name in reported
+        }
+        ignoring = (result or {}).get("ignoring")
+        lines = [*notes_on(held_out), held_out.describe()]
+        lines += detection_lines(found.table, record, ignoring, notes)
+        if "fused" in found.table:
+            lines.append(
+                f"fused vs unfused: largest difference of an output of the head "
+                f"{found.difference:.1e}"
+            )
+        print("\n".join(lines))
+        same_images = (
+            result is not None
+            and result["data"]["held_out"]["digest"] == held_out.identity()["digest"]
+        )
+        if same_images and not overrides and found.table != reported:
+            print(
+                f"these are not the numbers of {folder / 'result.json'}: its weights, the images' "
+                "pixels or the way they are computed have changed"
+            )
+            code = 1
+    distributed.stop()
+    return code

@@ -1,0 +1,17 @@
+"""What the settings of a run ask for: to classify, or to detect."""
+
+from __future__ import annotations
+
+from ghosttrain.config.schema import Config
+from ghosttrain.engine.train import Task
+
+
+def task_of(config: Config) -> Task:
+    """Return what a run of these settings learns. Only its own modules are imported."""
+    if config.detector.name != "none":
+        from ghosttrain.engine.detection import DETECTION
+
+        return DETECTION
+    from ghosttrain.engine.classification import CLASSIFICATION
+
+    return CLASSIFICATION

@@ -1,0 +1,229 @@
+"""`detect` from the command line: train, resume, evaluate again, on one and on two processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from boxes import make_coco, read_annotations, write_coco
+from helpers import only_run
+from safetensors.torch import load_file
+from test_resume_within_an_epoch import assert_equal
+
+from ghosttrain import load_run
+from ghosttrain.data.datasets import build_datasets
+from ghosttrain.data.loader import eval_loader
+from ghosttrain.detect.coco_numbers import NAMES, Found, measure
+from ghosttrain.engine.load import load_detector
+from ghosttrain.engine.rows import read_metrics
+from ghosttrain.engine.run_files import read_config
+from ghosttrain.errors import UserError
+from ghosttrain.optim.ema import Ema
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    root = tmp_path_factory.mktemp("coco")
+    make_coco(root)
+    return root
+
+
+@pytest.fixture
+def words(coco, tmp_path):
+    return [
+        "+recipe=detect_ssdlite",
+        "model=ghostnetv3_050",
+        "data=coco",
+        f"data.root={coco}",
+        "data.train_size=64",
+        "data.eval_size=64",
+        "data.workers=0",
+        "train.global_batch=8",
+        "train.epochs=2",
+        "schedule.warmup_epochs=0",
+        "tracker.log_every=1",
+        "launch.device=cpu",
+        f"run.root={tmp_path / 'runs'}",
+    ]
+
+
+def test_a_run_leaves_what_a_run_leaves_and_is_measured_again(ghosttrain, words, coco, tmp_path):
+    """The reported numbers are those of the saved weights, computed image by image."""
+    done = ghosttrain("detect", *words)
+    assert done.code == 0, done.err
+    run = only_run(tmp_path / "runs")
+    result = json.loads((run / "result.json").read_text())
+    assert {*result["weights"]} == {"raw", "ema", "fused"} and result["fuse_max_diff"] < 1e-3
+    assert {*NAMES} < {*result["weights"]["ema"]} and result["ignoring"]["n"] == 8
+    assert "detector: ssdlite on ghostnetv3_050" in done.out and "no look" in done.out
+    assert (run / "curves.png").is_file() and "detect eval" in (run / "card.md").read_text()
+    rows = read_metrics(run)
+    first = next(row for row in rows if row["kind"] == "train")
+    assert first["loss"] == pytest.approx(first["class"] + first["box"], rel=1e-5)
+    assert [row["ema_ap"] for row in rows if row["kind"] == "eval"]
+
+    config = read_config(run)
+    detector = load_detector(run)
+    assert all(
+        torch.equal(value, load_file(run / "model.safetensors")[key])
+        for key, value in detector.state_dict().items()
+    )
+    held_out, found = build_datasets(config.data)[1], {}
+    with eval_loader(held_out, config.data, torch.device("cpu")) as loader, torch.no_grad():
+        for batch in loader.batches([[i] for i in range(len(held_out))]):
+            (each,) = detector(batch.images)
+            corners = each["boxes"].double().numpy() * [80 / 64, 1, 80 / 64, 1]
+            found[int(batch.indices)] = Found(
+                corners, each["scores"].double().numpy(), each["labels"].numpy() - 1
+            )
+    alone = measure(held_out.boxes, held_out.classes, found).row
+    assert result["weights"]["ema"]["ap"] == pytest.approx(alone["ap"], abs=0.5)
+
+    again = ghosttrain("detect", "eval", run)
+    assert again.code == 0 and again.out.count("as reported") == 3, again.out
+    shown = ghosttrain("detect", *words)
+    assert shown.code == 0 and shown.out.startswith("finished: ")
+    reported = ghosttrain("report", run)
+    assert reported.code == 0 and "EMA AP %" in reported.out
+    for verb in ("eval", "predict", "export", "fuse", "wrong"):
+        extra = (
+            ["--to", "onnx"]
+            if verb == "export"
+            else [f"{coco}/val2017"]
+            if verb == "predict"
+            else []
+        )
+        refused = ghosttrain(verb, run, *extra)
+        assert refused.code == 2 and "detect eval" in refused.err, (verb, refused.err)
+        assert refused.err.count("\n") == 1
+    with pytest.raises(UserError, match="detect eval"):
+        load_run(run)
+
+
+def test_a_detector_stopped_within_an_epoch_ends_the_same(ghosttrain, words, tmp_path, monkeypatch):
+    """Accumulation, workers, crops and jitter are on; the backbone is trained collapsed."""
+    words = [
+        *words, "train.save_every=1steps", "train.micro_batch=4", "data.workers=1",
+        "augment.scale_jitter=0.2", "augment.photometric=true", "augment.zoom_out=2",
+    ]  # fmt: skip
+    whole = tmp_path / "whole"
+    assert ghosttrain("detect", *words, f"run.root={whole}").code == 0
+    steps, update = [], Ema.update
+
+    def stopping(self: Ema, model: torch.nn.Module) -> None:
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(1)
+        update(self, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ema, "update", stopping)
+        assert ghosttrain("detect", *words).code == 130
+    resumed = ghosttrain("detect", *words)
+    assert resumed.code == 0 and "resumed in epoch 2, step 3" in resumed.out, resumed.out
+    assert_equal(only_run(tmp_path / "runs"), only_run(whole))
+
+
+def test_two_processes_measure_what_one_does(ghosttrain, words, tmp_path):
+    """RetinaNet on a plain backbone, trained by two; odd shares of the held-out images."""
+    words = [*words, "detector=retinanet", "detector.channels=16", "reparam=none",
+             "train.max_steps=1", "launch.nproc=2"]  # fmt: skip
+    command = [sys.executable, "-m", "ghosttrain", "detect", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = ghosttrain("detect", "eval", only_run(tmp_path / "runs"))
+    assert "retinanet" in done.stdout
+    table = json.loads((only_run(tmp_path / "runs") / "result.json").read_text())["weights"]
+    assert table["ema"]["n"] == 8
+    assert again.out.count(f"{table['ema']['ap']:.2f}") >= 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["model=timm", "model.name=mobilenetv3_small_050"],
+        ["model=torchvision", "model.name=mobilenet_v3_small"],
+    ],
+)
+def test_backbones_of_others_train(ghosttrain, words, tmp_path, source):
+    done = ghosttrain("detect", *words, *source, "train.max_steps=1")
+    assert done.code == 0, done.err
+    result = json.loads((only_run(tmp_path / "runs") / "result.json").read_text())
+    assert {*result["weights"]} == {"raw", "ema"}
+
+
+def test_a_backbone_that_has_learnt_is_taken_from_a_run(ghosttrain, words, tiny, tmp_path):
+    classes = ghosttrain(*tiny, "train.max_steps=1", f"run.root={tmp_path / 'first'}")
+    assert classes.code == 0, classes.err
+    run = only_run(tmp_path / "first")
+    done = ghosttrain("detect", *words, f"model.weights={run}", "train.max_steps=1",
+                      "optim.lr=1e-12", "ema.decay=0")  # fmt: skip
+    assert done.code == 0, done.err
+    backbone = load_file(run / "model.safetensors")
+    found = load_file(only_run(tmp_path / "runs") / "model.safetensors")
+    prefix = "backbone.backbone.network."
+    own = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    weights = [k for k in own if k.endswith("conv.weight")]
+    assert len(weights) > 50
+    for key in weights:
+        torch.testing.assert_close(own[key], backbone[key], rtol=0, atol=1e-6)
+    other = ghosttrain("detect", *words, f"model.weights={run}", "model=mobilenetv2_050")
+    assert other.code == 2 and other.err.count("\n") == 1 and "ghostnetv3_050" in other.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data=digits"], "learns from boxes, and data=digits has none"),
+        (["distill=kl", "teacher=digits"], "distill.name=kl is not for detector=ssdlite"),
+        (["train.compile=true"], "type train.compile=false"),
+        (["train.best_by=top1"], "type train.best_by=ap"),
+        (["augment=compact"], "type augment.policy=boxes"),
+        (["model.input_stride=small"], "not of 32"),
+        (["train.micro_batch=1"], "train.micro_batch=2 or more"),
+        (["data.train_size=8", "data.eval_size=8"], "8"),
+        (["data.val_split=x"], "instances_x.json"),
+        (["detector=none", "augment=none"], "has boxes, not one class for each image"),
+    ],
+)
+def test_mistakes_are_one_line(ghosttrain, words, tmp_path, changes, message):
+    words = [word for word in words if word.partition("=")[0] not in
+             {change.partition("=")[0] for change in changes}]  # fmt: skip
+    if "data=digits" in changes:
+        words = [word for word in words if not word.startswith("data.root=")]
+    refused = ghosttrain("detect", *words, *changes)
+    assert refused.code == 2 and refused.err.count("\n") == 1, refused.err
+    assert message in refused.err and "Traceback" not in refused.err
+
+
+def test_annotations_that_cannot_be_used_are_one_line(ghosttrain, words, coco, tmp_path):
+    content = read_annotations(coco, "val2017")
+    bad = {**content, "annotations": [{**content["annotations"][0], "bbox": [float("nan")] * 4}]}
+    write_coco(coco, "val2017", bad)
+    try:
+        refused = ghosttrain("detect", *words)
+        assert refused.code == 2 and "not finite" in refused.err
+        write_coco(coco, "val2017", {**content, "annotations": []})
+        refused = ghosttrain("detect", *words, "run.name=other")
+        assert refused.code == 2 and "has no box of a known category" in refused.err
+    finally:
+        write_coco(coco, "val2017", content)
+
+
+def test_scenes_train_by_the_command_alone(ghosttrain, tmp_path):
+    done = ghosttrain(
+        "detect", "model=mobilenetv2_050", "reparam=none", "train.max_steps=1",
+        "train.global_batch=2", "data.train_size=32", "data.eval_size=32", "data.workers=0",
+        "launch.device=cpu", f"run.root={tmp_path}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "synthetic scenes" in done.out and "the embedded set; COCO" in done.out
+    assert read_config(only_run(tmp_path)).recipe == "detect_ssdlite"
+    wrong = ghosttrain("detect", "show")
+    assert wrong.code == 2 and "detect eval RUN" in wrong.err
