@@ -66,10 +66,10 @@ def _main(args: list[str]) -> int:
         verb, rest = find_verb(args)
         command = importlib.import_module(f"ghosttrain.commands.{verb}")
         options = parse(command.ARGUMENTS, rest)
-        if verb == "train":
+        if verb in ("train", "doctor", "lr_find"):
             validate_overrides(options.words)
         return command.run(options)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         line = mistake(error)
         if line is None:
             raise

@@ -36,11 +36,15 @@ _MENDABLE = {
     errno.ETIMEDOUT: _FAILED,
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
-    errno.EFBIG: _ROOM,
+    errno.EFBIG: "files may not be that large here: type ulimit -f unlimited, or use another disk",
+    errno.ENXIO: "put a file in its place, or remove it",
     errno.EMFILE: _FILES,
     errno.ENFILE: _FILES,
     errno.ENOMEM: "another job uses the memory, or data.workers is too high",
 }
+
+_NO_MEMORY = ("failed to map segment", "cannot allocate memory", "cannot create shared object")
+"""Words of the dynamic linker for a library that has no room in memory (glibc's dl-load.c)."""
 
 
 class UserError(ValueError):
@@ -97,15 +101,29 @@ class Stopped(SystemExit):
 
 def mistake(error: BaseException) -> str | None:
     """Return the one line about an error that the user can mend: a `UserError`, or one of the
-    system about files, memory or disks; None for a bug, whose stack trace is worth more.
+    system about files, memory or disks, also while a library is loaded; None for a bug, whose stack
+    trace is worth more.
     """
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, ImportError) and any(part in str(error) for part in _NO_MEMORY):
+        return str(UserError(f"no memory for a library ({error}): allow more, ulimit -v unlimited"))
+    if isinstance(error, FileNotFoundError) and error.filename is None and _is_nowhere():
+        return "the folder in which this command was started is gone: cd to another one"
     if isinstance(error, OSError) and error.errno in _MENDABLE:
         file = [] if error.filename is None else [os.fsdecode(error.filename)]
         message = ": ".join([*file, error.strerror or type(error).__name__])
         return str(UserError(message + (f"; {hint}" if (hint := remedy(error)) else "")))
     return None
+
+
+def _is_nowhere() -> bool:
+    """Whether the working folder of this process was removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def raise_if_of_the_system(error: BaseException, path: str | os.PathLike[str]) -> None:

@@ -24,7 +24,7 @@ from ghosttrain.text import byte_size, one_line
 PACKAGE = Path(__file__).resolve().parent
 PART = ".part"
 """How the name of a file ends that is being written; it begins with a dot."""
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 """What the system says where there is no room."""
 
 
@@ -50,6 +50,36 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(path)))
 
 
+def resolved(path: str | Path) -> Path:
+    """Return an expanded path from the root without links on the way; of links that lead in a
+    circle, which whoever opens it is told about, the path itself.
+    """
+    return Path(os.path.realpath(expanded(path)))
+
+
+def nearest(path: Path) -> Path:
+    """Return what exists, of `path` and the folders above it, nearest to it: a folder, or what is
+    in the way of one.
+    """
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+
+
+def no_file(path: Path) -> str:
+    """Return why `path` is no file whose bytes can be read, in words: `no such file`."""
+    if path.is_dir():
+        return "a folder, not a file"
+    return NOT_REGULAR if path.exists() else "no such file"
+
+
+def no_folder(path: Path) -> str:
+    """Return why `path` is no folder, in words; "" where it is one."""
+    if path.is_dir():
+        return ""
+    if path.is_symlink() and not path.exists():
+        return "a link that leads nowhere"
+    return f"{'a file' if path.is_file() else 'a FIFO, a device or a socket'}, not a folder"
+
+
 @contextmanager
 def utf8_name(path: Path) -> Iterator[Path]:
     """Give a file a name that libraries which know only UTF-8 can open: its own, or inside this
@@ -57,7 +87,7 @@ def utf8_name(path: Path) -> Iterator[Path]:
 
     Raises OSError where it cannot be opened: safetensors calls any reason for that "no such file".
     """
-    with open(path, "rb"):
+    with open_file(path):
         pass
     try:
         str(path).encode()
@@ -125,8 +155,10 @@ def _room(path: Path, size: int | None) -> str:
 
 
 def not_through_links(path: str, flags: int) -> int:
-    """Open a file, as `opener` of `open`; where it is a link, that is an error (ELOOP)."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """Open a file, as `opener` of `open`; a link is an error (ELOOP), and so is a FIFO that nobody
+    reads (ENXIO), which is not waited for.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def remove_parts(folder: Path) -> None:
@@ -171,6 +203,32 @@ class Damaged(ValueError):
     """A file is not as it was written."""
 
 
+NOT_REGULAR = "a FIFO, a device or a socket, not a file"
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file that somebody else may have put there, to read its bytes: a FIFO is not waited
+    for, a device not read without end.
+
+    Raises:
+        OSError: it cannot be opened, or is no file.
+    """
+    try:
+        file = open(path, "rb", opener=_at_once)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a socket, a device that is not there
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    raise OSError(errno.ENXIO, f"it is {NOT_REGULAR}", os.fspath(path))
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
 def read_json(path: Path, largest: int) -> dict[str, Any]:
     """Return what `write_json` wrote, at most `largest` bytes.
 
@@ -194,8 +252,9 @@ def read_limited(path: Path, largest: int) -> bytes:
 
     Raises:
         Damaged: it is larger than `largest` bytes.
+        OSError: it cannot be read, or is no file.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise Damaged(f"it is larger than {byte_size(largest)}")
@@ -203,9 +262,9 @@ def read_limited(path: Path, largest: int) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file; OSError where it cannot be read, or is none."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -218,7 +277,7 @@ def _json_digest(value: Mapping[str, Any]) -> str:
 # --- who else may change it -----------------------------------------------------------------------
 
 
-def changeable_by_others(path: Path) -> str | None:
+def changeable_by_others(path: Path, is_made: bool = True) -> str | None:
     """Return why somebody else than this user and root could change or replace what lies at `path`,
     a file, or a folder and the names in it; None: nobody can.
 
@@ -228,14 +287,20 @@ def changeable_by_others(path: Path) -> str | None:
     names but only their owners replace them. Where a file has an access list (POSIX), its mode says
     what the list grants at most.
 
+    Args:
+        path: the file or folder.
+        is_made: whether it must be there; else the folders that are there, above it, decide.
+
     Raises:
         OSError: there is no such file or folder.
     """
     if path.is_symlink() and not path.is_dir():
         return f"{path} is a link"
-    real = path.resolve(strict=True)
+    real = Path(os.path.realpath(path, strict=is_made))
     reached = True  # by others
     for each in (*reversed(real.parents), real):
+        if not is_made and not os.path.lexists(each):
+            return None
         about = each.lstat()
         if about.st_uid not in (0, os.geteuid()):
             return f"{each} belongs to another user (number {about.st_uid})"

@@ -76,7 +76,7 @@ def _settings(folders: list[str], overrides: list[str], config_dir: str | None) 
     from ghosttrain.config.schema import LaunchConfig
     from ghosttrain.engine.identify import with_view_of_weights
     from ghosttrain.engine.run_files import read_config, without_remedy
-    from ghosttrain.files import expanded
+    from ghosttrain.files import resolved
 
     if not folders:
         composed = compose(overrides, config_dir, trains=False)
@@ -100,5 +100,5 @@ def _settings(folders: list[str], overrides: list[str], config_dir: str | None) 
             f"cache.dir={folder}, in place of the folder"
         ) from None
     config = override_saved(saved, overrides, "cache")
-    cache = config.cache.model_copy(update={"dir": str(expanded(folder).resolve())})
+    cache = config.cache.model_copy(update={"dir": str(resolved(folder))})
     return config.model_copy(update={"cache": cache})

@@ -7,7 +7,8 @@ from argparse import Namespace
 
 from ghosttrain import ranks
 from ghosttrain.commands.arguments import Arguments, with_config_dir
-from ghosttrain.errors import UserError
+from ghosttrain.errors import UserError, mistake
+from ghosttrain.text import one_line
 
 MAIN_JOB = ("+recipe=compact_kd", "model=ghostnetv3_130")
 ARGUMENTS = with_config_dir(
@@ -48,7 +49,8 @@ def run(options: Namespace) -> int:
     try:
         from ghosttrain.study.doctor import examine
     except Exception as error:  # a broken PyTorch raises whatever it likes
-        tell(Finding("imports", "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        text = mistake(error) or f"{type(error).__name__}: {one_line(error)}"
+        tell(Finding("imports", "FAIL", text))
         fault = "imports"
     else:
         fault = ", ".join(filter(None, [fault, examine(composed, tell)])) or None

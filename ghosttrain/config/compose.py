@@ -62,7 +62,7 @@ from ghosttrain.config.schema import (
 )
 from ghosttrain.config.students import STUDENTS, validate_drop_path, validate_sides
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import expanded
+from ghosttrain.files import expanded, no_file, resolved
 from ghosttrain.text import one_line
 
 
@@ -240,8 +240,8 @@ def _validate_split(data: DataConfig) -> None:
         return
     if not data.table:
         raise UserError("data=table needs its file: type data.table=FILE.csv (or .jsonl)")
-    if not expanded(data.table).is_file():
-        raise UserError(f"data.table={data.table}: no such file; give a .csv or .jsonl file")
+    if not (table := expanded(data.table)).is_file():
+        raise UserError(f"data.table={data.table}: {no_file(table)}; give a .csv or .jsonl file")
     if bool(given) == bool(data.split_column):
         both = f"{given[0]} and data.split_column={data.split_column} both" if given else ""
         raise UserError(
@@ -429,7 +429,7 @@ def _absolute(path: str | None) -> str | None:
     if path and os.path.expandvars(path) != path:
         return path
     try:
-        return str(expanded(path).resolve()) if path else None
+        return str(resolved(path)) if path else None
     except ValueError as error:  # a null byte
         raise UserError(f"{path!r} is no path: {error}") from None
 

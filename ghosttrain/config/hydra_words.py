@@ -70,5 +70,5 @@ def split_words(words: Sequence[str], multirun: bool) -> tuple[list[str], list[s
             way = INSTEAD[max(near, key=len)] if near else "see python -m ghosttrain help"
             raise UserError(f"{word!r} is Hydra's own and does nothing here: {way}")
         if not multirun:
-            raise UserError(f"{word!r} is for a sweep: add -m")
+            raise UserError(f"{word!r} is for a sweep, which is train -m")
     return ours, [word for word in theirs if word.lstrip("+").startswith(PASSED)]

@@ -29,7 +29,7 @@ from ghosttrain.config.identity import field_of, flatten, unflatten
 from ghosttrain.config.schema import Config, MemberConfig
 from ghosttrain.config.small import LIMIT, computed, training_images
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import expanded, extra, shipped
+from ghosttrain.files import extra, resolved, shipped
 from ghosttrain.text import listed
 
 MEMBERS = "teacher.members"
@@ -111,7 +111,7 @@ class Names:
         self.conf = [shipped("conf")]
         self.recipe_dirs = [shipped("recipes")]
         if config_dir is not None:
-            folder = expanded(config_dir).resolve()
+            folder = resolved(config_dir)
             if not folder.is_dir():
                 raise UserError(f"--config-dir {config_dir}: no such folder")
             self.conf.append(folder)
@@ -320,7 +320,8 @@ class Names:
             self._validate_key(key)
         if o.is_sweep_override() and not sweep:
             raise UserError(
-                f"{o.input_line!r} names several values: add -m to run one after the other"
+                f"{o.input_line!r} names several values: give one; train -m runs one after the "
+                "other, cost -m says what they cost"
             )
 
     def _validate_key(self, key: str) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import errno
 import io
 import math
-import os
-import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from PIL import Image, JpegImagePlugin
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.errors import UserError
+from ghosttrain.files import open_file
 
 try:
     import simplejpeg
@@ -93,12 +92,7 @@ def read_file(path: str) -> bytes:
             without end.
     """
     try:
-        with open(path, "rb", opener=_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise BrokenImage(
-                    f"{path} is no file but a FIFO or a device: put an image in its place or "
-                    f"remove it, {_AGAIN}"
-                )
+        with open_file(path) as file:
             return file.read()
     except MemoryError as error:
         raise _no_memory(path) from error
@@ -107,11 +101,6 @@ def read_file(path: str) -> bytes:
         raise kind(
             f"cannot read {path} ({error.strerror or error}): {image_remedy(error)}"
         ) from error
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Open a file; a FIFO that nobody writes to is not waited for."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def orientation(image: Image.Image, setting: str) -> int:
@@ -364,8 +353,8 @@ def image_remedy(error: OSError) -> str:
         return f"make it readable (chmod +r), {_AGAIN}"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
         return f"it was there when the folder was listed; put it back, {_AGAIN}"
-    if error.errno == errno.ENXIO:  # a socket, a device that is not there
-        return f"a file is expected there; put an image in its place or remove it, {_AGAIN}"
+    if error.errno == errno.ENXIO:
+        return f"put an image in its place or remove it, {_AGAIN}"
     if error.errno == errno.EISDIR:
         return "a file is expected there"
     return f"see to the disk or the network it lies on, {_AGAIN}"
@@ -381,8 +370,8 @@ def _no_image(path: str, content: bytes) -> str:
     start = content[:16].decode("latin-1")
     shown = repr(start) if start.isascii() and start.isprintable() else content[:16].hex(" ")
     return (
-        f"{path} is no image of a kind that is read here ({', '.join(readable())}): it begins "
-        f"with {shown}; put an image in its place or remove it, {_AGAIN}"
+        f"{path} is no image of a kind that is read here: it begins with {shown}; put an image in "
+        f"its place or remove it, {_AGAIN}"
     )
 
 

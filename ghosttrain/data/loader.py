@@ -481,11 +481,13 @@ _DIED = "DataLoader worker (pid"
 _TIMED_OUT = "DataLoader timed out"
 
 
-def validate_workers(workers: int) -> None:
-    """Raise the UserError that starting so many workers would: torch prints a traceback with it."""
+def validate_workers(workers: int, beside: int = 0) -> None:
+    """Raise the UserError that starting so many workers would, with so many other files `beside`
+    theirs: torch prints a traceback with it.
+    """
     with _explained(workers):
         multiprocessing.Lock()  # lies in shared memory
-        _validate_files(files_of(workers))
+        _validate_files(files_of(workers) + beside)
 
 
 def files_of(workers: int) -> int:

@@ -41,6 +41,7 @@ from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.errors import UserError, raise_if_of_the_system
 from ghosttrain.files import (
     expanded,
+    open_file,
     read_json,
     read_limited,
     remove_parts,
@@ -434,7 +435,8 @@ class _File:
     """A file that is open as long as somebody refers to it. Several processes may read it."""
 
     def __init__(self, path: Path) -> None:
-        self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open_file(path) as file:
+            self.handle = os.dup(file.fileno())
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):  # it could be opened

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from ghosttrain.errors import UserError, raise_if_of_the_system
-from ghosttrain.files import replacing, sync_folder
+from ghosttrain.files import open_file, replacing, sync_folder
 from ghosttrain.models.weights.packing import tensor_digest
 from ghosttrain.text import first_fault, one_line
 
@@ -123,7 +123,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     remedy = "move it away to start this run anew"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with open_file(path) as file:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler lets anything out: KeyError, struct.error
         raise_if_of_the_system(error, path)
         raise UserError(f"{path} is damaged ({one_line(error)[:80]}); {remedy}") from None

@@ -36,7 +36,16 @@ from ghosttrain.engine.run_files import (
     write_config,
 )
 from ghosttrain.errors import UserError, remedy
-from ghosttrain.files import PACKAGE, Damaged, expanded, remove_parts, write_json
+from ghosttrain.files import (
+    PACKAGE,
+    Damaged,
+    nearest,
+    no_file,
+    no_folder,
+    remove_parts,
+    resolved,
+    write_json,
+)
 from ghosttrain.locks import LEASE, LOCK, is_locked, locked
 from ghosttrain.text import clock, listed
 from ghosttrain.version import __version__
@@ -44,7 +53,7 @@ from ghosttrain.version import __version__
 
 def run_folder(config: Config) -> Path:
     """Return the folder of this run; the same settings always give the same folder."""
-    return expanded(config.run.root).resolve() / run_name(config)
+    return resolved(config.run.root) / run_name(config)
 
 
 def has_begun(folder: Path) -> bool:
@@ -209,14 +218,13 @@ def opened(config: Config, notes: list[str], arguments: Sequence[str] = ()) -> I
     folder = run_folder(config)
     with ExitStack() as locks:
         try:
-            validate_no_links(config)
+            validate_startable(config)
             if config.run.fresh and folder.exists():
                 with _locked(folder):
                     notes += _set_aside(folder)
-            _validate_free(folder)
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             locks.enter_context(_locked(folder))
-            validate_no_links(config)  # nobody else has begun here meanwhile
+            validate_nothing_planted(config)  # nobody else has begun here meanwhile
             for each in (folder, folder / "checkpoints"):
                 remove_parts(each)
             config = continued(folder, config, notes)  # within the lock: no other begins meanwhile
@@ -238,14 +246,34 @@ def opened(config: Config, notes: list[str], arguments: Sequence[str] = ()) -> I
         yield config
 
 
-def validate_no_links(config: Config) -> None:
+def validate_startable(config: Config) -> None:
+    """Refuse a run folder that `opened` cannot make or take; nothing is changed.
+
+    Raises:
+        UserError: a link or what is no file is planted there, it cannot be written, or what lies in
+            it is no run's.
+    """
+    validate_nothing_planted(config)
+    folder = run_folder(config)
+    place = nearest(folder)
+    fault = f"is {no_folder(place)}" if no_folder(place) else "may not be written by you"
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot write the run folder {folder}: {place} {fault}; type "
+            "run.root=/a/folder/you/may/write"
+        )
+    _validate_is_of_a_run(folder, config.run.fresh)
+
+
+def validate_nothing_planted(config: Config) -> None:
     """Refuse links below `run.root` on the way to the run folder, and in it: in a root that several
-    people write, one may lead to any file of this user's. `run.root` itself may be a link.
+    people write, one may lead to any file of this user's; and FIFOs, devices and sockets, of which
+    a reader would wait for ever. `run.root` itself may be a link.
 
     Raises:
         UserError: naming the link and where it leads.
     """
-    root, folder = expanded(config.run.root).resolve(), run_folder(config)
+    root, folder = resolved(config.run.root), run_folder(config)
     way = [folder, *folder.parents]
     inside = [each for part in (folder, folder / "checkpoints") for each in _entries(part)]
     for each in [*reversed(way[: way.index(root)]), *inside]:
@@ -254,6 +282,8 @@ def validate_no_links(config: Config) -> None:
                 f"{each} is a link (to {os.readlink(each)}): nothing is written through links "
                 "below run.root: remove it, or type run.root=/the/folder/itself"
             )
+        if each.exists() and not (each.is_file() or each.is_dir()):
+            raise UserError(f"{each} is {no_file(each)}: remove it, or choose another run.name")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -271,25 +301,34 @@ def _set_aside(folder: Path) -> list[str]:
     Raises:
         UserError: it is no run's.
     """
-    if not _is_of_a_run(folder):
-        if {each.name for each in folder.iterdir()} <= {"checkpoints", LOCK, LEASE}:
-            return []  # left by a start that was killed
-        raise UserError(
-            f"run.fresh: {folder} is not moved aside, because it is no run's (it has no "
-            "config.yaml of one and no checkpoint): choose another run.name"
-        )
+    _validate_is_of_a_run(folder, is_moved=True)
+    if _is_empty(folder):
+        return []
     aside = folder.with_name(f"{folder.name}.moved-{time.strftime('%Y%m%d-%H%M%S')}")
     folder.rename(aside)
     return [f"run.fresh: the earlier run was moved to {aside}"]
 
 
-def _validate_free(folder: Path) -> None:
-    """Refuse a folder with a config.yaml that no run wrote: it would be written over.
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds no more than a start leaves that was killed."""
+    return {each.name for each in _entries(folder)} <= {"checkpoints", LOCK, LEASE}
+
+
+def _validate_is_of_a_run(folder: Path, is_moved: bool) -> None:
+    """Refuse a folder with a config.yaml that no run wrote: it would be written over; where the
+    folder `is_moved`, any that is no run's.
 
     Raises:
         UserError: naming it.
     """
-    if (folder / "config.yaml").exists() and not _is_of_a_run(folder):
+    if not folder.exists() or _is_of_a_run(folder):
+        return
+    if is_moved and not _is_empty(folder):
+        raise UserError(
+            f"run.fresh: {folder} is not moved aside, because it is no run's (it has no "
+            "config.yaml of one and no checkpoint): choose another run.name"
+        )
+    if (folder / "config.yaml").exists():
         raise UserError(
             f"{folder / 'config.yaml'} is no run's, and would be written over: choose another "
             "run.name"

@@ -21,7 +21,7 @@ from ghosttrain.engine.folder import (
     opened,
     result_lines,
     run_folder,
-    validate_no_links,
+    validate_nothing_planted,
 )
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.run_files import damaged_products, read_result, without_remedy, write_config
@@ -47,7 +47,7 @@ def launch(
             "launch.devices: torchrun and Slurm say themselves what each rank has: leave it out"
         )
     folder = run_folder(config)
-    validate_no_links(config)
+    validate_nothing_planted(config)
     result = None if config.run.fresh else finished_result(folder, config, notes)
     if result is not None:
         unknown = validate_result(folder, config, result)

@@ -8,6 +8,7 @@ checkpoint on disk, until `train.patience` is over.
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import threading
 import time
@@ -19,7 +20,7 @@ import torch
 from ghosttrain.config.schema import TrainConfig
 from ghosttrain.engine import distributed
 from ghosttrain.engine.checkpoint import NEWEST, Checkpoint, write_checkpoint
-from ghosttrain.errors import UserError
+from ghosttrain.errors import Stopped, UserError
 from ghosttrain.files import write_bytes
 from ghosttrain.text import byte_size
 
@@ -67,6 +68,8 @@ class Saver:
         self.others: dict[Path, bytes] = {}
         self.waited = 0.0
         """Seconds that training waited for checkpoints."""
+        self.is_over = False
+        """Whether the last step is taken and copied: nothing waits for a write but its end."""
 
     def __enter__(self) -> Saver:
         return self
@@ -74,9 +77,10 @@ class Saver:
     def __exit__(self, *exc_info: object) -> None:
         """Let the write under way end, also when training failed or was interrupted."""
         self._join()
-        if self.others and self.failure is None:
+        asked_meanwhile = self.is_over and isinstance(exc_info[1], Stopped)
+        if (self.others and self.failure is None) or (self.newest is not None and asked_meanwhile):
             self._begin()
-            self._join()
+            self._join(is_last=True)
 
     def is_due(self, step: int, epochs_ended: int | None = None) -> bool:
         """Whether a checkpoint should be written after `step` steps; rank 0's time counts.
@@ -122,18 +126,25 @@ class Saver:
         """Wait for the write under way."""
         self._join()
 
-    def finish(self) -> None:
-        """Wait until the newest state and all other files are on disk.
+    def finish(self, poll: Callable[[], object]) -> None:
+        """Wait until the newest state and all other files are on disk, after the last step.
+
+        Args:
+            poll: called every second while a disk that fails is waited for; it raises `Stopped`
+                where the run is asked to end; leaving the block then tries once more.
 
         Raises:
             UserError: they could not be written for `train.patience`.
         """
-        started = time.perf_counter()
+        started, self.is_over = time.perf_counter(), True
         self._join()
         while self.newest is not None or self.others:
             if self.failure is not None:
                 self._raise_if_over(time.monotonic())
-                time.sleep(min(RETRY, self.patience))
+                until = time.monotonic() + min(RETRY, self.patience)
+                while (left := until - time.monotonic()) > 0:
+                    poll()
+                    time.sleep(min(left, 1.0))
             self._begin()
             self._join()
         self.waited += time.perf_counter() - started
@@ -166,8 +177,8 @@ class Saver:
     def _is_writing(self) -> bool:
         return self.writer is not None and self.writer.is_alive()
 
-    def _join(self) -> None:
-        """Wait for the write under way; say what went wrong with it."""
+    def _join(self, is_last: bool = False) -> None:
+        """Wait for the write under way, the last one if `is_last`; say what went wrong with it."""
         if self.writer is None:
             return
         self.writer.join()
@@ -177,9 +188,13 @@ class Saver:
         if not isinstance(self.failure, UserError | OSError):
             raise self.failure
         kept = "the last good checkpoint stays" if self.path.is_file() else "there is none yet"
+        if is_last:
+            self.say(f"{self.failure}: {kept}")
+            return
+        doing = "the run ends when it is written" if self.is_over else "training goes on"
         self.say(
-            f"{self.failure}: training goes on, {kept}; tried again for {self.patience / 60:g} "
-            "minutes (train.patience)"
+            f"{self.failure}: {doing}, {kept}; tried again for {self.patience / 60:g} minutes "
+            "(train.patience)"
         )
 
     def _raise_if_over(self, now: float) -> None:
@@ -191,11 +206,18 @@ class Saver:
 
 
 def validate_room(folder: Path, size: int) -> None:
-    """Refuse to begin where two checkpoints of `size` bytes have no room.
+    """Refuse to begin where two checkpoints of `size` bytes have no room, or one is larger than a
+    file may be (`ulimit -f`).
 
     Raises:
         UserError: with what is free and what is needed.
     """
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if most != resource.RLIM_INFINITY and most < size:
+        raise UserError(
+            f"a file may have {byte_size(most)} here (ulimit -f), a checkpoint of this run takes "
+            f"about {byte_size(size)}: type ulimit -f unlimited"
+        )
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
         raise UserError(

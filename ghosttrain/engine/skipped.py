@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.loader import Loader
 from ghosttrain.engine import distributed
-from ghosttrain.files import write_text
+from ghosttrain.files import open_file, write_text
 
 SKIPPED = "skipped.csv"
 
@@ -59,8 +59,8 @@ def all_broken(loader: Loader) -> dict[int, str]:
 def read_skipped(folder: Path) -> set[Skipped]:
     """Return the list in `folder`; nothing where there is none, or it is damaged."""
     try:
-        with open(folder / SKIPPED, encoding="utf-8", newline="") as file:
-            _, *rows = csv.reader(file)
+        with open_file(folder / SKIPPED) as file:
+            _, *rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
         found = {Skipped(*row) for row in rows}
     except (OSError, ValueError, TypeError, csv.Error):
         return set()

@@ -75,6 +75,11 @@ class Stop:
         if self._when(step) <= step:
             raise Stopped(self._number())
 
+    def poll_alone(self) -> None:
+        """Raise Stopped where the run is asked to end, on this rank alone."""
+        if self.is_asked():
+            raise Stopped(self._number())
+
     def is_asked(self) -> bool:
         """Whether this rank or another one was asked to end."""
         self.alive(0)

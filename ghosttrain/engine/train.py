@@ -176,6 +176,8 @@ def train(choose: Callable[[Config], Task], config: Config | None, notes: list[s
     started, meter = time.perf_counter() - state.seconds, state.meter
 
     def save() -> None:
+        if saver.is_over:
+            return  # the last state is copied, and the other ranks are gone
         say_skips()
         validate_weights()
         state.seconds = time.perf_counter() - started
@@ -314,7 +316,7 @@ def train(choose: Callable[[Config], Task], config: Config | None, notes: list[s
             result["notes"] += skipped.skipped_note(**result["skipped"])
             result["skipped_steps"] = state.guard.skipped
             result["notes"] += skipped_steps_note(state.guard.skipped)
-            saver.finish()
+            saver.finish(stop.poll_alone)
             tracker.say(f"checkpoints: training waited {saver.waited:.2f} s for them")
             write_weights(run / "model.safetensors", ema.model, kind)
             tracker.draw_curves(folder.run_name(config))

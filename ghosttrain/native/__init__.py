@@ -32,14 +32,22 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from ghosttrain.errors import UserError
-from ghosttrain.files import Damaged, changeable_by_others, file_digest, read_json, write_json
+from ghosttrain.files import (
+    Damaged,
+    changeable_by_others,
+    file_digest,
+    nearest,
+    read_json,
+    resolved,
+    write_json,
+)
 from ghosttrain.locks import locked
 from ghosttrain.text import one_line
 
@@ -80,7 +88,7 @@ def load() -> ModuleType | None:
     if os.environ.get("GHOSTTRAIN_NATIVE") == "0":
         return None
     try:
-        torch.ops.load_library(build())
+        torch.ops.load_library(library_path() or build())
     except (OSError, RuntimeError, UserError, subprocess.SubprocessError) as error:
         warnings.warn(
             f"C++ kernels are off: {one_line(error)[:200]}; the same results come from PyTorch's "
@@ -109,29 +117,29 @@ def build() -> Path:
         subprocess.TimeoutExpired: the compiler took longer than `PATIENCE`.
     """
     faults: list[str] = []
-    for root in _roots():
+    for root in _safe_roots(faults):
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            root = root.resolve()  # what is checked is what is used, wherever a link leads later
-            if fault := changeable_by_others(root):
+            if fault := changeable_by_others(root):  # the umask made its parents writable
                 faults.append(f"{root} is not safe: {fault}")
             else:
                 return _built(root / f"ghosttrain_{_key()}", faults)
         except OSError as error:
-            faults.append(f"{error.filename or root}: {error.strerror or error}")
+            faults.append(_told(error, root))
     raise PermissionError(faults[0])
 
 
 def library_path() -> Path | None:
-    """Return the library that was compiled for this machine and may be loaded; None: there is none.
-    Nothing is compiled.
+    """Return the library that `build` would return at once; None: it would compile one first, or
+    fail. Nothing is changed.
     """
-    for root in _roots():
-        with suppress(OSError):
-            if changeable_by_others(root) is None:
-                folder = root.resolve() / f"ghosttrain_{_key()}"
-                if _fault(folder) is None:
-                    return folder / LIBRARY
+    for root in _safe_roots([]):
+        folder = root / f"ghosttrain_{_key()}"
+        if _fault(folder) is None:
+            return folder / LIBRARY
+        place = nearest(folder)
+        if place.is_dir() and os.access(place, os.W_OK | os.X_OK):  # `build` compiles there
+            return None
     return None
 
 
@@ -189,6 +197,26 @@ def _fault(folder: Path) -> str | None:
     except (OSError, Damaged) as error:
         return f"{folder / RECORD} cannot be read ({one_line(error)})"
     return None
+
+
+def _safe_roots(faults: list[str]) -> Iterator[Path]:
+    """Yield the folders that may hold compiled kernels and that nobody else can change, the best
+    place first; of one that is not there yet, this holds for the folder above it. Nothing is
+    changed; what is wrong with the others is added to `faults`.
+    """
+    for root in _roots():
+        try:
+            root = resolved(root)  # what is checked is what is used, wherever a link leads later
+            if fault := changeable_by_others(root, is_made=False):
+                faults.append(f"{root} is not safe: {fault}")
+            else:
+                yield root
+        except OSError as error:
+            faults.append(_told(error, root))
+
+
+def _told(error: OSError, root: Path) -> str:
+    return f"{error.filename or root}: {error.strerror or error}"
 
 
 def _roots() -> list[Path]:

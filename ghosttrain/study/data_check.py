@@ -21,8 +21,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.data.datasets.folder import FileDataset
 from ghosttrain.data.datasets.splitting import is_split_here
-from ghosttrain.data.decode import BrokenImage, OversizedImage, decoded
+from ghosttrain.data.decode import BrokenImage, OversizedImage, decoded, readable
 from ghosttrain.data.loader import MOST_WORKERS, in_workers
 from ghosttrain.engine.progress import Progress
 from ghosttrain.terminal import printable
@@ -85,6 +86,11 @@ class Report:
     """Images of one content, in both halves."""
     seconds: float = 0.0
     workers: int = 0
+
+    @property
+    def left_out(self) -> list[str]:
+        """Return a line about each kind of what lies among the images and is not listed."""
+        return [note for half in self.halves for note in half.left_out]
 
     @property
     def faults(self) -> list[str]:
@@ -229,6 +235,7 @@ def describe(report: Report) -> list[str]:
     total = len(train_set) + len(held_out)
     lines = [
         f"{train_set.describe()}; held out {len(held_out):,}",
+        *report.left_out,
         f"read {total:,} images in {clock(report.seconds)} by {by}; modes: "
         + listed((f"{mode} {count:,}" for mode, count in report.modes.most_common()), most=6),
     ]
@@ -241,7 +248,8 @@ def describe(report: Report) -> list[str]:
     refused = "a run ends there; data.on_error=skip goes on without them"
     if data.on_error == "skip":
         refused = "left out by data.on_error=skip"
-    lines += _section("unreadable", refused, (reason for _, reason in report.unreadable))
+    kinds = f"{refused}; read are {', '.join(readable())}"
+    lines += _section("unreadable", kinds, (reason for _, reason in report.unreadable))
     lines += _section("oversized", refused, (reason for _, reason in report.oversized))
     shown = "as three equal channels" if data.in_chans == 3 else "as they are"
     for kind, images, meaning in (
@@ -296,9 +304,10 @@ def as_json(report: Report) -> dict[str, Any]:
     """Return all of the report as JSON values."""
 
     def about(image: Image) -> dict[str, Any]:
+        half, number = report.halves[image.half], image.number
         return {
             "half": HALVES[image.half],
-            "image": report.name_of(image),
+            "image": half.path(number) if isinstance(half, FileDataset) else half.name_of(number),
             "class": report.class_of(image),
         }
 
@@ -310,6 +319,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "training": len(train_set),
         "held_out": len(held_out),
+        "left_out": report.left_out,
         "modes": dict(report.modes),
         "largest": largest
         and about(largest[0]) | {"width": largest[1][0], "height": largest[1][1]},

@@ -23,7 +23,7 @@ from ghosttrain.data.decode import BrokenImage, decoded, orientation, upright_si
 from ghosttrain.data.operations import NO_ARGUMENT
 from ghosttrain.engine.figures import new_figure, save_figure
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded
+from ghosttrain.files import resolved
 from ghosttrain.text import byte_size, listed, printable
 
 LARGEST_SHEET = 400
@@ -70,7 +70,7 @@ def draw_sheet(config: Config, samples: int, draws: int, out: Path | None = None
         fontsize=8, parse_math=False,
     )  # fmt: skip
     if out is None:
-        root = expanded(config.run.root).resolve()
+        root = resolved(config.run.root)
         root.mkdir(parents=True, exist_ok=True)
         out = root / f"data_show-{time.strftime('%Y%m%d-%H%M%S')}.png"
     save_figure(figure, out, dpi=110)

@@ -2,8 +2,6 @@
 
 Every look asks by the functions that a run itself uses, so that the two cannot disagree, and
 changes nothing on disk. One that fails does not keep the others from looking.
-
-Legend: S side of an image.
 """
 
 from __future__ import annotations
@@ -11,13 +9,12 @@ from __future__ import annotations
 import netrc
 import os
 import resource
-import shutil
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,72 +23,41 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 
-from ghosttrain import native, ranks, threads
+from ghosttrain import native, threads
 from ghosttrain.config.compose import Composed, validate_data_here
 from ghosttrain.config.losses import compares_features
-from ghosttrain.config.schema import Config, DataConfig
+from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets import Dataset, build_datasets
 from ghosttrain.data.datasets.base import evenly
 from ghosttrain.data.decode import BrokenImage, decoded
-from ghosttrain.data.loader import files_of, validate_workers, worker_count
-from ghosttrain.distill.features import Network
+from ghosttrain.data.loader import files_of, validate_workers
 from ghosttrain.distill.pretrained import validate_published
-from ghosttrain.engine.checkpoint import Checkpoint, newest_checkpoint
 from ghosttrain.engine.conditions import processor, settle_threads
 from ghosttrain.engine.devices import validate_visible
 from ghosttrain.engine.distributed import pick_device, validate_gpus
-from ghosttrain.engine.folder import continued, is_running, run_folder, validate_settings
 from ghosttrain.engine.identify import keeping_nothing, settled
 from ghosttrain.engine.label_loss import class_weights
-from ghosttrain.engine.launch import finished_result
-from ghosttrain.engine.metrics import WORDS, headline, score
-from ghosttrain.engine.plan import Plan, make_plan
-from ghosttrain.engine.same_data import describe_data, validate_result, validate_same_data
-from ghosttrain.engine.saving import validate_room
+from ghosttrain.engine.plan import make_plan
 from ghosttrain.engine.student import trained_depths
 from ghosttrain.engine.tasks import task_of
-from ghosttrain.engine.teacher_source import TeacherSource, build_teacher_source
+from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.track import summary_writer, wandb_mode
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded
 from ghosttrain.models.cost import count_params
 from ghosttrain.models.weights.sources import published, weights_path
-from ghosttrain.study.cost import cache_of, folder_bytes, member_of, saved_bytes
+from ghosttrain.study.doctor_run import look_at_disk, look_at_run, look_at_shared_memory
 from ghosttrain.study.findings import Finding, NotLookedAt, State, finding, needed
+from ghosttrain.study.found import Found
 from ghosttrain.terminal import reason
 from ghosttrain.text import byte_size, counted, one_line
 
 MOST_CLASSES, MOST_HELD_OUT, MOST_EACH = 1000, 250, 4
 """Classes of which training images are decoded, of which held-out ones, and images of a class."""
-PREFETCHED = 2
-"""Batches that every worker has ready or under way: `prefetch_factor` of torch's DataLoader."""
+LOADERS, OTHER_FILES = 2, 4
+"""Training and held-out images have workers of their own; files that a run opens beside theirs."""
 WANDB = "https://api.wandb.ai"
 PATIENCE = 5.0
 """Seconds in which a server must answer."""
-
-
-@dataclass
-class Found:
-    """What the looks have found so far, for those after them."""
-
-    config: Config
-    device: torch.device = torch.device("cpu")
-    halves: tuple[Dataset, Dataset] | None = None
-    plan: Plan | None = None
-    teacher: TeacherSource | None = None
-    network: Network | None = None
-    saved: Checkpoint | None = None
-    is_finished: bool = False
-
-    @property
-    def processes(self) -> int:
-        """Return how many the run has."""
-        return ranks.world_size(self.config.launch.nproc)
-
-    @property
-    def workers(self) -> int:
-        """Return how many data workers one of them has."""
-        return worker_count(self.config.data.workers, self.device.type)
 
 
 def examine(composed: Composed, tell: Callable[[Finding], object]) -> str | None:
@@ -191,10 +157,12 @@ def _look_at_files(found: Found) -> tuple[State, str]:
     limit = "without a limit" if most == resource.RLIM_INFINITY else f"at most {most:,}"
     if not found.workers:
         return "OK", f"{limit}; no data workers"
-    validate_workers(found.workers)
+    every = LOADERS * found.workers
+    validate_workers(every, beside=OTHER_FILES)
+    files = files_of(every) + OTHER_FILES
     return (
         "OK",
-        f"{limit}; {files_of(found.workers)} and more for {counted(found.workers, 'data worker')}",
+        f"{limit}; {files} and more for {LOADERS} x {counted(found.workers, 'data worker')}",
     )
 
 
@@ -218,11 +186,11 @@ def _look_at_images(found: Found) -> tuple[State, str]:
         broken += [fault for number in numbers if (fault := _fault(half, number, data))]
     if not broken:
         return "OK", f"{looked:,} decoded, some of each class; data check reads all"
-    count = f"{len(broken):,} of {looked:,}"
-    text = f"{count} cannot be read, the first: {broken[0]}; python -m ghosttrain data check lists"
+    text = f"{len(broken):,} of {looked:,} cannot be read, the first: {broken[0]}; "
     if data.on_error == "skip":
-        return "note", f"{text} all (data.on_error=skip leaves them out)"
-    return "FAIL", f"{text} all, with data.on_error=skip a run leaves them out"
+        text += "data.on_error=skip leaves such images out, data check lists all of them"
+        return "note", text
+    return "FAIL", f"{text}type data.on_error=skip to leave such images out, or see data check"
 
 
 def _fault(half: Dataset, number: int, data: DataConfig) -> str | None:
@@ -312,115 +280,7 @@ def _validate_here(weights: str | None, name: str | None, setting: str) -> None:
     raise NotLookedAt(f"{setting}=hub: the run fetches the weights of {name}, which the hub has")
 
 
-# --- Room -----------------------------------------------------------------------------------------
-
-
-def _look_at_shared_memory(found: Found) -> tuple[State, str]:
-    config, workers = found.config, found.workers
-    if not workers:
-        return "OK", "not needed: no data workers"
-    plan = needed(found.plan, "length")
-    sides = [config.data.train_size]
-    sides += [side for side, _ in found.teacher.views] if found.teacher else []
-    batch = plan.micro_batch * config.data.in_chans * sum(side * side for side in sides)
-    if config.data.workers != "auto":  # which counts the cores of all processes
-        workers *= found.processes
-    if not os.path.isdir("/dev/shm"):
-        return "OK", "this system has no /dev/shm"
-    shared = os.statvfs("/dev/shm")
-    whole, free = (n * shared.f_frsize for n in (shared.f_blocks, shared.f_bavail))
-    least, usual = workers * batch, PREFETCHED * workers * batch
-    text = (
-        f"{byte_size(free)} of {byte_size(whole)} free; {byte_size(usual)} needed by "
-        f"{counted(workers, 'data worker')}, {PREFETCHED} batches of {byte_size(batch)} each"
-    )
-    remedy = (
-        f"{text}: type data.workers=0 or fewer than now, a smaller train.micro_batch, or in Docker "
-        "start the container with --shm-size=8g"
-    )
-    if free < least:
-        return "FAIL", remedy
-    return ("note", remedy) if free < usual else ("OK", text)
-
-
-def _look_at_disk(found: Found) -> tuple[State, str]:
-    train_set, _ = needed(found.halves, "data")
-    config, place = found.config, nearest(run_folder(found.config))
-    saved = saved_bytes(needed(found.network, "student"), config, found.processes)
-    validate_room(place, saved.checkpoint)
-    free = shutil.disk_usage(place).free
-    needs = folder_bytes(config.train.keep + 1, saved.checkpoint, saved.average)
-    kept = counted(config.train.keep, "checkpoint")
-    text = (
-        f"{byte_size(free)} free at {place}, the run takes {byte_size(needs)} ({kept} of "
-        f"{byte_size(saved.checkpoint)}, one more while it is written, and weights)"
-    )
-    if config.distill.name != "none" and config.cache.dir is not None:
-        members = [member_of(n, train_set.classes) for n in config.teacher.networks.values()]
-        cache = cache_of(config, len(train_set), train_set.classes, members)
-        where = nearest(expanded(config.cache.dir))
-        left = shutil.disk_usage(where).free
-        text += f"; {byte_size(left)} free at {where}, the teacher's outputs take "
-        text += byte_size(cache.bytes) + ("" if cache.images else ", which are stored")
-        if cache.images and left < cache.bytes:
-            return "note", f"{text}: make room, or type cache.dir=/a/larger/disk"
-    if free < needs:
-        return "note", f"{text}: make room, or type run.root=/a/larger/disk"
-    return "OK", text
-
-
-def nearest(path: Path) -> Path:
-    """Return the folder that exists, of `path` and those above it, nearest to it."""
-    return next(each for each in (path, *path.parents) if each.is_dir())
-
-
-# --- The run --------------------------------------------------------------------------------------
-
-
-def _look_at_run(found: Found) -> tuple[State, str]:
-    config, folder = found.config, run_folder(found.config)
-    if not folder.exists():
-        return _new_run(folder)
-    if is_running(folder):
-        raise UserError(
-            f"another process is training in {folder}; wait for it, or choose another run.name"
-        )
-    if config.run.fresh:
-        return "note", f"run.fresh: the earlier run is moved aside, and {folder} begins anew"
-    notes: list[str] = []
-    result = finished_result(folder, config, notes, mends=False)
-    if result is not None:
-        validate_data_here(config.data)
-        unknown = validate_result(folder, config, result)
-        found.is_finished = True
-        word = WORDS[headline(result["weights"][result["headline"]])]
-        text = f"finished, {word} {score(result):.2f} %: the command shows the result of {folder}"
-        return ("note", f"{text}; {unknown}") if unknown else ("OK", text)
-    config = continued(folder, config, [])
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return _new_run(folder)
-    saved, _, damaged = newest_checkpoint(folder / "checkpoints") or (None, None, [])
-    if saved is None:
-        return "OK", f"no checkpoint yet: it begins at step 0 in {folder}"
-    found.saved = saved
-    validate_settings(folder, saved["settings"], config)
-    record = describe_data(*needed(found.halves, "data"))
-    changed = validate_same_data(saved, record, config.data.changed)["accepted"]
-    needed(found.teacher, "teacher").resumed(saved["teacher"])
-    place = needed(found.plan, "length").place_of(saved["step"])
-    text = f"goes on {place}, of {needed(found.plan, 'length').total_steps:,} steps, in {folder}"
-    notes += [*damaged, *changed]
-    return ("note", "; ".join([text, *notes])) if notes else ("OK", text)
-
-
-def _new_run(folder: Path) -> tuple[State, str]:
-    place = nearest(folder)
-    if not os.access(place, os.W_OK | os.X_OK):
-        return "FAIL", (
-            f"cannot write the run folder {folder}: {place} may not be written by you; type "
-            "run.root=/a/folder/you/may/write"
-        )
-    return "OK", f"begins in {folder}"
+# --- Tracking -------------------------------------------------------------------------------------
 
 
 def _look_at_tracking(found: Found) -> tuple[State, str]:
@@ -470,9 +330,9 @@ LOOKS: dict[str, Callable[[Found], tuple[State, str]]] = {
     "length": _look_at_length,
     "teacher": _look_at_teacher,
     "student": _look_at_student,
-    "shared memory": _look_at_shared_memory,
-    "disk": _look_at_disk,
-    "run": _look_at_run,
+    "shared memory": look_at_shared_memory,
+    "disk": look_at_disk,
+    "run": look_at_run,
     "tracking": _look_at_tracking,
 }
 """Name of a check -> what looks; later ones use what earlier ones found."""

@@ -15,7 +15,7 @@ from ghosttrain.engine.figures import new_figure, save_figure
 from ghosttrain.engine.launch import launch
 from ghosttrain.engine.rows import read_metrics
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded
+from ghosttrain.files import resolved
 
 HIGHEST = {"lamb": 1.0, "adamw": 1.0, "sgd": 10.0}
 """Optimizer -> learning rate at the end of the test."""
@@ -32,7 +32,7 @@ def lr_find(overrides: Sequence[str], steps: int, config_dir: str | None) -> Pat
         UserError: a mistake in the overrides; training did not come to `LEAST` steps.
     """
     config = compose(overrides, config_dir).config
-    root = expanded(config.run.root).resolve() / ".lr_find"
+    root = resolved(config.run.root) / ".lr_find"
     name = time.strftime("%Y%m%d-%H%M%S")
     words = [
         *overrides, "schedule=exponential", f"optim.lr={HIGHEST[config.optim.name]:g}",

@@ -37,7 +37,7 @@ from ghosttrain.config.names import Cells, Names, quoted
 from ghosttrain.engine.metrics import score
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded, extra
+from ghosttrain.files import extra, resolved
 from ghosttrain.locks import is_locked, locked
 from ghosttrain.study.report import spread
 from ghosttrain.study.sweep import OWNER, compose_cells, name_failures, run_cells, sweeps_folder
@@ -132,7 +132,7 @@ def search(
 
 def _opened(cells: Cells, composed: Sequence[Composed], hydra_words: Sequence[str]) -> Search:
     """Open the study, or begin it, and free the trials that a killed sweep left."""
-    folder = sweeps_folder(expanded(composed[0].config.run.root).resolve())
+    folder = sweeps_folder(resolved(composed[0].config.run.root))
     path = str(folder / DATABASE).replace("{", "{{").replace("}", "}}")  # Optuna formats it
     storage = quoted(f"sqlite:///{path}").replace("${", "\\${")  # Hydra would replace ${x}
     words = [

@@ -43,7 +43,7 @@ def examined(ghosttrain):
 
 
 def files_below(*roots: Path) -> dict[Path, int]:
-    return {p: p.stat().st_mtime_ns for root in roots for p in root.rglob("*")}
+    return {p: p.lstat().st_mtime_ns for root in roots for p in root.rglob("*")}
 
 
 def failed(found: dict[str, tuple[str, str]]) -> dict[str, str]:
@@ -134,6 +134,62 @@ def test_what_a_run_refuses_is_said_in_its_words(examined, ghosttrain, tiny, tmp
     assert found["teacher"] == ("note", "not looked at: it needs data, see above")
 
 
+def test_what_lies_in_the_place_of_a_run_folder(examined, ghosttrain, tiny, tmp_path):
+    """Each is refused by the run with the same line, and left as it is."""
+    root, folder = tmp_path / "runs", tmp_path / "runs" / "mine"
+    file, fifo = tmp_path / "file", tmp_path / "fifo"
+    file.write_text("of mine")
+    os.mkfifo(fifo)
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+
+    def planted(name: str, make) -> None:
+        (folder / name).parent.mkdir(parents=True)
+        make(folder / name)
+
+    no_run, link = "is no run's", "is a link (to"
+    not_a_file = "is a FIFO, a device or a socket, not a file"
+    for make, words, part in (
+        (lambda: root.mkdir() or folder.symlink_to(tmp_path), [], link),
+        (lambda: planted("log.txt", lambda path: path.symlink_to(file)), [], link),
+        (lambda: planted("config.yaml", lambda path: path.write_text("a: 1")), [], no_run),
+        (
+            lambda: planted("config.yaml", lambda path: path.write_text("a: 1")),
+            ["run.fresh=true"],
+            "run.fresh: ",
+        ),
+        (lambda: planted("config.yaml", os.mkfifo), [], not_a_file),
+        (lambda: planted("metrics.jsonl", os.mkfifo), [], not_a_file),
+        (lambda: planted("checkpoints/last.pt", os.mkfifo), [], not_a_file),
+        (lambda: planted("checkpoints/last.pt", os.mkfifo), ["run.fresh=true"], not_a_file),
+        (lambda: root.mkdir() or folder.write_text("of mine"), [], "is a file, not a folder"),
+        (lambda: None, [f"run.root={file}"], "is a file, not a folder"),
+        (lambda: None, [f"run.root={file / 'below'}"], "is a file, not a folder"),
+        (lambda: None, [f"run.root={fifo}"], "is a FIFO, a device or a socket, not a folder"),
+        (lambda: None, [f"run.root={tmp_path / 'one'}"], "is a link that leads nowhere"),
+    ):
+        make()
+        before = {*files_below(tmp_path)}
+        code, found = examined(*tiny, "run.name=mine", *words)
+        assert code == 1 and "run" in failed(found), (words, found)
+        assert part in failed(found)["run"], failed(found)
+        said = ghosttrain(*tiny, "run.name=mine", *words)
+        assert said.code == 2 and failed(found)["run"] in said.err, (said.err, found)
+        assert {each for each in files_below(tmp_path) if ".listed" not in each.parts} == before
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def test_weights_that_are_no_file(examined, ghosttrain, tiny, tmp_path):
+    os.mkfifo(fifo := tmp_path / "fifo.pth")
+    for path in (fifo, "/dev/zero"):
+        words = [*tiny, f"model.weights={path}"]
+        code, found = examined(*words)
+        assert code == 1 and [*failed(found)][0] == "student"
+        assert "a FIFO, a device or a socket, not a file" in failed(found)["student"]
+        said = ghosttrain(*words)
+        assert said.code == 2 and failed(found)["student"] in said.err
+
+
 def test_a_teacher_that_knows_nothing(examined, tiny, tmp_path):
     """The classes of another order, as a random network answers."""
     import timm
@@ -207,7 +263,7 @@ def test_a_full_disk(examined, ghosttrain, tiny, monkeypatch):
 
 
 def test_few_files_and_little_shared_memory(examined, tiny, monkeypatch):
-    found = run_with_few_files(*tiny, "data.workers=8")
+    found = run_with_few_files(*tiny, "data.workers=2")  # 39 are enough for a run
     assert found["open files"][0] == "FAIL" and "ulimit -n 65536" in found["open files"][1]
     real = os.statvfs
 
@@ -226,7 +282,7 @@ def run_with_few_files(*args: str) -> dict[str, tuple[str, str]]:
     script = (
         "import resource, sys\n"
         "from ghosttrain.cli import main\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (38, 38))\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "doctor", "--json", *args]
@@ -284,7 +340,8 @@ def test_packages_of_other_releases(monkeypatch):
 @pytest.mark.parametrize(
     "words, part",
     [
-        (["doctor", "foo"], "'foo' is not key=value"),
+        (["doctor", "foo"], "'foo' is neither a verb nor key=value"),
+        (["doctor", "seed=1,2"], "give one; train -m runs one after the other"),
         (["doctor", "+recipe=nothing"], "nothing"),
         (["doctor", "-m", "seed=1,2"], "-m does not belong to doctor"),
         (["doctor", "+recipe=compact_kd", "teacher=run", "teacher.run=/gone"], "no run folder"),

@@ -35,7 +35,7 @@ def test_errors_are_those_of_the_command() -> None:
     for words, expected in (
         (["hydra.run.dir=x"], "is Hydra's own and does nothing here"),
         (["~optim"], "'~optim': settings cannot be deleted"),
-        (["seed=1,2"], "names several values: add -m"),
+        (["seed=1,2"], "names several values: give one"),
         ("seed=1", r"give a list of words, \['seed=1'\]"),
     ):
         with pytest.raises(ghosttrain.UserError, match=expected):

@@ -4,6 +4,7 @@ says, and the help."""
 import errno
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from ghosttrain.commands.arguments import folders_and_overrides
 from ghosttrain.commands.help import help_text
 from ghosttrain.config.schema import Config, Section
 from ghosttrain.errors import UserError
+from ghosttrain.files import PACKAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,6 +130,8 @@ def test_a_folder_may_hold_an_equals_sign(tmp_path, monkeypatch):
         (OSError(errno.EIO, "Input/output error", b"d\xe9"), "d\\udce9: Input/output error; "),
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; "),
         (FileNotFoundError(errno.ENOENT, "No such file", "last.pt"), "last.pt: No such file\n"),
+        (OSError(errno.EFBIG, "File too large", "x"), "x: File too large; files may not be that"),
+        (ImportError("libx.so: failed to map segment from shared object"), "ulimit -v unlimited\n"),
     ],
 )
 def test_an_error_of_the_system_is_one_line(monkeypatch, capsys, error, expected):
@@ -140,13 +144,32 @@ def test_an_error_of_the_system_is_one_line(monkeypatch, capsys, error, expected
     assert expected in err and err.startswith("ghosttrain: error: ") and err.count("\n") == 1
 
 
-def test_an_error_that_nobody_can_mend_keeps_its_trace(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EBADF, "Bad file descriptor"), ImportError("cannot import name 'x'")]
+)
+def test_an_error_that_nobody_can_mend_keeps_its_trace(monkeypatch, error):
     def fail(_):
-        raise OSError(errno.EBADF, "Bad file descriptor")
+        raise error
 
     monkeypatch.setattr(eval_command, "run", fail)
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(type(error), match=re.escape(str(error))):
         cli.main(["eval", "a"])
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    """Python's error names no path: it asked where it is."""
+    script = "import os, sys; os.rmdir(os.getcwd()); from ghosttrain.cli import main; "
+    script += "sys.exit(main(['doctor']))"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path / "gone",
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "the folder in which this command was started is gone: cd to" in done.stderr
 
 
 def test_the_help_imports_next_to_nothing(tmp_path):

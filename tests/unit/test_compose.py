@@ -158,7 +158,7 @@ def test_an_own_folder_adds_groups_recipes_and_budgets(tmp_path):
         ("optim={lr:1}", "no optim is called"),
         ("train=1", "'train' is a section"),
         ("train.epochs", "is not key=value"),
-        ("seed=1,2", "add -m"),
+        ("seed=1,2", "give one; train -m"),
         ("~teacher", "settings cannot be deleted"),
         ("~teacher=none", "cannot be deleted"),
         ("data=folder", "type data.root=/path"),

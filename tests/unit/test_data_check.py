@@ -84,7 +84,7 @@ def test_each_kind_of_odd_image_is_named(checked, ghosttrain, images):
     text = ghosttrain("data", "check", *words)
     assert text.code == 1
     for part in (
-        "unreadable: 2 (a run ends there; data.on_error=skip goes on without them)",
+        "unreadable: 2 (a run ends there; data.on_error=skip goes on without them; read are JPEG, ",
         "oversized: 1 (",
         "grey (mode L): 1 (seen as three equal channels)",
         "CMYK: 1 (converted to RGB)",
@@ -131,6 +131,20 @@ def test_the_same_content_is_found_wherever_it_lies(checked, ghosttrain, images)
     outcome = ghosttrain(*split)
     assert outcome.code == 1 and "or type data.near_duplicates=together" in outcome.out
     assert ghosttrain(*split, "data.near_duplicates=together").code == 0
+
+
+def test_names_and_what_is_left_out_are_told_as_they_are(checked, ghosttrain, images):
+    """JSON has names that open the file; lines show them."""
+    odd = images / "train" / "a" / "odd\x1b name.png"
+    odd.write_bytes(b"")
+    os.mkfifo(images / "val" / "b" / "fifo.png")
+    _, found = checked()
+    (unreadable,) = found["unreadable"]
+    assert unreadable["image"] == str(odd) and os.path.exists(unreadable["image"])
+    (left_out,) = found["left_out"]
+    assert "neither file nor folder" in left_out and "fifo.png" in left_out
+    text = ghosttrain("data", "check", "data=folder", f"data.root={images}").out
+    assert "odd\\x1b name.png is empty" in text and left_out in text
 
 
 def test_workers_and_lines_change_nothing(checked, ghosttrain, images, monkeypatch, capsys):

@@ -295,7 +295,9 @@ def refused(path, *parts, **settings):
 
 def test_what_is_no_image_is_named_with_its_first_bytes(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"<html>404</html>")
-    refused(tmp_path / "a.jpg", "no image of a kind that is read here (JPEG, PNG", "'<html>404")
+    refused(
+        tmp_path / "a.jpg", "no image of a kind that is read here: it begins with", "'<html>404"
+    )
     (tmp_path / "a.jpg").write_bytes(b"\x00\x01\xff")
     refused(tmp_path / "a.jpg", "begins with 00 01 ff", "or remove it")
     (tmp_path / "a.jpg").write_bytes(b"")
@@ -346,12 +348,12 @@ def test_a_file_that_cannot_be_read_gets_the_remedy_of_its_cause(tmp_path, monke
 
 def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
-    refused(tmp_path / "a.jpg", "is no file but a FIFO or a device", "or remove it")
+    refused(tmp_path / "a.jpg", "(it is a FIFO, a device or a socket, not a file)", "or remove it")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "b.jpg"))
-        refused(tmp_path / "b.jpg", "(No such device or address)", "a file is expected there")
+        refused(tmp_path / "b.jpg", "(it is a FIFO, a device or a socket, not a file)")
     (tmp_path / "c.jpg").symlink_to("/dev/zero")
-    refused(tmp_path / "c.jpg", "is no file but a FIFO or a device")
+    refused(tmp_path / "c.jpg", "(it is a FIFO, a device or a socket, not a file)")
 
 
 def test_only_one_place_opens_images_by_pillow():

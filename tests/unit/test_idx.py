@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,14 @@ def test_idx_names_prefixes_that_exist(idx):
         "data.val_split=",
         "Did you mean 't10k'",
     )
+
+
+def test_an_idx_file_that_is_a_fifo_is_named(idx):
+    root, _ = idx
+    path = next(root.glob("train-labels*"))
+    path.unlink()
+    os.mkfifo(path)
+    refused_data(idx_data(root), f"{path} is a FIFO, a device or a socket, not a file: put the IDX")
 
 
 def test_idx_refuses_other_files(idx):

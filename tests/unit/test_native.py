@@ -294,3 +294,22 @@ def test_who_can_change_a_file_is_told_by_owners_and_modes(
     assert f"{home} belongs to another user" in str(changeable_by_others(file))
     owner = 0  # root
     assert changeable_by_others(file) is None
+
+
+def test_where_the_library_is_looked_for_is_where_it_would_be_built(
+    cache: Path, public: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks whether there is one changes nothing, and loads nothing from another folder."""
+    first, own = public / "not" / "made", public / "own"
+    monkeypatch.setattr(native, "_roots", lambda: [cache])
+    library = native.build()
+    monkeypatch.setattr(native, "_roots", lambda: [first, cache])
+    assert native.library_path() is None and not first.parent.exists()
+    monkeypatch.setattr(native, "_roots", lambda: [cache, own])
+    assert native.library_path() == library
+    cache.chmod(0o777)
+    assert native.library_path() is None and not own.exists()
+    cache.chmod(0o755)
+    public.chmod(0o777)  # somebody else may make the first one
+    monkeypatch.setattr(native, "_roots", lambda: [first, cache])
+    assert native.library_path() is None and not first.parent.exists()

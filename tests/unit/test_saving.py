@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import resource
+import signal
 import threading
 
 import pytest
@@ -19,7 +21,7 @@ from ghosttrain.engine.checkpoint import (
 )
 from ghosttrain.engine.conditions import changed_conditions
 from ghosttrain.engine.saving import Saver, validate_room
-from ghosttrain.errors import UserError
+from ghosttrain.errors import Stopped, UserError
 
 
 class Clock:
@@ -94,7 +96,7 @@ def test_a_failed_write_is_said_and_tried_again_until_patience_ends(tmp_path, cl
     lines: list[str] = []
     one = saver(tmp_path, lines, patience=3)
     one.save(1, lambda: checkpoint(step=1))
-    one.finish()
+    one.wait()
     real = saving.write_checkpoint
 
     def full(*args):
@@ -113,18 +115,45 @@ def test_a_failed_write_is_said_and_tried_again_until_patience_ends(tmp_path, cl
     )
     monkeypatch.setattr(saving, "write_checkpoint", real)
     clock.now += 60
-    assert not one.finish() and one.failure is None  # there is room again
+    assert not one.finish(int) and one.failure is None  # there is room again
     assert read_checkpoint(tmp_path / "last.pt")["step"] == 3
     monkeypatch.setattr(saving, "write_checkpoint", full)
     one.save(4, lambda: checkpoint(step=4))
     clock.now += 60
     with pytest.raises(UserError, match="for 3 minutes .*No space left on device") as end:
-        one.finish()
+        one.finish(int)
     assert "no checkpoint could be written" in str(end.value)
     assert read_checkpoint(tmp_path / "last.pt")["step"] == 3
     one.writer, clock.now = None, clock.now + 1000
     with pytest.raises(UserError, match="no checkpoint could be written for 3 minutes"):
         one.is_due(5)
+
+
+def test_the_end_of_a_run_waits_for_a_disk_until_it_is_asked_to_stop(tmp_path, clock, monkeypatch):
+    lines: list[str] = []
+    asked, real = [], saving.write_checkpoint
+
+    def full(*args):
+        raise UserError("cannot write last.pt (No space left on device)")
+
+    def poll():
+        asked.append(clock.now)
+        if len(asked) == 5:
+            monkeypatch.setattr(saving, "write_checkpoint", real)  # there is room again
+            raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(saving, "write_checkpoint", full)
+    one = saver(tmp_path, lines)
+    one.save(1, lambda: checkpoint(step=1))
+    began = clock.now
+    with pytest.raises(Stopped), one:
+        one.finish(poll)
+    assert asked == [began + second for second in range(5)]
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 1
+    assert lines == [
+        "cannot write last.pt (No space left on device): the run ends when it is written, there "
+        "is none yet; tried again for 30 minutes (train.patience)"
+    ]
 
 
 def test_patience_begins_with_the_first_failure(tmp_path, clock, monkeypatch):
@@ -153,7 +182,7 @@ def test_a_bug_in_the_writer_is_raised(tmp_path, monkeypatch):
     one = saver(tmp_path)
     one.save(1, checkpoint)
     with pytest.raises(TypeError, match="a bug"):
-        one.finish()
+        one.finish(int)
 
 
 def test_other_files_are_on_disk_before_the_checkpoint_that_speaks_of_them(
@@ -163,7 +192,7 @@ def test_other_files_are_on_disk_before_the_checkpoint_that_speaks_of_them(
     with saver(tmp_path, lines) as one:
         one.add(best, b"first")
         one.save(1, lambda: checkpoint(step=1))
-        one.finish()
+        one.finish(int)
         assert best.read_bytes() == b"first"
         best.unlink()
         best.mkdir()  # it cannot be written
@@ -172,7 +201,7 @@ def test_other_files_are_on_disk_before_the_checkpoint_that_speaks_of_them(
         one._join()
         assert "cannot write" in lines[0] and read_checkpoint(tmp_path / "last.pt")["step"] == 1
         best.rmdir()
-        one.finish()
+        one.finish(int)
         assert best.read_bytes() == b"second" and read_checkpoint(one.path)["step"] == 2
         one.add(best, b"third")
     assert best.read_bytes() == b"third"
@@ -204,8 +233,14 @@ def test_generations_and_a_damaged_newest_one(tmp_path):
     assert newest_checkpoint(tmp_path / "none") is None
 
 
-def test_too_little_room_is_said_at_the_start(tmp_path):
+def test_too_little_room_is_said_at_the_start(tmp_path, monkeypatch):
     validate_room(tmp_path, 1)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (10**6, 10**6))
+    with pytest.raises(
+        UserError, match=r"may have 1.0 MB here \(ulimit -f\).* ulimit -f unlimited"
+    ):
+        validate_room(tmp_path, 2 * 10**6)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
     with pytest.raises(UserError, match=r"are free, two checkpoints .* 2000.0 TB; make room"):
         validate_room(tmp_path, 10**15)
 

@@ -195,6 +195,8 @@ def test_what_is_wrong_with_a_table_is_said_in_one_line(root, tmp_path) -> None:
         (["data=folder", "data.root=.", "data.table=x"], "data.table=.* is for data=table"),
         (["data=table"], "data=table needs its file: type data.table=FILE.csv"),
         (["data=table", "data.table=none.csv"], "none.csv: no such file"),
+        (["data=table", "data.table=docs"], "docs: a folder, not a file"),
+        (["data=table", "data.table=/dev/zero"], "/dev/zero: a FIFO, a device or a socket, not a"),
         (["data=table", "data.table=pyproject.toml"], "say what is held out: type data.split=0.2"),
     ],
 )

@@ -95,7 +95,7 @@ class Unsafe:
     ("name", "write", "expected"),
     [
         ("none.pth", lambda p: None, "no such file"),
-        ("folder.pth", lambda p: p.mkdir(), "no such file"),
+        ("folder.pth", lambda p: p.mkdir(), "a folder, not a file"),
         ("empty.pth", lambda p: p.write_bytes(b""), "cannot be read"),
         ("text.pth", lambda p: p.write_text("hello"), "cannot be read"),
         ("text.safetensors", lambda p: p.write_text("hello"), "cannot be read"),

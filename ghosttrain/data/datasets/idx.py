@@ -16,6 +16,7 @@ from ghosttrain.data.datasets.base import ArrayDataset, Dataset, splits
 from ghosttrain.data.datasets.tree import entries
 from ghosttrain.data.decode import image_remedy
 from ghosttrain.errors import UserError, did_you_mean
+from ghosttrain.files import no_file
 from ghosttrain.text import listed
 
 DEFLATES = 1032
@@ -68,9 +69,11 @@ def read_idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
 def _idx_file(root: Path, split: str, key: str, kind: str) -> Path:
     if fault := fault_below(split):
         raise UserError(f"data.{key}={split!r} {fault}: type how a file's name in {root} begins")
-    for name in (f"{split}-{kind}-ubyte", f"{split}-{kind}-ubyte.gz"):
-        if (root / name).is_file():
-            return root / name
+    for file in (root / f"{split}-{kind}-ubyte", root / f"{split}-{kind}-ubyte.gz"):
+        if file.is_file():
+            return file
+        if file.exists():
+            raise UserError(f"{file} is {no_file(file)}: put the IDX file in its place")
     prefixes = [
         name.split(f"-{kind}-ubyte")[0] for name, _ in entries(root) if f"-{kind}-ubyte" in name
     ]

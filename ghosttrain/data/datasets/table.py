@@ -18,7 +18,7 @@ from ghosttrain.data.datasets.folder import FileDataset, split_here
 from ghosttrain.data.datasets.splitting import is_split_here
 from ghosttrain.data.datasets.tree import validate_class_name
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import expanded
+from ghosttrain.files import expanded, no_file
 from ghosttrain.text import listed
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -34,7 +34,7 @@ def read_table(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     """
     table = root / expanded(str(data.table))
     if not table.is_file():
-        raise UserError(f"data.table={data.table}: no such file; give a .csv or .jsonl file")
+        raise UserError(f"data.table={data.table}: {no_file(table)}; give a .csv or .jsonl file")
     rows = list(_rows(table, data))
     if not rows:
         raise UserError(f"{table} has no rows")

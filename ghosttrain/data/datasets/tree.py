@@ -27,7 +27,7 @@ import numpy as np
 
 from ghosttrain.data.decode import suffixes
 from ghosttrain.errors import UserError
-from ghosttrain.files import expanded, replacing
+from ghosttrain.files import expanded, open_file, replacing
 from ghosttrain.text import has_controls, listed, printable
 
 THREADS = 16
@@ -104,7 +104,7 @@ def validate_class_name(name: str, source: Path) -> None:
     """
     if has_controls(name):
         raise UserError(
-            f"{source} has a class {printable(name)!r}, whose name holds control characters: "
+            f"{source} has a class '{printable(name)}', whose name holds control characters: "
             "rename it"
         )
 
@@ -276,15 +276,16 @@ def _keep(path: Path, folder: Path, tree: Tree, began: int) -> None:
 def _kept(path: Path, folder: Path) -> Tree | None:
     """Return the listing that was kept of `folder`; None where there is none that still holds."""
     try:
-        content = path.read_bytes()
+        with open_file(path) as file:
+            content = file.read()
     except OSError:
         return None
     digest, arrays = content[:32], content[32:]
     if hashlib.sha256(arrays).digest() != digest:
         return None
-    with np.load(io.BytesIO(arrays), allow_pickle=False) as file:
-        about: dict[str, Any] = json.loads(file["about"].tobytes())
-        names = file["names"]
+    with np.load(io.BytesIO(arrays), allow_pickle=False) as found:
+        about: dict[str, Any] = json.loads(found["about"].tobytes())
+        names = found["names"]
     listed_then = tuple(os.fsencode(each) for each in about["listed"])
     same = about["folder"] == str(folder) and about["suffixes"] == _suffixes()
     if not same or _times(listed_then) != about["times"]:

@@ -26,7 +26,7 @@ from numpy import dtypes
 from torch import Tensor
 
 from ghosttrain.errors import UserError, raise_if_of_the_system
-from ghosttrain.files import Damaged
+from ghosttrain.files import Damaged, no_file, open_file
 from ghosttrain.models.weights.packing import read_metadata, read_packed
 from ghosttrain.text import listed
 
@@ -98,7 +98,7 @@ def read_file(path: Path, origin: str) -> Content:
     OSError where the system cannot read it now.
     """
     if not path.is_file():
-        raise UserError(f"{origin}: there is no such file.")
+        raise UserError(f"{origin}: {no_file(path)}.")
     content = _read(path, origin)
     found = list(_state_dicts(content))
     if not found:
@@ -119,8 +119,8 @@ def _read(path: Path, origin: str) -> Any:
     try:
         if path.suffix == ".safetensors":
             return read_packed(path)[0]
-        with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(ALLOWED), open_file(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # on a damaged file torch's unpickler raises almost anything
         raise_if_of_the_system(error, path)
         if isinstance(error, Damaged):

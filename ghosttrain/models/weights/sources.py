@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ghosttrain.config.schema import NAMED_SOURCES, STUDENT_SOURCES
 from ghosttrain.config.students import STUDENTS
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import expanded, file_digest
+from ghosttrain.files import expanded, file_digest, no_file
 from ghosttrain.models.weights.files import State, WeightsInfo, read_about, read_file
 from ghosttrain.models.weights.lite import lite_file, to_timm
 
@@ -101,8 +101,8 @@ def weights_path(weights: str, name: str | None, setting: str, download: bool = 
     if not path.is_file():
         names = STUDENT_SOURCES if setting == "model.weights" else NAMED_SOURCES
         raise UserError(
-            f"{setting}={weights}: no such file; give the path of a .safetensors or .pth file, the "
-            f"folder of a finished run, or one of {', '.join(names)}"
+            f"{setting}={weights}: {no_file(path)}; give the path of a .safetensors or .pth "
+            f"file, the folder of a finished run, or one of {', '.join(names)}"
         )
     return path
 
