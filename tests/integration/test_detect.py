@@ -144,6 +144,7 @@ def test_two_processes_measure_what_one_does(ghosttrain, words, tmp_path):
     assert again.out.count(f"{table['ema']['ap']:.2f}") >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [
