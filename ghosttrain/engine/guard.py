@@ -99,7 +99,7 @@ class Guard:
         self._terms.append({name: value.detach() for name, value in terms.items()})
         self._indices.append(indices)
         loss = terms["loss"] / parts
-        loss.backward(1 + 0 * loss.detach())  # 1, or NaN
+        (loss * (1 + 0 * loss.detach())).backward()  # times 1, or NaN
 
     def passes(self, number: int) -> bool:
         """Whether the optimizer and the average may take the step of this number: after the

@@ -12,6 +12,7 @@ import ctypes
 import faulthandler
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -116,14 +117,17 @@ class Watchdog:
             f"no step for {self.most / 60:g} minutes (train.stall_minutes): "
             f"{culprit(rank, place, others)}; the same command goes on from the last checkpoint"
         )
-        for child in multiprocessing.active_children():
-            child.kill()  # one that is stopped would stay
         main = ctypes.c_ulong(self.main)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(Stalled))
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, signal.SIGCONT)  # one that is stopped cannot be ended
         if self.ended.wait(GRACE):
             return  # `cli.main` says why
         if _speaks(rank, others):
             _apart(lambda: _print(f"error: {Stalled.reason}"))
+        for child in multiprocessing.active_children():
+            child.kill()
         os._exit(SAVED)
 
 

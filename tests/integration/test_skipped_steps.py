@@ -23,7 +23,6 @@ from ghosttrain.config.schema import Config
 from ghosttrain.data.loader import Batch, Loader
 from ghosttrain.distill.features import StudentOutput
 from ghosttrain.distill.teacher_output import TeacherOutput
-from ghosttrain.engine import train as train_module
 from ghosttrain.engine.checkpoint import read_checkpoint
 from ghosttrain.engine.classification import objective
 from ghosttrain.engine.guard import Guard, Skip, _Copies, all_finite, skip_note
@@ -63,13 +62,11 @@ def leaving_out(patch: pytest.MonkeyPatch, step: int) -> None:
     """Leave a good step out by other means than `Guard`: what its forward changes is put back, the
     optimizer and the average do nothing."""
     found: dict[str, Any] = {"step": 0}
-    build, begin, update, lamb = (
-        train_module.build_network, Guard.begin, Ema.update, Lamb.step
-    )  # fmt: skip
+    build, begin, update, lamb = Guard.__init__, Guard.begin, Ema.update, Lamb.step
 
-    def building(*args: Any) -> nn.Module:
-        found["network"] = build(*args)
-        return found["network"]
+    def building(guard: Guard, network: nn.Module, *args: Any, **options: Any) -> None:
+        found["network"] = network
+        build(guard, network, *args, **options)
 
     def beginning(guard: Guard) -> None:
         found["step"] += 1
@@ -86,7 +83,7 @@ def leaving_out(patch: pytest.MonkeyPatch, step: int) -> None:
         for buffer, before in zip(found["network"].buffers(), found["buffers"], strict=True):
             buffer.data = before
 
-    patch.setattr(train_module, "build_network", building)
+    patch.setattr(Guard, "__init__", building)
     patch.setattr(Guard, "begin", beginning)
     patch.setattr(Lamb, "step", stepping)
     patch.setattr(Ema, "update", updating)

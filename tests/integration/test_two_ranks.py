@@ -131,7 +131,7 @@ def outputs_of(rank: int) -> dict[str, Any]:
                 logits[self.wrong_at, 0] += 0.5
             return logits[numbers]
 
-    with mock.patch.object(evaluate_module, "eval_loader", lambda *_: Batches()):
+    with mock.patch.object(evaluate_module, "eval_loader", lambda *_, **__: Batches()):
         held_images = HeldOutImages(range(len(LABELS)), Config(), torch.device("cpu"), batch=2)
     batches = list(held_images)
     outputs["images"] = [numbers.tolist() for numbers, _ in batches]
