@@ -229,6 +229,19 @@ def test_a_teacher_is_named():
     assert all(map(torch.equal, before, network.parameters()))
 
 
+def test_a_loss_that_is_infinite_is_enough():
+    """Its gradients are finite: those of the sum of the weights, whatever is added to it."""
+    network = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    guard = Guard(network, optimizer, Ema(network, 0.9), on_host=True)
+    for added, passes in ((0.0, True), (INF, False), (NAN, False)):
+        guard.begin()
+        loss = network.weight.sum() + network.bias.sum() + added
+        guard.backward({"loss": loss}, torch.tensor([0]), 1)
+        assert guard.passes(1) is passes
+        optimizer.zero_grad()
+
+
 def test_what_learns_for_the_first_time_in_a_skipped_step_of_a_gpu():
     """Layers thaw and freeze: one that never learnt has no moments to go back to, and the counter
     of one that is frozen stays."""

@@ -74,6 +74,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(ghosttrain, tiny, tmp_path
         assert read_checkpoint(run / "checkpoints" / "last.pt")["step"] == saved, moment
         resumed = ghosttrain(*words, f"run.root={root}")
         assert resumed.code == 0, resumed.err
+        assert "are lost" not in resumed.out  # the checkpoint holds what was not a row yet
         assert_equal(run, tmp_path / "whole" / "it")
 
 

@@ -128,6 +128,21 @@ def test_an_owner_that_died_while_it_wrote_locks_nobody_out(tmp_path, monkeypatc
         assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """Its owner gives it back between our opening and our locking of it."""
+    flock, calls = locks._flock, []
+
+    def late(handle: int) -> bool | None:
+        calls.append(handle)
+        if len(calls) == 1:
+            (tmp_path / locks.LOCK).unlink()
+        return flock(handle)
+
+    monkeypatch.setattr(locks, "_flock", late)
+    with locked(tmp_path, "busy", patience=60):
+        assert len(calls) == 2 and (tmp_path / locks.LOCK).is_file()
+
+
 def test_two_that_ask_do_not_see_each_other(tmp_path: Path) -> None:
     (tmp_path / locks.LOCK).touch()  # left by one that was killed
     handle = os.open(tmp_path / locks.LOCK, os.O_RDONLY)
