@@ -18,6 +18,25 @@ from ghosttrain.errors import UserError
 from ghosttrain.models.weights import sources
 from ghosttrain.text import listed
 
+# What the first caches name. A setting that came later is named only where it is not at its
+# default, so that a cache from before it still serves.
+_AUGMENT = {
+    "policy",
+    "seed",
+    "scale_min",
+    "scale_max",
+    "ratio_min",
+    "ratio_max",
+    "operations",
+    "randaugment_ops",
+    "randaugment_magnitude",
+    "randaugment_std",
+    "jitter",
+    "erasing_prob",
+    "mixup_alpha",
+    "cutmix_alpha",
+}
+
 
 def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
     """Return everything that a cached output depends on, by name, as JSON values.
@@ -38,8 +57,9 @@ def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
         "teacher.dtype": cfg.dtype,
         "classes": f"{len(train_set.classes)}, {hashlib.sha256(classes.encode()).hexdigest()}",
         "augment": config.augment.model_dump(
-            mode="json", include={"policy"} if config.augment.policy == "none" else None
-        ),
+            mode="json", include={"policy"} if config.augment.policy == "none" else _AUGMENT
+        )
+        | config.augment.model_dump(mode="json", exclude=_AUGMENT, exclude_defaults=True),
         "data": data.model_dump(
             mode="json",
             include={
@@ -53,7 +73,6 @@ def cache_key(config: Config, train_set: Dataset) -> dict[str, Any]:
             },
         )
         | data.model_dump(
-            # Left out at their defaults: caches from before these settings stay.
             mode="json",
             exclude_defaults=True,
             include={"orientation", "background"},

@@ -48,6 +48,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
             buffers = torch.cat([b.flatten().double() for b in network.buffers()])
             results = y.detach(), part.grad, grads, buffers
             torch.save(results, f"{tmp_path}/{{forward}}{{rank}}.pt")
+        dist.destroy_process_group()  # or its threads abort the process, now and then
     """)
     ranks = [
         subprocess.Popen([sys.executable, "-c", script, str(rank)], stderr=subprocess.PIPE)
