@@ -57,7 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     wait_asleep()
     with lasting_output():
-        return _main(args) or _unprinted()
+        try:
+            return _main(args) or _unprinted()
+        finally:
+            if distributed := sys.modules.get("ghosttrain.engine.distributed"):
+                distributed.stop_soon()
 
 
 def _main(args: list[str]) -> int:

@@ -114,6 +114,22 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def stop_soon(seconds: float = 5) -> None:
+    """Leave the group after an error, where the others may still wait for this rank: for at most
+    `seconds`. Without it a thread of gloo that ends its last work while Python ends aborts the
+    process: exit code 134 in place of ours (2 of 60 processes, and 17 of 80 of a bare script).
+    """
+
+    def leave() -> None:
+        with suppress(RuntimeError):  # a group that is broken already
+            stop()
+
+    if dist.is_initialized():
+        leaving = threading.Thread(target=leave, daemon=True)
+        leaving.start()
+        leaving.join(seconds)
+
+
 def pick_device(setting: str, key: str = "launch.device") -> torch.device:
     """Return the device of this rank for a setting of auto, cpu or cuda; `key` is its name.
 

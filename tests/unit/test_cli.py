@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from ghosttrain import cli
 from ghosttrain.cli import find_verb, parse
@@ -17,6 +19,7 @@ from ghosttrain.commands import eval as eval_command
 from ghosttrain.commands.arguments import folders_and_overrides
 from ghosttrain.commands.help import help_text
 from ghosttrain.config.schema import Config, Section
+from ghosttrain.engine import distributed
 from ghosttrain.errors import UserError
 from ghosttrain.files import PACKAGE
 
@@ -154,6 +157,24 @@ def test_an_error_that_nobody_can_mend_keeps_its_trace(monkeypatch, error):
     monkeypatch.setattr(eval_command, "run", fail)
     with pytest.raises(type(error), match=re.escape(str(error))):
         cli.main(["eval", "a"])
+
+
+def test_ranks_leave_their_group_after_an_error(monkeypatch, tmp_path, capsys):
+    """Else threads of gloo abort the process now and then: exit code 134 in place of 2."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(importlib.import_module("ghosttrain.commands.train"), "run", fails)
+    assert cli.main([]) == 2
+    assert not dist.is_initialized()
+
+    given_up = threading.Event()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", given_up.wait)  # for others that do not come
+    distributed.stop_soon(seconds=0.1)
+    given_up.set()
+
+
+def fails(options):
+    raise UserError("no")
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path):
