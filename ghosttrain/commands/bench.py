@@ -10,7 +10,8 @@ ARGUMENTS = Arguments(
     "bench",
     "step|optim|data|distill [key=value ...] [options]",
     "step     time and memory of a training step by every forward, of plain and of timm's:\n"
-    "         model= data.train_size= train.micro_batch= model.input_stride= launch.device=\n"
+    "         model= detector= data.train_size= train.micro_batch= model.input_stride=\n"
+    "         launch.device=\n"
     "optim    time of LAMB and EMA against timm's: model= launch.device=\n"
     "data     images a second from JPEG files to batches, against timm's loader: data.root=\n"
     "         data.split= data.train_size= data.eval_size= data.decoder=\n"

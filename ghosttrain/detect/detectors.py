@@ -28,7 +28,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead, _extra_block, _normal_init
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
-from ghosttrain.detect.backbones import Backbone
+from ghosttrain.detect.backbones import Backbone, build_backbone
 
 Target = dict[str, Tensor]
 """`boxes` (M, 4): left, top, right, bottom in pixels of the image that the detector sees;
@@ -142,6 +142,27 @@ def retinanet(backbone: Backbone, num_classes: int, channels: int = 256) -> Reti
     detector = RetinaNet(maps, num_classes + 1, anchor_generator=anchors, head=head)
     detector.transform = AsTheyAre()
     return detector
+
+
+def create_detector(
+    name: str, network: nn.Module, model: str, num_classes: int, size: int, channels: int = 256
+) -> nn.Module:
+    """Return a detector, freshly initialised, on a network that has its weights.
+
+    Args:
+        name: `ssdlite` or `retinanet`.
+        network: what becomes the backbone.
+        model: what the user calls it.
+        num_classes: K, without the background.
+        size: S, side of the images in pixels.
+        channels: of RetinaNet's pyramid.
+
+    Raises:
+        UserError: the network does not give the maps.
+    """
+    if name == "ssdlite":
+        return ssdlite(build_backbone(network, SSDLITE_REDUCTIONS, model), num_classes, size)
+    return retinanet(build_backbone(network, PYRAMID, model), num_classes, channels)
 
 
 def targets_of(boxes_BM5: Tensor) -> list[Target]:

@@ -20,16 +20,8 @@ from ghosttrain.data.box_augment import to_original
 from ghosttrain.data.datasets import Dataset, build_datasets
 from ghosttrain.data.datasets.boxes import Boxes
 from ghosttrain.data.loader import Batch
-from ghosttrain.detect.backbones import build_backbone
 from ghosttrain.detect.coco_numbers import CocoNumbers, Found, measure, validate_installed
-from ghosttrain.detect.detectors import (
-    PYRAMID,
-    SSDLITE_REDUCTIONS,
-    head_outputs,
-    retinanet,
-    ssdlite,
-    targets_of,
-)
+from ghosttrain.detect.detectors import create_detector, head_outputs, targets_of
 from ghosttrain.distill.features import Network
 from ghosttrain.engine import distributed
 from ghosttrain.engine.evaluate import Evaluation, HeldOutImages, evaluating
@@ -83,14 +75,14 @@ def build_detector(config: Config, classes: Sequence[str]) -> nn.Module:
             give the maps.
     """
     student: Any = build_student(config, classes)
-    name, count = config.model.name, len(classes)
-    detector: Any
-    if config.detector.name == "ssdlite":
-        backbone = build_backbone(student, SSDLITE_REDUCTIONS, name)
-        detector = ssdlite(backbone, count, config.data.train_size)
-    else:
-        backbone = build_backbone(student, PYRAMID, name)
-        detector = retinanet(backbone, count, config.detector.channels)
+    detector: Any = create_detector(
+        config.detector.name,
+        student,
+        config.model.name,
+        len(classes),
+        config.data.train_size,
+        config.detector.channels,
+    )
     if config.model.weights:  # what the head of the log says
         detector.weights_dialect = getattr(student, "weights_dialect", None) or config.model.source
         detector.weights_note = "the backbone"

@@ -26,7 +26,9 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 }
 """Part -> settings of a run that differ from the schema's; what is typed comes after them."""
 READ = {
-    "step": ("model", "data.train_size", "train.micro_batch", "model.input_stride", _DEVICE),
+    "step": (
+        "model", "detector", "data.train_size", "train.micro_batch", "model.input_stride", _DEVICE,
+    ),
     "optim": ("model", _DEVICE),
     "data": ("data.root", "data.split", "data.train_size", "data.eval_size", "data.decoder"),
     "distill": (
@@ -58,7 +60,10 @@ def bench(names: Sequence[str], overrides: Sequence[str], options: Options) -> s
         shown = ", ".join(f"bench {name}" for name in DEFAULTS)
         raise UserError(f"bench needs one of: python -m ghosttrain {shown}")
     (part,) = names
-    config = compose(["budget=full", *DEFAULTS[part], *overrides], trains=False).config
+    # What a detector refuses of classification, its recipe replaces.
+    recipe = ["+recipe=detect_ssdlite"] * any(word.startswith("detector=") for word in overrides)
+    asked = ["budget=full", *recipe, *DEFAULTS[part], *overrides]
+    config = compose(asked, trains=False).config
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         if key not in (*READ[part], f"{READ[part][0]}.name"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from ghosttrain import native
 from ghosttrain.config.schema import PLAIN, Config
 from ghosttrain.config.students import validate_sides
+from ghosttrain.detect.detectors import create_detector, targets_of
 from ghosttrain.engine.summary import device_name
 from ghosttrain.models.cost import count_macs
 from ghosttrain.models.create import create_model, create_timm_model
@@ -18,6 +20,20 @@ from ghosttrain.study.table import markdown
 
 PLAIN_SIDE, TIMM = "plain", "timm"
 WARM_UP = 2
+CLASSES = 10
+"""Of a detector; each image has two boxes."""
+
+
+class Work(NamedTuple):
+    """What all sides do, as JSON values."""
+
+    model: str
+    input_stride: str
+    detector: str
+    batch: int
+    size: int
+    threads: int
+    device: str
 
 
 def bench_step(
@@ -27,40 +43,45 @@ def bench_step(
 
     A step is forward and backward of train.micro_batch images (3, S, S) in float32, channels-last,
     S = data.train_size; the plain network is `reparam=none`, trained as PyTorch does it. MACs are
-    those of the convolutions per image, as written branch by branch.
+    those of the convolutions per image, as written branch by branch. With a detector the student is
+    its backbone, whose own step is timed beside: to the sum of its maps, without the rest.
 
     Raises:
         UserError: images too small for this student.
     """
     name, stride, size = config.model.name, config.model.input_stride, config.data.train_size
-    batch = config.train.micro_batch or 1
+    detector, batch = config.detector.name, config.train.micro_batch or 1
     validate_sides(config.model, config.data, batch)
     names = [*forwards, PLAIN_SIDE]
     if in_timm(name) and stride == "standard":
         names.append(TIMM)
-    what = name, stride, batch, size, threads, str(device)
-    sides = {side: _timed_side(one_step(side, *what), device) for side in names}
+    work = Work(name, stride, detector, batch, size, threads, str(device))
+    sides = {side: _timed_side(side, work, device) for side in names}
     times = take_turns(sides, rounds, WARM_UP, threads)
-    peaks = {side: peak_mib(__name__, "one_step", [side, *what], device) for side in names}
+    peaks = {side: peak_mib(__name__, "one_step", [side, *work], device) for side in names}
+    has_backbone = detector != "none"
     head = ["side", "CPU ms", "wall ms", "times plain", "peak MiB", "times plain", "MMACs an image"]
-    table = [head]
+    table = [head + ["backbone, CPU ms", "its share"] * has_backbone]
     for side in names:
         time = times[side, "step"]
-        table.append(
-            [
-                _shown(side, forwards, name),
-                quartiles(time.cpu).text(0),
-                quartiles(time.wall).text(0),
-                f"{time.ratio(times[PLAIN_SIDE, 'step'], device):.2f}",
-                f"{peaks[side]:.0f}",
-                f"{peaks[side] / peaks[PLAIN_SIDE]:.2f}",
-                f"{count_macs(build(side, name, stride), size) / 1e6:.1f}",
-            ]
-        )
+        row = [
+            _shown(side, forwards, name),
+            quartiles(time.cpu).text(0),
+            quartiles(time.wall).text(0),
+            f"{time.ratio(times[PLAIN_SIDE, 'step'], device):.2f}",
+            f"{peaks[side]:.0f}",
+            f"{peaks[side] / peaks[PLAIN_SIDE]:.2f}",
+            f"{count_macs(build(side, name, stride), size) / 1e6:.1f}",
+        ]
+        if has_backbone:
+            part = times[side, "backbone"]
+            row += [quartiles(part.cpu).text(0), f"{part.ratio(time, device):.0%}"]
+        table.append(row)
     return "\n".join(
         [
-            f"{name}: forward and backward of {batch} images of {size} pixels, float32, "
-            f"channels-last; {device_name(device)}, torch {torch.__version__}",
+            f"{name}{f' in {detector}' if has_backbone else ''}: forward and backward of {batch} "
+            f"images of {size} pixels, float32, channels-last; {device_name(device)}, torch "
+            f"{torch.__version__}",
             f"median of {rounds} rounds (lower to upper quartile), sides taking turns; "
             "memory: peak above the start, each in a fresh process",
             "",
@@ -69,8 +90,11 @@ def bench_step(
     )
 
 
-def _timed_side(step: Callable[[], None], device: torch.device) -> Side:
-    return lambda number: {"step": timed(step, device)}
+def _timed_side(side: str, work: Work, device: torch.device) -> Side:
+    parts = {"step": one_step(side, *work)}
+    if work.detector != "none":
+        parts["backbone"] = one_step(side, *work, part="backbone")
+    return lambda number: {name: timed(step, device) for name, step in parts.items()}
 
 
 def _shown(side: str, forwards: Sequence[str], name: str) -> str:
@@ -100,21 +124,44 @@ def build(side: str, name: str, input_stride: str) -> nn.Module:
 
 
 def one_step(
-    side: str, name: str, input_stride: str, batch: int, size: int, threads: int, device_text: str
+    side: str,
+    name: str,
+    input_stride: str,
+    detector: str,
+    batch: int,
+    size: int,
+    threads: int,
+    device_text: str,
+    part: str = "step",
 ) -> Callable[[], None]:
-    """Return a function that runs forward and backward once, on images made here."""
+    """Return a function that runs forward and backward once, on images made here; of a detector's
+    backbone alone with `part="backbone"`.
+    """
     device = torch.device(device_text)
     torch.set_num_threads(threads)
     native.load()
-    model = build(side, name, input_stride)
+    model: nn.Module = build(side, name, input_stride)
+    if detector != "none":
+        model = create_detector(detector, model, name, CLASSES, size)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator).to(device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(batch, device=device)
+    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5, 3], [0.3, 0.5, 0.9, 0.9, 7]], device=device)
+    boxes[:, :4] *= size
+    targets = targets_of(boxes.repeat(batch, 1, 1))
+
+    def loss() -> torch.Tensor:
+        if part == "backbone":
+            maps = model.backbone.backbone(images)  # type: ignore[union-attr, operator]
+            return torch.stack([each.sum() for each in maps]).sum()
+        if detector != "none":
+            return torch.stack([*model(images, targets).values()]).sum()
+        return nn.functional.cross_entropy(model(images), labels)
 
     def step() -> None:
-        nn.functional.cross_entropy(model(images), labels).backward()
+        loss().backward()
         model.zero_grad(set_to_none=True)
 
     return step

@@ -152,7 +152,7 @@ def test_memory_is_that_of_a_step(tiny) -> None:
     memory = student_of(config, [str(k) for k in range(1000)], 0, batch, 1).memory
     weights = sum(p.nbytes for p in create_model(name).parameters())
     assert memory.gradients == weights and memory.moments == 2 * weights
-    step = ["auto", name, "standard", batch, side, 1, "cpu"]
+    step = ["auto", name, "standard", "none", batch, side, 1, "cpu"]
     peak = peak_mib("ghosttrain.study.bench_step", "one_step", step, torch.device("cpu"))
     estimate = memory.gradients + memory.activations + memory.allowance
     assert close(estimate / 2**20, peak)
