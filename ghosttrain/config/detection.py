@@ -10,7 +10,12 @@ from ghosttrain.config.schema import BOX_DATA, AugmentConfig, Config
 from ghosttrain.errors import UserError
 
 ONLY: dict[str, tuple[Any, ...]] = {
-    "distill.name": ("none",),
+    "distill.name": ("none", "pkd"),
+    "teacher.members": ({},),
+    "teacher.dtype": ("auto",),
+    "teacher.compile": (False,),
+    "teacher.chunk": (None,),
+    "cache.dir": (None,),
     "train.best_by": ("ap",),
     "augment.policy": ("boxes", "none"),
     "train.compile": (False,),
@@ -55,9 +60,14 @@ def validate_detection(config: Config) -> None:
         section, setting = key.split(".")
         value = tree[section][setting]
         if value not in allowed:
-            shown = allowed[0] if allowed[0] not in ((), None) else "no " + key
-            what = f"leave {key} out" if shown == "no " + key else f"type {key}={_typed(shown)}"
+            absent = allowed[0] in ((), {}, None)
+            what = f"leave {key} out" if absent else f"type {key}={_typed(allowed[0])}"
             raise UserError(f"{key}={_typed(value)} is not for detector={name}: {what}")
+    if config.distill.name == "pkd" and name != "retinanet":
+        raise UserError(
+            f"distill=pkd compares feature pyramids, and detector={name} has none: type "
+            "+recipe=detect_retinanet, or distill=none"
+        )
     if config.model.source == "torchvision" and config.data.in_chans != 3:
         raise UserError(
             f"torchvision's {config.model.name} takes colour images, not data.in_chans="
@@ -83,6 +93,11 @@ def _validate_classification(config: Config) -> None:
         raise UserError(
             f"data={config.data.name} has boxes, not one class for each image: type python -m "
             f"ghosttrain detect data={config.data.name}"
+        )
+    if config.distill.name == "pkd":
+        raise UserError(
+            "distill=pkd compares the feature pyramids of detectors: type distill=soft_ce (or kl), "
+            "or python -m ghosttrain detect +recipe=detect_retinanet"
         )
     if config.train.best_by == "ap":
         raise UserError("train.best_by=ap is for detect: type train.best_by=top1 or balanced")

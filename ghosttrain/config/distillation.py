@@ -93,12 +93,17 @@ def validate_loss(distill: DistillConfig) -> None:
                 f"distill.{key}={value} would do nothing with distill={name}: it is a setting of "
                 f"{' and '.join(owners)}; leave it out"
             )
-    idle = {"none": ["temperature", "weight", "features_weight"]}.get(name, [])
+    idle = {
+        "none": ["temperature", "weight", "features_weight"],
+        "pkd": ["temperature", "features_weight"],
+    }.get(name, [])
     idle += ["temperature"] if name in known and "temperature" not in inputs else []
     for key in idle:
         value = getattr(distill, key)
         if value != getattr(default, key):
-            reason = "asks no teacher" if name == "none" else "has no temperature"
+            reason = {"none": "asks no teacher", "pkd": "compares pyramids"}.get(
+                name, "has no temperature"
+            )
             raise UserError(
                 f"distill.{key}={_shown(value)} would do nothing with distill={name}, which "
                 f"{reason}; leave it out"

@@ -279,7 +279,7 @@ class TeacherConfig(PretrainedConfig):
 if TYPE_CHECKING:
     LossName = str
 else:
-    LossName = Literal[("none", *losses.signatures())]
+    LossName = Literal[("none", *losses.signatures(), "pkd")]
 
 
 class _DistillSection(Section):
@@ -291,7 +291,7 @@ class _DistillSection(Section):
     """`soft_ce`: cross-entropy to the teacher's softened output; `kl`: KL divergence times T^2;
     `dkd`: decoupled KD; `dist`: correlations; `hard`: cross-entropy to the teacher's best class;
     `logit_std`: `kl` of standardised logits; `feature_cosine`: 1 - cosine of pooled
-    features."""
+    features; `pkd`: correlation of the feature pyramids of two detectors."""
     temperature: ScheduledPositive = 1.0
     """Softmax temperature T of student and teacher in the distillation term."""
     weight: Scheduled = 1.0

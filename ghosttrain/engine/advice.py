@@ -90,8 +90,9 @@ def _teacher(config: Config, result: Mapping[str, Any]) -> str | None:
     same = taught and taught["data"]["held_out"]["digest"] == result["data"]["held_out"]["digest"]
     if not taught or not same:
         return None
-    student, teacher = (each["weights"]["ema"]["top1"] for each in (result, taught))
-    line = f"on the same images its teacher reaches {teacher:.2f} % top-1"
+    key, word = ("top1", "top-1") if config.detector.name == "none" else ("ap", "AP")
+    student, teacher = (each["weights"]["ema"][key] for each in (result, taught))
+    line = f"on the same images its teacher reaches {teacher:.2f} % {word}"
     if teacher >= student:
         return line
     return (

@@ -20,7 +20,7 @@ from ghosttrain.distill.teacher_output import TeacherOutput
 from ghosttrain.engine.evaluate import evaluate
 from ghosttrain.engine.label_loss import label_loss
 from ghosttrain.engine.student import build_network
-from ghosttrain.engine.teacher_source import TeacherSource
+from ghosttrain.engine.teacher_source import TeacherSource, build_teacher_source
 from ghosttrain.engine.train import Task
 
 
@@ -117,4 +117,4 @@ def mixed(
     return images, {k: mix_one(view.float() / 255)[0] for k, view in batch.views.items()}, targets
 
 
-CLASSIFICATION = Task(build_datasets, build_network, loss_terms, evaluate)
+CLASSIFICATION = Task(build_datasets, build_teacher_source, build_network, loss_terms, evaluate)

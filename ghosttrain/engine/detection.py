@@ -22,13 +22,19 @@ from ghosttrain.data.datasets.boxes import Boxes
 from ghosttrain.data.loader import Batch
 from ghosttrain.detect.coco_numbers import CocoNumbers, Found, measure, validate_installed
 from ghosttrain.detect.detectors import create_detector, head_outputs, targets_of
+from ghosttrain.detect.pkd import pearson_loss
 from ghosttrain.distill.features import Network
+from ghosttrain.distill.losses import at
 from ghosttrain.engine import distributed
 from ghosttrain.engine.evaluate import Evaluation, HeldOutImages, evaluating
 from ghosttrain.engine.student import build_student
+from ghosttrain.engine.teacher_source import TeacherSource
 from ghosttrain.engine.train import Task
 from ghosttrain.errors import UserError
 from ghosttrain.models.reparam import using_forward
+
+TERMS = {"classification": "class", "bbox_regression": "box", "pkd": "pkd"}
+"""torchvision's name of a loss -> that of a run's term."""
 
 
 def build_data(data: DataConfig) -> tuple[Dataset, Dataset]:
@@ -58,9 +64,20 @@ def boxes_of(dataset: Dataset) -> Boxes:
 class DetectorNetwork(Network):
     """What is trained: a detector, and nothing beside it."""
 
-    def forward(self, images: Tensor, targets: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return the losses of images (B, C, S, S) by torchvision's names."""
-        return self.student(images, targets)
+    def forward(  # type: ignore[override]
+        self, images: Tensor, targets: Any, teacher_maps: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the losses of images (B, C, S, S) by torchvision's names, and "pkd", by which the
+        pyramid's maps differ from `teacher_maps`.
+        """
+        detector: Any = self.student
+        if teacher_maps is None:
+            return detector(images, targets)
+        maps: list[Tensor] = []
+        kept = detector.backbone.register_forward_hook(lambda *call: maps.extend(call[2].values()))
+        losses = detector(images, targets)
+        kept.remove()
+        return losses | {"pkd": pearson_loss(maps, teacher_maps)}
 
 
 def build_detector(config: Config, classes: Sequence[str]) -> nn.Module:
@@ -113,21 +130,31 @@ def build_network(
 
 
 def loss_terms(
-    config: Config, network: nn.Module, teacher: Any, batch: Batch, **_: Any
+    config: Config, network: nn.Module, teacher: Any, batch: Batch, progress: float = 0.0, **_: Any
 ) -> dict[str, Tensor]:
     """Return the terms of one micro-batch: what torchvision's detector says of its classes and of
-    its boxes, and their sum.
+    its boxes, with a teacher how their pyramids differ, and the sum.
 
     Args:
         config: all settings.
-        network: images and targets -> losses by name.
-        teacher: none teaches a detector.
+        network: images, targets and the teacher's maps -> losses by name.
+        teacher: whose pyramid teaches.
         batch: as the loader gives it.
+        progress: share of the run that is done.
     """
     assert batch.boxes is not None
-    losses = network(batch.images, targets_of(batch.boxes))
-    terms = {"class": losses["classification"].float(), "box": losses["bbox_regression"].float()}
-    return terms | {"loss": terms["class"] + terms["box"]}
+    distill, targets = config.distill, targets_of(batch.boxes)
+    if distill.name == "none":
+        losses = network(batch.images, targets)
+        weights = {"classification": 1.0, "bbox_regression": 1.0}
+    else:
+        losses = network(batch.images, targets, teacher.pyramid.maps(batch.images))
+        label = at(distill.label_weight, progress)
+        weights = {
+            "classification": label, "bbox_regression": label, "pkd": at(distill.weight, progress),
+        }  # fmt: skip
+    terms = {TERMS[name]: weight * losses[name].float() for name, weight in weights.items()}
+    return terms | {"loss": torch.stack([*terms.values()]).sum()}
 
 
 @dataclass(frozen=True)
@@ -182,7 +209,7 @@ def evaluate(
             indices = batch.indices.tolist()
             for name, model in models.items():
                 for index, each in zip(indices, model(batch.images), strict=True):
-                    found[name][index] = _in_pixels(each, size, boxes.sizes[index])
+                    found[name][index] = in_pixels(each, size, boxes.sizes[index])
             for key, value in heads.get("ema", {}).items():
                 apart = (value - heads["fused"][key]).abs().max()
                 largest = torch.maximum(largest, apart)
@@ -203,8 +230,14 @@ def evaluate(
     return Evaluation(table, largest.item(), counts)
 
 
-def _in_pixels(each: Mapping[str, Tensor], size: int, image: np.ndarray) -> Found:
-    """Return the detections of one image in its own pixels."""
+def in_pixels(each: Mapping[str, Tensor], size: int, image: np.ndarray) -> Found:
+    """Return the detections of one image in its own pixels, with classes from 0.
+
+    Args:
+        each: what a detector says of it.
+        size: S, side of the square that the detector saw.
+        image: (2,) its width and height.
+    """
     corners = each["boxes"].float().cpu().double().numpy()
     return Found(
         to_original(corners, size, image),
@@ -213,4 +246,17 @@ def _in_pixels(each: Mapping[str, Tensor], size: int, image: np.ndarray) -> Foun
     )
 
 
-DETECTION = Task(build_data, build_network, loss_terms, evaluate)
+def build_teacher(config: Config, train_set: Dataset, device: torch.device) -> TeacherSource:
+    """Return who teaches the detector; nothing of that is imported where nobody does.
+
+    Raises:
+        UserError: as `build_pyramid_source`.
+    """
+    if config.distill.name == "none":
+        return TeacherSource()
+    from ghosttrain.engine.pyramid_teacher import build_pyramid_source
+
+    return build_pyramid_source(config, train_set, device)
+
+
+DETECTION = Task(build_data, build_teacher, build_network, loss_terms, evaluate)

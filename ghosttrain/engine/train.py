@@ -40,7 +40,7 @@ from ghosttrain.engine.saving import Saver, validate_room
 from ghosttrain.engine.state import TrainState
 from ghosttrain.engine.stop import Stop
 from ghosttrain.engine.student import has_fused_form, trained_depths
-from ghosttrain.engine.teacher_source import build_teacher_source
+from ghosttrain.engine.teacher_source import TeacherSource
 from ghosttrain.engine.watchdog import Watchdog
 from ghosttrain.engine.weights_file import describe_weights, weights_bytes, write_weights
 from ghosttrain.errors import UserError
@@ -56,10 +56,12 @@ from ghosttrain.threads import Neighbours
 
 @dataclass(frozen=True)
 class Task:
-    """What a run learns: four plain functions, chosen by its settings."""
+    """What a run learns: five plain functions, chosen by its settings."""
 
     build_data: Callable[[DataConfig], tuple[Dataset, Dataset]]
     """Settings -> the training set and the held-out set."""
+    build_teacher: Callable[[Config, Dataset, torch.device], TeacherSource]
+    """(config, training set, device) -> who teaches, checked on images of that set."""
     build_network: Callable[..., Network]
     """(config, classes, pooled features of the teacher, micro-batch, device) -> what is trained."""
     loss_terms: Callable[..., dict[str, Tensor]]
@@ -117,7 +119,7 @@ def train(choose: Callable[[Config], Task], config: Config | None, notes: list[s
     )
     plan = make_plan(config, len(train_set), ranks, train_set.labels)
     weights_K = class_weights(config.train, train_set.labels, len(classes))
-    teacher = build_teacher_source(config, train_set, device)
+    teacher = task.build_teacher(config, train_set, device)
     watchdog = Watchdog(run, config.train.stall_minutes)
     train_images = train_loader(
         train_set,

@@ -40,7 +40,6 @@ from ghosttrain.engine.label_loss import class_weights
 from ghosttrain.engine.plan import make_plan
 from ghosttrain.engine.student import trained_depths
 from ghosttrain.engine.tasks import task_of
-from ghosttrain.engine.teacher_source import build_teacher_source
 from ghosttrain.engine.track import summary_writer, wandb_mode
 from ghosttrain.errors import UserError
 from ghosttrain.models.cost import count_params
@@ -238,7 +237,7 @@ def _look_at_teacher(found: Found) -> tuple[State, str]:
     for network in config.teacher.networks.values() if asked else ():
         validate_published(network, "teacher", train_set.classes)
         _validate_here(network.weights, network.name, "teacher.weights")
-    found.teacher = build_teacher_source(config, train_set, found.device)
+    found.teacher = task_of(config).build_teacher(config, train_set, found.device)
     unchecked = asked and not config.teacher.check_samples
     return "note" if unchecked else "OK", found.teacher.about
 
