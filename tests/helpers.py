@@ -122,6 +122,17 @@ def some_result(config: object, **parts: object) -> dict:
     return whole | parts
 
 
+def some_detection(config: object, ap: float) -> dict:
+    """What `result.json` may hold of a detector with these settings."""
+    row = {"ap": ap, "ap50": 2 * ap, "ap_large": -1.0, "n": 8}
+    return some_result(
+        config,
+        weights={"raw": row | {"ap": ap - 1}, "ema": row},
+        classes={"names": ["a", "b"], "boxes": [6, 2], "ap": [ap, None], "confusion": None},
+        best={"ap": ap, "epoch": 1},
+    ) | {"ignoring": row | {"ap": 2.5}}
+
+
 def raw_weights(root: Path) -> Tensor:
     """Return all raw weights of the one run below `root`, flattened."""
     import torch

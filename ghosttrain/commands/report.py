@@ -13,11 +13,13 @@ ARGUMENTS = Arguments(
     "RUN ... [report.metrics=top1,balanced,recall:CLASS,...]",
     "Print the results of runs side by side: mean and standard deviation over seeds. A RUN is a\n"
     "run folder, or a folder that holds some. report.metrics names the columns: top1, top5,\n"
-    "balanced, macro_f1, ece, loss, raw_top1, fused_top1, recall:CLASS, precision:CLASS.",
+    "balanced, macro_f1, ece, loss, raw_top1, fused_top1, recall:CLASS, precision:CLASS; of\n"
+    "detectors ap, ap50, ap75, ap_small, ap_medium, ap_large, ar100, raw_ap, fused_ap,\n"
+    "no_look_ap, ap:CLASS.",
     takes_folders=True,
 )
 ARGUMENTS.add_argument(
-    "--classes", action="store_true", help="also the recall of each class, where they differ most"
+    "--classes", action="store_true", help="also the recall (of detectors the AP) of each class"
 )
 ARGUMENTS.add_argument("--curves", metavar="FILE", help="draw their held-out accuracy (PNG)")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ghosttrain.config.schema import Config
 from ghosttrain.text import listed
 
 MOST_CONFUSED = 128
@@ -58,6 +59,11 @@ class Counts:
 def headline(row: Mapping[str, float]) -> str:
     """Return the name of the number that a row is judged by: `ap` of a detector, else `top1`."""
     return "ap" if "ap" in row else "top1"
+
+
+def judged_by(config: Config) -> str:
+    """Return the name of the number that a run of these settings is judged by (`headline`)."""
+    return "top1" if config.detector.name == "none" else "ap"
 
 
 def score(result: Mapping[str, Any]) -> float:

@@ -21,7 +21,8 @@ LARGEST = 100_000_000
 """Bytes that a file may have."""
 LABELS = ("arm", "seed", "settings", "command", "curve")
 """Columns that are no numbers; `settings` is the hash of what was typed and what recipe and budget
-made of it, paths as typed; `curve` is `STEP:TOP1 STEP:TOP1 ...`, held out, averaged weights."""
+made of it, paths as typed; `curve` is `STEP:TOP1 STEP:TOP1 ...`, of detectors AP; held out,
+averaged weights."""
 COSTS = ("macs", "parameters", "images_per_second", "seconds")
 """After fusing; in training; of the whole run."""
 

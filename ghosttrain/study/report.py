@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ghosttrain.config.identity import MOVED, result_settings, settings_hash
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun
-from ghosttrain.engine.metrics import TOPS, verdict
+from ghosttrain.engine.metrics import TOPS, WORDS, judged_by, verdict
 from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_config, read_result
 from ghosttrain.errors import UserError, did_you_mean
@@ -42,6 +42,19 @@ class Row(NamedTuple):
     """What tells it from the rows of the same recipe, data and model."""
 
 
+BOX_METRICS = {
+    "ap": "EMA AP %",
+    "ap50": "EMA AP50 %",
+    "ap75": "EMA AP75 %",
+    "ap_small": "AP % small",
+    "ap_medium": "AP % medium",
+    "ap_large": "AP % large",
+    "ar100": "AR100 %",
+    "raw_ap": "raw AP %",
+    "fused_ap": "fused AP %",
+    "no_look_ap": "no look AP %",
+}
+"""Of detectors; `no_look_ap` is of the one that ignores the picture."""
 METRICS = {
     "top1": "EMA top-1 %",
     "top5": "EMA top-5 %",
@@ -51,12 +64,11 @@ METRICS = {
     "loss": "loss",
     "raw_top1": "raw top-1 %",
     "fused_top1": "fused top-1 %",
-    "ap": "EMA AP %",
-    "ap50": "EMA AP50 %",
+    **BOX_METRICS,
 }
 """Choice of `report.metrics` -> its column; of the EMA weights where none is named."""
-OF_A_CLASS = ("recall", "precision")
-"""`report.metrics=recall:NAME`."""
+OF_A_CLASS = {"recall": "recall %", "precision": "precision %", "ap": "AP %"}
+"""`report.metrics=recall:NAME` -> its column; `ap` is of detectors."""
 
 
 def report(
@@ -71,7 +83,8 @@ def report(
     Args:
         folders: runs, or folders that hold some.
         metrics: columns, of `METRICS` or `recall:CLASS`; none: `default_metrics`.
-        classes: also a table of the recall of each class, and its difference to the first row.
+        classes: also a table of the recall of each class (of detectors its AP), and its difference
+            to the first row.
         curves: a file: draw held-out accuracy by steps, a line for each row.
 
     Raises:
@@ -155,20 +168,22 @@ def _natural(values: Sequence[object]) -> list[tuple[int, float, str]]:
 
 
 def _classes(rows: Sequence[Row]) -> list[str]:
-    """Return a table of recall by class, where rows differ most first; rows of other classes than
-    the first have no column.
+    """Return a table of recall (of detectors AP) by class, where rows differ most first; rows of
+    other classes than the first have no column.
     """
     first = rows[0].runs[0].result["classes"]
     names = first["names"]
-    same = [n for n, row in enumerate(rows) if row.runs[0].result["classes"]["names"] == names]
+    share, counted = ("ap", "boxes") if "ap" in first else ("recall", "images")
+    records = [row.runs[0].result["classes"] for row in rows]
+    same = [n for n, each in enumerate(records) if each["names"] == names and share in each]
     means = {
         n: [
-            _mean([run.result["classes"]["recall"][k] for run in rows[n].runs])
+            _mean([run.result["classes"][share][k] for run in rows[n].runs])
             for k in range(len(names))
         ]
         for n in same
     }
-    table = [["recall % of", "images", *(f"row {n + 1}" for n in same)]]
+    table = [[f"{OF_A_CLASS[share]} of", counted, *(f"row {n + 1}" for n in same)]]
     table[0][3:] = [f"{title}, less row 1" for title in table[0][3:]]
     order = sorted(
         range(len(names)),
@@ -178,7 +193,7 @@ def _classes(rows: Sequence[Row]) -> list[str]:
         others = [
             f"{_text(means[n][k])} ({_less(means[n][k], means[0][k]):+.2f})" for n in same[1:]
         ]
-        table.append([names[k], str(first["images"][k]), _text(means[0][k]), *others])
+        table.append([names[k], str(first[counted][k]), _text(means[0][k]), *others])
     rest = len(names) - MOST_CLASSES
     return [
         *markdown(table),
@@ -210,7 +225,8 @@ def _draw(rows: Sequence[Row], path: str) -> str:
             curves[f"row {number}: {row.label[0]} {row.label[2]}"] = of_row
     if not curves:
         raise UserError("--curves: there is no finished run with a learning curve to draw")
-    draw_learning(Path(path), curves)
+    judged = judged_in_words([run.config for row in rows for run in row.runs])
+    draw_learning(Path(path), curves, judged)
     return f"curves: {path}"
 
 
@@ -264,10 +280,15 @@ def validate_metrics(names: Sequence[str]) -> None:
             )
 
 
+def is_of_boxes(name: str) -> bool:
+    """Whether a column is of detectors."""
+    return name.partition(":")[0] in BOX_METRICS
+
+
 def title_of(name: str) -> str:
     """Return the head of a column."""
     kind, _, of_class = name.partition(":")
-    return f"{kind} % of {of_class}" if of_class else METRICS[name]
+    return f"{OF_A_CLASS[kind]} of {of_class}" if of_class else METRICS[name]
 
 
 def value_of(result: Mapping[str, Any], name: str) -> float | None:
@@ -278,8 +299,11 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
         names = classes["names"]
         known = kind in classes and of_class in names
         return classes[kind][names.index(of_class)] if known else None
-    row, _, key = name.partition("_") if name in ("raw_top1", "fused_top1") else ("ema", "", name)
-    return weights.get(row, {}).get(key)
+    rows = {"": weights.get("ema"), "no_look_": result.get("ignoring")}
+    rows |= {f"{kind}_": weights.get(kind) for kind in ("raw", "fused")}
+    prefix = next(prefix for prefix in (*list(rows)[1:], "") if name.startswith(prefix))
+    value = (rows[prefix] or {}).get(name.removeprefix(prefix))
+    return None if value == -1 else value  # -1: no object of this size
 
 
 def _no_better(config: Config, results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -346,6 +370,11 @@ def _differences(configs: Sequence[Config]) -> list[dict[str, Any]]:
         for place, settings in zip(places, flat, strict=True):
             found[place] = {key: settings.get(key) for key in keys}
     return found
+
+
+def judged_in_words(configs: Sequence[Config]) -> str:
+    """Return what runs are judged by: `top-1`, `AP`, or of both kinds `AP or top-1`."""
+    return " or ".join(sorted({WORDS[judged_by(config)] for config in configs}))
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:

@@ -1,11 +1,11 @@
 """`-m hydra/sweeper=optuna`: a search over ranges, whose trials are the cells of a sweep.
 
-Hydra's plugin asks Optuna for values and tells it the top-1 of each cell. This module owns what the
-plugin leaves open. The trials are kept in a file, by a name that the same command finds again, so
-`hydra.sweeper.n_trials` is how many the study shall have: what it lacks is run, one batch
-(`hydra.sweeper.n_jobs`) after another, also by two sweeps at once. Both count the trials that run
-before each batch; as nothing locks the study between counting and asking, S sweeps at once run at
-most (S - 1) x n_jobs trials too many.
+Hydra's plugin asks Optuna for values and tells it the top-1 of each cell, of detectors the AP. This
+module owns what the plugin leaves open. The trials are kept in a file, by a name that the same
+command finds again, so `hydra.sweeper.n_trials` is how many the study shall have: what it lacks is
+run, one batch (`hydra.sweeper.n_jobs`) after another, also by two sweeps at once. Both count the
+trials that run before each batch; as nothing locks the study between counting and asking, S sweeps
+at once run at most (S - 1) x n_jobs trials too many.
 
 A trial belongs to the folder of its sweep, which the sweep's process locks: the system drops the
 lock however that process ends. A running trial without it is marked as failed, and its values are
@@ -39,7 +39,7 @@ from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError
 from ghosttrain.files import extra, resolved
 from ghosttrain.locks import is_locked, locked
-from ghosttrain.study.report import spread
+from ghosttrain.study.report import judged_in_words, spread
 from ghosttrain.study.sweep import OWNER, compose_cells, name_failures, run_cells, sweeps_folder
 from ghosttrain.study.table import markdown
 from ghosttrain.text import counted, one_line
@@ -71,6 +71,8 @@ class Search:
     """Of this sweep's draws; the number of trials is added. None: nobody chooses it."""
     most_failures: float
     """Share of a batch that may fail; above it, this sweep ends."""
+    judged: str
+    """What the trials are judged by, in words."""
 
     def trials(self, *states: str) -> list[Any]:
         """Return the trials in these states, in the order in which they were asked for."""
@@ -149,8 +151,8 @@ def _opened(cells: Cells, composed: Sequence[Composed], hydra_words: Sequence[st
     direction = getattr(settings.direction, "name", settings.direction)
     if direction != "maximize":
         raise UserError(
-            f"hydra.sweeper.direction={direction}: a search goes by the top-1 of the averaged "
-            "weights, which is to be as large as possible; leave it out"
+            f"hydra.sweeper.direction={direction}: a search goes by the top-1, of detectors the "
+            "AP, of the averaged weights, which is to be as large as possible; leave it out"
         )
     if not settings.storage:
         raise UserError(
@@ -175,6 +177,7 @@ def _opened(cells: Cells, composed: Sequence[Composed], hydra_words: Sequence[st
         settings.n_jobs,
         None if seed is None else seed + 10_000 * before,
         settings.max_failure_rate,
+        judged_in_words([each.config for each in composed]),
     )
     _free_left_trials(found)
     return found
@@ -322,9 +325,8 @@ def _table(found: Search, cells: Cells, config_dir: str | None, confirm: int | N
     trials, failed = _best_first(found), found.trials("FAIL")
     running = len(found.trials("RUNNING"))
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    rows = [
-        ["trial", "EMA top-1 %", *(cells.names[_setting(name)][1].lstrip("+") for name in names)]
-    ]
+    settings = [cells.names[_setting(name)][1].lstrip("+") for name in names]
+    rows = [["trial", f"EMA {found.judged} %", *settings]]
     for trial in trials:
         values = [_shown(trial.params.get(name, "-")) for name in names]
         rows.append([str(trial.number), f"{trial.value:.2f}", *values])
@@ -388,7 +390,8 @@ def _confirm(
         among = len(found.trials("COMPLETE"))
         new = ", ".join(str(result["seed"]) for result in results)
         print(
-            f"\nsearched:  {best.value:.2f} % EMA top-1 with seed {searched}, the best of {among}\n"
+            f"\nsearched:  {best.value:.2f} % EMA {found.judged} with seed {searched}, the best of "
+            f"{among}\n"
             f"confirmed: {spread(values)} % with {counted(len(values), 'new seed')} ({new})"
         )
     return name_failures(failed, elsewhere)

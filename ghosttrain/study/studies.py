@@ -21,6 +21,7 @@ from ghosttrain.config.names import Names
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun, run_folder
 from ghosttrain.engine.identify import settled
+from ghosttrain.engine.metrics import judged_by
 from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError, did_you_mean
@@ -32,7 +33,7 @@ from ghosttrain.study.ledger import (
     read_curve,
     read_runs,
 )
-from ghosttrain.study.report import learning_curve, validate_metrics
+from ghosttrain.study.report import is_of_boxes, learning_curve, validate_metrics
 from ghosttrain.study.study_pictures import Curve
 from ghosttrain.study.table import markdown
 from ghosttrain.text import first_fault, listed
@@ -156,6 +157,7 @@ def study_cells(
                 composed = compose(line, config_dir)
             except UserError as error:
                 raise UserError(f"arm {arm!r}: {error}") from None
+            _validate_metric(study.metric, arm, composed.config)
             config = settled(composed)
             same = arm_of.setdefault(settings_hash(config), arm)
             if same != arm:
@@ -171,6 +173,16 @@ def study_cells(
                 found, curve, fault = numbers(row), read_curve(row["curve"]), ""
             cells.append(Cell(arm, seed, line, composed, folder, found, curve, fault))
     return cells
+
+
+def _validate_metric(metric: str, arm: str, config: Config) -> None:
+    detects = config.detector.name != "none"
+    if detects != is_of_boxes(metric):
+        does = "detects" if detects else "classifies"
+        raise UserError(
+            f"arm {arm!r} {does}, and the study goes by metric: {metric}; write metric: "
+            f"{judged_by(config)} in its file"
+        )
 
 
 def _seeds(study: Study, overrides: Sequence[str]) -> tuple[list[int], list[str]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WIDTH, DPI = 4.8, 220
 """Inches; dots per inch: letters can be read on a phone 390 points wide."""
 Curve = Mapping[int, float]
-"""Step -> held-out top-1 in percent."""
+"""Step -> held-out top-1 (of detectors AP) in percent."""
 
 
 def draw_effects(
@@ -41,9 +41,9 @@ def draw_effects(
     save_figure(figure, path, DPI)
 
 
-def draw_learning(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
-    """Draw held-out accuracy by steps: a line for the mean of an arm over its seeds, a band from
-    the lowest to the highest seed.
+def draw_learning(path: Path, curves: Mapping[str, Sequence[Curve]], judged: str) -> None:
+    """Draw what runs are judged by (`judged`, in words) by steps: a line for the mean of an arm
+    over its seeds, a band from the lowest to the highest seed.
     """
     figure = new_figure(WIDTH, 3.6)
     axis = figure.subplots()
@@ -54,7 +54,7 @@ def draw_learning(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
         lowest, highest = [min(v) for v in values], [max(v) for v in values]
         axis.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
     axis.set_xlabel("step")
-    axis.set_ylabel("held-out EMA top-1 %")
+    axis.set_ylabel(f"held-out EMA {judged} %")
     axis.legend(frameon=False, fontsize=8)
     _finish(axis)
     save_figure(figure, path, DPI)

@@ -20,7 +20,7 @@ from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
 from ghosttrain.study.ledger import Numbers, curve_text, read_runs, write_runs
 from ghosttrain.study.published import published
-from ghosttrain.study.report import spread, title_of
+from ghosttrain.study.report import is_of_boxes, judged_in_words, spread, title_of
 from ghosttrain.study.stats import Difference, holm, paired_difference, seeds_needed
 from ghosttrain.study.studies import Cell, Study
 from ghosttrain.study.study_pictures import Curve, draw_effects, draw_learning, draw_pareto
@@ -93,27 +93,42 @@ def _table(study: Study, cells: Sequence[Cell]) -> list[list[str]]:
     """Return a row for each arm, below their head."""
     differences = _differences(study, cells)
     p_values = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
+    beside = ["ap50"] * (study.metric == "ap")
     rows = [["arm", "n", title_of(study.metric), "less control", "95 % interval", "p (Holm)"]]
-    rows[0] += ["MACs", "parameters", "images/s", "time"]
+    rows[0] += [*map(title_of, beside), "MACs", "parameters", "images/s", "time"]
     for arm, of_arm in values_of(study, cells).items():
+        finished = [c.numbers for c in cells if c.arm == arm and c.numbers is not None]
         rows.append([arm, str(len(of_arm)), spread(list(of_arm.values()) or [None])])
         rows[-1] += _difference(differences.get(arm), p_values.get(arm), arm == study.control)
-        rows[-1] += _cost([c.numbers for c in cells if c.arm == arm and c.numbers is not None])
+        rows[-1] += [spread([run.get(name) for run in finished] or [None]) for name in beside]
+        rows[-1] += _cost(finished)
     return rows
 
 
 def _note(study: Study, cells: Sequence[Cell]) -> list[str]:
-    elsewhere = any(cell.composed.config.data.name != "imagenet" for cell in cells)
+    data = {cell.composed.config.data.name for cell in cells}
+    usual, where = ("coco", "COCO") if is_of_boxes(study.metric) else ("imagenet", "ImageNet")
     return [
         f"Control: {study.control}. n: finished seeds; ±: standard deviation over them; the",
         "difference, its interval and p are paired over the seeds that both finished; MACs and",
         "parameters after fusing; images/s and time in training, on the machine of each run.",
+        *_no_look(cells),
         *(
-            ["These are not ImageNet runs: what holds here need not hold there."]
-            if elsewhere
+            [f"These are not {where} runs: what holds here need not hold there."]
+            if data != {usual}
             else []
         ),
     ]
+
+
+def _no_look(cells: Sequence[Cell]) -> list[str]:
+    """Return a line about what a detector reaches that ignores the picture."""
+    finished = [cell.numbers for cell in cells if cell.numbers is not None]
+    found = sorted({run["no_look_ap"] for run in finished if "no_look_ap" in run})
+    if not found:
+        return []
+    reached = " to ".join(f"{value:.2f}" for value in dict.fromkeys([found[0], found[-1]]))
+    return [f"A detector that ignores the picture reaches {reached} % AP."]
 
 
 def _published(study: Study, cells: Sequence[Cell]) -> list[str]:
@@ -137,7 +152,8 @@ def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
             curves.setdefault(cell.arm, []).append(cell.curve)
     if curves:
         pictures["learning.png"] = "held-out accuracy by steps; band: lowest to highest seed"
-        draw_learning(out / "learning.png", curves)
+        judged = judged_in_words([cell.composed.config for cell in cells])
+        draw_learning(out / "learning.png", curves, judged)
     macs = {cell.arm: cell.numbers["macs"] for cell in cells if cell.numbers is not None}
     values = values_of(study, cells)
     points = {

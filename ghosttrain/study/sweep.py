@@ -211,9 +211,9 @@ def _new_folder(path: Path) -> Path:
 
 
 def run_cell(given: DictConfig) -> float | None:
-    """Run one cell, in the process that Hydra's launcher chose; return its EMA top-1 in percent,
-    what a sweeper that searches goes by. None where it failed, or where that is no number: with NaN
-    Optuna's plugin ends.
+    """Run one cell, in the process that Hydra's launcher chose; return its EMA top-1, of
+    detectors its AP, in percent: what a sweeper that searches goes by. None where it failed, or
+    where that is no number: with NaN Optuna's plugin ends.
     """
     if ranks.rank() > 0:  # one of several tasks of this cell; only rank 0's result counts
         follow()
@@ -235,7 +235,7 @@ def run_cell(given: DictConfig) -> float | None:
     label = _label(job, context, words, f"[{number + 1}{of}]")
     if label is None:
         print(f"\n=== {number + 1}{of}: {' '.join(words)}", flush=True)
-    folder, top1, word = None, math.nan, WORDS["top1"]
+    folder, reached, word = None, math.nan, WORDS["top1"]
     try:
         with others_told(), only_lines_of(label):
             composed = compose(words, context["config_dir"])
@@ -258,11 +258,11 @@ def run_cell(given: DictConfig) -> float | None:
     }
     write_json(Path(context["folder"]) / f"{number}.json", outcome)
     if not code and folder is not None and (result := read_result(folder)):
-        top1, word = score(result), WORDS[headline(result["weights"]["ema"])]
+        reached, word = score(result), WORDS[headline(result["weights"]["ema"])]
     if label is not None or elsewhere:
-        what = f"failed (exit code {code})" if code else f"finished, EMA {word} {top1:.2f} %"
+        what = f"failed (exit code {code})" if code else f"finished, EMA {word} {reached:.2f} %"
         print(label or "===", "running elsewhere" if elsewhere else what, flush=True)
-    return top1 if math.isfinite(top1) else None
+    return reached if math.isfinite(reached) else None
 
 
 def _label(

@@ -87,6 +87,9 @@ def test_a_run_leaves_what_a_run_leaves_and_is_measured_again(ghosttrain, words,
 
     again = ghosttrain("detect", "eval", run)
     assert again.code == 0 and again.out.count("as reported") == 3, again.out
+    larger = ghosttrain("detect", "eval", run, "data.eval_size=96")
+    assert larger.code == 2 and larger.err.count("\n") == 1
+    assert "the anchors of this run are those of 64 px" in larger.err
     shown = ghosttrain("detect", *words)
     assert shown.code == 0 and shown.out.startswith("finished: ")
     reported = ghosttrain("report", run)
@@ -157,6 +160,19 @@ def test_backbones_of_others_train(ghosttrain, words, tmp_path, source):
     assert done.code == 0, done.err
     result = json.loads((only_run(tmp_path / "runs") / "result.json").read_text())
     assert {*result["weights"]} == {"raw", "ema"}
+
+
+@pytest.mark.slow
+def test_a_sweep_and_a_search_go_by_ap(ghosttrain, words):
+    words = [*words, "model=mobilenetv2_050", "reparam=none", "train.max_steps=1"]
+    words.remove("model=ghostnetv3_050")
+    swept = ghosttrain("train", "-m", *words, "seed=0,1")
+    assert swept.code == 0 and "2 of 2 runs finished" in swept.out, swept.err
+    assert "EMA AP50 %" in swept.out and "top-1" not in swept.out
+    pytest.importorskip("optuna")
+    search = ["hydra/sweeper=optuna", "optim.lr=interval(0.001,0.01)", "hydra.sweeper.n_trials=1"]
+    searched = ghosttrain("train", "-m", *words, *search)
+    assert searched.code == 0 and "| trial | EMA AP % |" in searched.out, searched.err
 
 
 def test_a_backbone_that_has_learnt_is_taken_from_a_run(ghosttrain, words, tiny, tmp_path):

@@ -8,7 +8,7 @@ import shlex
 import statistics
 
 import pytest
-from helpers import refusal, some_result
+from helpers import refusal, some_detection, some_result
 from scipy import stats
 
 from ghosttrain.config.compose import compose
@@ -33,6 +33,14 @@ axes:
     twice: [train.epochs=2]
 control: low + once
 seeds: [0, 1, 2]
+"""
+DETECTORS = """
+about: Does a higher learning rate detect better?
+overrides: [+recipe=detect_ssdlite, model=mobilenetv2_050]
+axes: {rate: {low: [optim.lr=0.1], high: [optim.lr=0.2]}}
+control: low
+seeds: [0, 1]
+metric: ap
 """
 ARMS = ["low + once", "low + twice", "high + once", "high + twice"]
 
@@ -244,6 +252,40 @@ def test_the_front_is_what_no_other_arm_beats():
         if one != other and cost <= macs and best >= value
     }
     assert beaten == {"c", "d"}
+
+
+def test_detectors_are_compared_by_ap(ghosttrain, folder, monkeypatch, tmp_path):
+    (tmp_path / "own" / "study" / "boxes.yaml").write_text(DETECTORS)
+    asked = []
+
+    def launch(composed, run_everywhere=None):
+        config = settled(composed)
+        run = run_folder(config)
+        run.mkdir(parents=True)
+        write_config(run, config)
+        asked.append(config)
+        write_result(run, some_detection(config, 10 + config.seed + 5 * (config.optim.lr > 0.1)))
+        row = {"kind": "eval", "step": 1, "ema_ap": 3.0}
+        (run / "metrics.jsonl").write_text(row_line(row) + "\n")
+        return 0
+
+    monkeypatch.setattr(sweep, "launch", launch)
+    where = ["--config-dir", folder, f"run.root={tmp_path / 'runs'}", "--out", str(tmp_path / "o")]
+    done = ghosttrain("study", "run", "boxes", *where)
+    assert done.code == 0 and len(asked) == 4, done.err
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in done.out.splitlines()]
+    shown = {row[0]: row for row in rows if len(row) > 5}
+    assert shown["arm"][2] == "EMA AP %" and shown["arm"][6] == "EMA AP50 %"
+    assert shown["low"][2] == "10.50 ± 0.71" and shown["high"][2:4] == ["15.50 ± 0.71", "+5.00"]
+    assert shown["high"][6] == "31.00 ± 1.41"
+    assert "ignores the picture reaches 2.50 % AP." in done.out
+    assert "These are not COCO runs" in done.out and "ImageNet" not in done.out
+    (row, *_) = csv.DictReader((tmp_path / "o" / "runs.csv").read_text().splitlines())
+    assert (row["ap"], row["no_look_ap"], row["curve"]) == ("10", "2.5", "1:3.00")
+    other = DETECTORS.replace("metric: ap", "metric: top1")
+    (tmp_path / "own" / "study" / "boxes.yaml").write_text(other)
+    refused = one_line(ghosttrain("study", "report", "boxes", *where))
+    assert "arm 'low' detects" in refused and "write metric: ap" in refused
 
 
 @pytest.mark.parametrize("name", study_names(Names(None)))

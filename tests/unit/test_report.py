@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import some_result
+from helpers import some_detection, some_result
 
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.rows import row_line
@@ -97,3 +97,25 @@ def test_swept_values_image_size_and_chosen_metrics_are_columns(tmp_path):
     assert cells[7:10] == ["5.00 ± 0.00", "50.00 ± 0.00", "-"]
     with pytest.raises(UserError, match="there is no 'top2'.*Did you mean"):
         report([tmp_path], ["top2"])
+
+
+def test_detectors_are_compared_by_ap_also_beside_classifiers(tmp_path):
+    detector = Config().detector.model_copy(update={"name": "ssdlite"})
+    for seed, ap in enumerate((10.0, 20.0)):
+        config = Config(seed=seed, recipe="boxes", detector=detector)
+        run = leave_run(tmp_path / f"boxes{seed}", some_detection(config, ap), config)
+        (run / "metrics.jsonl").write_text(row_line({"kind": "eval", "step": 5, "ema_ap": ap}))
+    columns = ["ap", "raw_ap", "ap_large", "no_look_ap", "ap:a", "ap:b", "recall:a"]
+    picture = tmp_path / "curves.png"
+    lines = report([tmp_path], columns, classes=True, curves=str(picture)).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]
+    assert dict(zip(cells[0], cells[2], strict=True)).items() >= {
+        "EMA AP %": "15.00 ± 7.07", "raw AP %": "14.00 ± 7.07", "AP % large": "-",
+        "no look AP %": "2.50 ± 0.00", "AP % of a": "15.00 ± 7.07", "AP % of b": "-",
+    }.items()  # fmt: skip
+    assert cells[3][1:4] == ["AP % of", "boxes", "row 1"] and cells[5][1:4] == ["a", "6", "15.00"]
+    assert picture.is_file()
+    leave_run(tmp_path / "classes", some_result(Config()), Config())
+    both = report([tmp_path], classes=True)
+    assert "EMA AP %" in both and "EMA top-1 %" in both
+    assert both.count("row 2") == 0  # of a classifier's classes there is no AP
