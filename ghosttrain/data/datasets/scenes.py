@@ -30,7 +30,7 @@ from ghosttrain.errors import UserError
 
 SIDE = 192
 """Of a scene, in pixels."""
-SCENES = {"train": 1000, "held out": 250}
+SCENES = {"train": 4000, "held out": 250}
 PHOTOS = (
     ("sklearn", "datasets/images/china.jpg"),
     ("sklearn", "datasets/images/flower.jpg"),
@@ -44,7 +44,7 @@ MOST_OBJECTS = 4
 SIDES = (48, 128)
 """Of a digit's square, in pixels of the scene; the digit fills about two thirds of it."""
 GAP = 4
-"""Pixels between two objects, at least."""
+"""Pixels between two objects, more or less a pixel."""
 _TRIES = 20
 
 
@@ -131,13 +131,13 @@ def _plan(rng: Random, half: str, digits: list[int], photos: list[tuple[int, int
     crop = rng.randint(CROPS[0], min(CROPS[1], high - low, height))
     left, top = rng.randint(low, high - crop), rng.randint(0, height - crop)
     things: list[Thing] = []
-    taken: list[tuple[int, int, int, int]] = []
+    taken: list[tuple[float, float, float, float]] = []
     for _ in range(rng.randint(1, MOST_OBJECTS)):
         digit, hue, bright = rng.choice(digits), rng.random(), rng.random() < 0.5
         for _ in range(_TRIES):
             side = rng.randint(*SIDES)
             x, y = rng.randint(0, SIDE - side), rng.randint(0, SIDE - side)
-            box = _extent(digit, side, x, y)
+            box = _about(digit, side, x, y)
             if all(_apart(box, other) for other in taken):
                 rgb = colorsys.hsv_to_rgb(hue, 0.8, 1.0 if bright else 0.35)
                 colour = tuple(round(255 * value) for value in rgb)
@@ -147,7 +147,7 @@ def _plan(rng: Random, half: str, digits: list[int], photos: list[tuple[int, int
     return Plan(photo, (left, top, left + crop, top + crop), tuple(things))
 
 
-def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+def _apart(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[2] + GAP <= b[0] or b[2] + GAP <= a[0] or a[3] + GAP <= b[1] or b[3] + GAP <= a[1]
 
 
@@ -164,6 +164,17 @@ def _boxes(plans: list[Plan], labels: np.ndarray, half: str) -> Boxes:
         lambda number: f"scene {number}",
     )
     return boxes
+
+
+def _about(digit: int, side: int, left: int, top: int) -> tuple[float, float, float, float]:
+    """Return `_extent` to a pixel, without painting the digit anew."""
+    low_x, low_y, high_x, high_y = (edge * side / SIDES[1] for edge in _largest(digit))
+    return left + low_x, top + low_y, left + high_x, top + high_y
+
+
+@cache
+def _largest(digit: int) -> tuple[int, int, int, int]:
+    return _extent(digit, SIDES[1], 0, 0)
 
 
 def _extent(digit: int, side: int, left: int, top: int) -> tuple[int, int, int, int]:
