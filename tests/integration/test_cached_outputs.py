@@ -124,6 +124,7 @@ def test_batches_of_any_size_and_workers_get_the_same_outputs(ghosttrain, stored
         assert_same(runs[0], run)
 
 
+@pytest.mark.slow
 def test_ranks_get_the_same_outputs(ghosttrain, stored, tmp_path):
     assert ghosttrain("cache", *stored, *WRITE, "cache.codec=features:8").code == 0
     still = ["launch.device=cpu", "optim=sgd", "optim.lr=1e-12", "model.dropout=0",

@@ -29,6 +29,12 @@ BENCH = {
 }
 
 
+DETECT = [
+    "train.max_steps=2", "train.global_batch=4", "data.train_size=64", "data.eval_size=64",
+    "data.workers=0", "teacher.trust=true", "launch.device=cpu",
+]  # fmt: skip
+
+
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ghosttrain", *words]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -59,6 +65,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photo_folder: Path) -> Pa
     assert run([*teacher, *SMALL, "run.name=photos"], folder).returncode == 0
     cache = ["cache", *words, "cache.dir=teacher_cache", "cache.draws=5"]
     assert run(cache, folder).returncode == 0
+    for name in ("ssdlite", "retinanet"):
+        detect = ["detect", f"+recipe=detect_{name}", f"run.name={name}", *DETECT]
+        assert run(detect, folder).returncode == 0
     return folder
 
 
@@ -81,6 +90,12 @@ def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> Non
     elif words[0] in ("eval", "fuse", "wrong", "predict"):
         words[1] = words[1].replace("RUN", "runs/RUN")
         words = [str(photo_folder / "val") if w in ("photo.jpg", "folder") else w for w in words]
+    elif words[0] == "detect" and words[1] in ("eval", "show"):
+        words[2] = "runs/ssdlite"
+    elif words[0] == "detect":
+        words = [w for w in words if w.partition("=")[0] not in ("data", "data.root")] + DETECT
+        words = [w.replace("=RUN", "=runs/retinanet") for w in words]
+        words += ["run.name=anew"] * (len(words) == 1 + len(DETECT))
     elif words[0] == "bench":
         kept = [w for w in words[2:] if "=" in w and "cuda" not in w]
         words = [*words[:2], *kept, *BENCH[words[1]]]

@@ -29,13 +29,13 @@ def proof(*words: object) -> str:
 
 
 def test_a_run_stopped_before_a_file_operation_ends_the_same():
-    """Every 31st of them; scripts/crashpoints stops before each."""
-    assert "0 faults" in proof("crashpoints", 31)
+    """Every 61st of them; scripts/crashpoints stops before each."""
+    assert "0 faults" in proof("crashpoints", 61)
 
 
 def test_a_run_whose_file_operation_fails_ends_the_same():
-    """ENOSPC, EIO and EFBIG in turn, at every 31st operation; scripts/crashpoints fails each."""
-    assert "0 faults" in proof("failures", 31)
+    """ENOSPC, EIO and EFBIG in turn, at every 61st operation; scripts/crashpoints fails each."""
+    assert "0 faults" in proof("failures", 61)
 
 
 def test_a_disk_whose_power_is_cut_keeps_what_was_saved(durability):

@@ -19,7 +19,7 @@ SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_AC
 MARK = "a5ecretwordofmine"
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
 def test_a_launcher_runs_what_is_missing_and_reports(
     ghosttrain, tiny, tmp_path, launcher, monkeypatch
 ):

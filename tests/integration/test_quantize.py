@@ -159,6 +159,7 @@ def test_a_file_in_int8(finished: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (folder / "model.onnx").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_layers_stay_in_float_until_the_accuracy_holds(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

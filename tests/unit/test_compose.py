@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import refused_settings
 
 from ghosttrain.commands.help import help_text
@@ -358,6 +359,17 @@ def test_did_you_mean():
 DETECTS = ["augment=boxes", "train.best_by=ap"]
 
 
+def test_every_file_of_a_group_holds_settings_of_its_section():
+    groups = [group for group in (ROOT / "conf").iterdir() if group.name in Config.model_fields]
+    assert len(groups) > 10
+    for file in (file for group in groups for file in group.glob("*.yaml")):
+        values = yaml.safe_load(file.read_text()) or {}
+        given = {key: value for key, value in values.items() if value is not None}
+        section = Config.model_fields[file.parent.name].annotation
+        assert section(**given), file
+
+
+@pytest.mark.slow
 def test_every_file_in_conf_composes(tmp_path, photo_folder):
     run, table = tmp_path, tmp_path / "table.csv"
     write_config(run, Config())

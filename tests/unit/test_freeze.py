@@ -188,6 +188,7 @@ def test_only_the_classifier_learns_and_statistics_stay(
     assert len(saved["optimizer"]["state"]) == 2
 
 
+@pytest.mark.slow
 def test_two_ranks_thaw_what_one_process_thaws(ghosttrain, start, image_folder, tmp_path) -> None:
     words = [*SMALL, f"model.weights={start}", "model.freeze=[[0,backbone],[0.5,bn]]",
              f"data.root={image_folder}", "augment=none", "data.flip=false", "model.dropout=0",

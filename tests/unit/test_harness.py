@@ -82,6 +82,7 @@ def test_bench_optim_prints_a_row_per_part_and_side(ghosttrain) -> None:
     assert all((row[4] == "1.00") or row[1] != "ours" for row in cells)
 
 
+@pytest.mark.slow
 def test_bench_distill_prints_a_row_per_comparison(ghosttrain) -> None:
     outcome = ghosttrain(
         "bench", "distill", "data.train_size=64", "train.global_batch=4", "--images", "8",
