@@ -28,7 +28,7 @@ OUTPUT = {
     "probabilities": "probabilities (B, K)",
     "raw": "class logits (B, A, K + 1) of A anchors, the background's first; box deltas (B, A, 4)",
     "nms": "boxes (D, 4): left, top, right, bottom in pixels of the input; scores (D,), the best "
-    "first; labels (D,), of which k is classes[k - 1]",
+    "first; labels (D,): 0 the background, k classes[k - 1]",
 }
 """What the outputs of a file are."""
 

@@ -4,7 +4,7 @@ language; the boxes are those of torchvision's detectors.
 
     decoder = Decoder.read("RUN/export/onnx/preprocess.json")
     boxes, scores, labels = decoder(logits, deltas)  # of one image
-    names = [decoder.classes[label - 1] for label in labels]
+    names = [["background", *decoder.classes][label] for label in labels]
 
 Legend: A anchors, K classes, N candidates, D detections. Boxes are left, top, right, bottom in
 pixels of the image that the network sees.
