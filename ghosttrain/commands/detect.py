@@ -58,6 +58,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
             model.
     """
     from ghosttrain.config.compose import override_saved
+    from ghosttrain.config.detection import validate_anchors
     from ghosttrain.config.schema import LaunchConfig
     from ghosttrain.engine.run_files import read_config, read_result
 
@@ -66,11 +67,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
         raise UserError(f"{folder} classifies: type python -m ghosttrain eval {folder}")
     alone = saved.model_copy(update={"launch": LaunchConfig()})
     config = override_saved(alone, overrides, "eval")
-    if saved.detector.name == "ssdlite" and config.data.eval_size != saved.data.train_size:
-        raise UserError(
-            f"data.eval_size={config.data.eval_size}: the anchors of this run are those of "
-            f"{saved.data.train_size} px: leave data.eval_size out"
-        )
+    validate_anchors(saved, (config.data.eval_size, config.data.eval_size))
     if ranks.must_spawn(config.launch.nproc):
         from ghosttrain.engine.spawn import spawn
 

@@ -35,6 +35,11 @@ ARGUMENTS.add_argument(
     "--include-preprocess", action="store_true",
     help="the file takes uint8 pixels (B, H, W, C) and gives probabilities",
 )  # fmt: skip
+ARGUMENTS.add_argument(
+    "--nms", action="store_true",
+    help="of a detector: the file gives boxes, scores, labels of one image (onnx); without it the"
+    " outputs of every anchor",
+)  # fmt: skip
 ARGUMENTS.add_argument("--size", metavar="S|HxW", help="of the images (the run's data.eval_size)")
 ARGUMENTS.add_argument(
     "--batch", metavar="B", type=int,
@@ -55,21 +60,30 @@ def run(options: Namespace) -> int:
     size = parsed_size(options.size)
     given = {"batch": options.batch, "images": options.images}
     validate_counts(**{name: count for name, count in given.items() if count is not None})
-    from ghosttrain.deploy.formats import find
+    from ghosttrain.deploy.formats import find, known
 
+    for name in names:
+        if options.nms and not known(name).nms:
+            raise UserError(
+                f"--nms does not exist for {name}: type --to onnx, or leave --nms out and make "
+                "boxes of the outputs (docs/detection.md)"
+            )
     formats = [find(name) for name in dict.fromkeys(names)]
 
     from ghosttrain.config.compose import override_saved
-    from ghosttrain.deploy.export import Wanted, export_run
+    from ghosttrain.deploy.export import Wanted, export_run, validate_detector
     from ghosttrain.deploy.network import deployed
 
     source = deployed(folder, options.include_preprocess)
     config = override_saved(source.config, overrides, "eval")
     go_on_without()
-    wanted = Wanted(options.precision, size, options.batch, options.images)
+    wanted = Wanted(options.precision, size, options.batch, options.images, options.nms)
     if options.precision == "int8":
+        from ghosttrain.config.detection import validate_classifies
         from ghosttrain.deploy.quantize import Calibration, quantize_run
 
+        validate_classifies(config, "--precision int8")
+        validate_detector(source, wanted)
         if size:
             raise UserError("--size is not for --precision int8: its ranges are those of the run's")
         reports = quantize_run(source, config, formats, wanted, Calibration(), max_drop=1.0)

@@ -75,6 +75,21 @@ def validate_detection(config: Config) -> None:
         )
 
 
+def validate_anchors(saved: Config, size: tuple[int, int]) -> None:
+    """Refuse images of another size than that which the anchors of a run are made for.
+
+    Raises:
+        UserError: naming both.
+    """
+    side = saved.data.train_size
+    if saved.detector.name == "ssdlite" and size != (side, side):
+        given = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+        raise UserError(
+            f"{given} px: the anchors of this run are those of {side} px: leave --size and "
+            "data.eval_size out"
+        )
+
+
 def validate_classifies(config: Config, verb: str) -> None:
     """Refuse the settings of a detector for a verb that is about classification.
 

@@ -134,8 +134,9 @@ def _plain(pixels: Any) -> Tensor:
     return pixels.as_subclass(Tensor)
 
 
-def to_original(corners: np.ndarray, size: int, image: np.ndarray) -> np.ndarray:
-    """Return boxes (M, 4) of the square of side `size` in pixels of the image, whose width and
-    height `image` (2,) has.
+def to_original(corners: np.ndarray, size: int | tuple[int, int], image: np.ndarray) -> np.ndarray:
+    """Return boxes (M, 4) of the square of side `size`, or of that height and width, in pixels of
+    the image, whose width and height `image` (2,) has.
     """
-    return corners * np.tile(image / size, 2)
+    width_height = size if isinstance(size, int) else size[::-1]
+    return corners * np.tile(image / width_height, 2)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ghosttrain.deploy.formats import folder_name
+from ghosttrain.engine.metrics import headline
 from ghosttrain.engine.run_files import damaged_products, read_result
 from ghosttrain.files import Damaged, file_digest, read_json, write_json, write_text
 
 HEADING = "## Exported files"
+JUDGED = {"top1": "top-1", "ap": "AP"}
+"""What files are judged by, in words."""
 
 
 def update_card(run: Path) -> None:
@@ -41,14 +44,15 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 def _rows(reports: list[dict[str, Any]]) -> list[str]:
     """Return a Markdown table, one row for each file."""
+    judged = next((headline(r["comparison"]) for r in reports if "comparison" in r), "top1")
     lines = [
-        "| file | size | top-1 % | PyTorch | largest difference | one pass | |",
+        f"| file | size | {JUDGED[judged]} % | PyTorch | largest difference | one pass | |",
         "|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         found, latency = report.get("comparison"), report.get("latency_ms")
         precision = report["precision"]
-        name = folder_name(report["format"], precision)
+        name = folder_name(report["format"], precision, report.get("nms", False))
         cells = [f"`export/{name}/{report['file']}`", f"{report['bytes'] / 1e6:.1f} MB"]
         if found is None:
             cells += ["", "", "", "", report.get("note", "")]
@@ -57,8 +61,8 @@ def _rows(reports: list[dict[str, Any]]) -> list[str]:
                 f"{report['int8_share']:.0f} % of the MACs in INT8" if precision == "int8" else ""
             )
             cells += [
-                f"{found['top1_exported']:.2f}",
-                f"{found['top1']:.2f}",
+                f"{found[judged + '_exported']:.2f}",
+                f"{found[judged]:.2f}",
                 f"{found['largest']:.1e} of {found['scale']:.3g}",
                 "" if latency is None else f"{latency:.2f} ms",
                 share if report["passed"] else f"{share} not good enough".strip(),

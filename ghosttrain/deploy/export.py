@@ -13,17 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghosttrain.config.detection import validate_anchors
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.datasets.base import evenly
 from ghosttrain.deploy.card import update_card
+from ghosttrain.deploy.detector import SAME, DetectorComparison, compare_detector
 from ghosttrain.deploy.formats import Format, folder_name, versions
 from ghosttrain.deploy.latency import one_pass
 from ghosttrain.deploy.network import Deployed, example_of, write_preprocess
 from ghosttrain.deploy.parity import BOUND, Comparison, compare, first_difference
 from ghosttrain.deploy.runtime import stretched
+from ghosttrain.detect.coco_numbers import validate_installed
+from ghosttrain.engine.detection import boxes_of
 from ghosttrain.engine.evaluate import HeldOutImages
 from ghosttrain.engine.load import held_out_of
+from ghosttrain.engine.metrics import headline
 from ghosttrain.errors import UserError
 from ghosttrain.files import file_digest, sync_folder, write_json, write_text
 from ghosttrain.locks import locked
@@ -45,9 +50,13 @@ class Wanted:
     """Images at once; None: any number where the format knows it, else 1."""
     images: int | None = None
     """Held-out images that it is tried on; None: all."""
+    nms: bool = False
+    """Whether it chooses a detector's boxes."""
 
     def batch_of(self, made: Format) -> int | None:
         """Return how many images a file of this format takes at once; None: any number."""
+        if self.nms:
+            return 1
         return self.batch if self.batch or made.dynamic_batch else 1
 
 
@@ -64,13 +73,18 @@ def export_run(
 
     Raises:
         UserError: a precision that a format does not have; held-out images that are not there or
-            have other classes.
+            have other classes; a size that a detector's anchors are not for; boxes that are to be
+            chosen where there are none.
     """
     validate_precision(formats, wanted.precision)
-    held_out, batch = held_out_of(source.folder, config)
+    validate_detector(source, wanted)
     size = wanted.size or (config.data.eval_size, config.data.eval_size)
+    validate_anchors(source.config, size)
+    held_out, batch = held_out_of(source.folder, config)
     validate_size(source, size)
     print(about(source, size), flush=True)
+    if wanted.nms:
+        source = source.with_nms(size)
     images = HeldOut(held_out, config, batch, size, wanted.images)
     return each_format(
         source, formats, lambda made: export_one(source, made, wanted, images), lambda r: [line(r)]
@@ -114,6 +128,18 @@ def validate_precision(formats: Sequence[Format], precision: str) -> None:
             )
 
 
+def validate_detector(source: Deployed, wanted: Wanted) -> None:
+    """Raise UserError where boxes cannot be chosen within the file, or cannot be measured."""
+    if source.detector is not None:
+        validate_installed()
+    elif wanted.nms:
+        raise UserError(f"--nms is for detectors, and {source.folder} classifies: leave it out")
+    if wanted.nms and (wanted.precision != "fp32" or wanted.batch not in (None, 1)):
+        raise UserError(
+            "--nms is for one image at a time in fp32: leave --precision and --batch out"
+        )
+
+
 class ConversionFailed(Exception):
     """A converter could not write its file."""
 
@@ -154,13 +180,17 @@ class HeldOut:
     most: int | None = None
     """Of so many, evenly spread; None: all."""
 
+    def indices(self) -> Sequence[int]:
+        """Return the numbers of the images."""
+        return evenly(len(self.dataset), self.most or len(self.dataset))
+
     def batches(self, source: Deployed) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs of a network and labels (B,).
 
         Where another size is wanted than the run's, images are stretched to it.
         """
         held = HeldOutImages(self.dataset, self.config, torch.device("cpu"), self.batch)
-        held.indices = evenly(len(self.dataset), self.most or len(self.dataset))
+        held.indices = self.indices()
         with held:
             for batch in held:
                 images = batch.images
@@ -173,7 +203,7 @@ def export_one(source: Deployed, made: Format, wanted: Wanted, held_out: HeldOut
     """Convert a network, try the file, and leave both in RUN/export/<format>; return its report."""
     batch, bound = wanted.batch_of(made), BOUND[wanted.precision]
     example = example_of(source, held_out.size, batch or 2)  # of 1, a free one would be fixed
-    with making(folder_of(source.folder, made, wanted.precision)) as folder:
+    with making(folder_of(source.folder, made, wanted.precision, source.nms)) as folder:
         path = folder / f"model{made.suffix}"
         with converting(source, made, wanted.precision):
             made.convert(source.network, example, path, wanted.precision, batch is None)
@@ -183,12 +213,21 @@ def export_one(source: Deployed, made: Format, wanted: Wanted, held_out: HeldOut
             report |= {"verified": False, "passed": None, "note": f"not verified: {reason}"}
         else:
             runner = made.load(path, 1)
-            found = compare(source.network, runner, held_out.batches(source), batch, bound)
+            found: Comparison | DetectorComparison
+            if source.detector is None:
+                found = compare(source.network, runner, held_out.batches(source), batch, bound)
+            else:
+                boxes = boxes_of(held_out.dataset).at(held_out.indices())
+                seen = held_out.batches(source)
+                found = compare_detector(source, runner, seen, boxes, held_out.size, batch)
             report |= {"verified": True, "passed": found.passes(bound), "bound": bound}
             report["comparison"] = found.record()
             report["latency_ms"] = one_pass(path, runner, held_out.size)
             if not report["passed"]:
                 report |= rejection(source, made, folder, held_out, bound)
+            elif source.nms and not report["comparison"]["boxes"]:
+                note = "not verified: the detector finds no box in these images"
+                report |= {"verified": False, "passed": None, "note": note}
         write_json(folder / "report.json", report)
     return report
 
@@ -220,9 +259,9 @@ def rejection(
     return {"file": f"model{made.suffix}{REJECTED}", "first_layer": found and list(found)}
 
 
-def folder_of(run: Path, made: Format, precision: str) -> Path:
+def folder_of(run: Path, made: Format, precision: str, nms: bool = False) -> Path:
     """Return where a run's file of a format is."""
-    return run / "export" / folder_name(made.name, precision)
+    return run / "export" / folder_name(made.name, precision, nms)
 
 
 @contextmanager
@@ -256,6 +295,7 @@ def report_of(
         "bytes": bytes_in(path.parent),
         "input": shape,
         "include_preprocess": source.include_preprocess,
+        "nms": source.nms,
         "versions": versions(made),
     }
 
@@ -268,21 +308,21 @@ def bytes_in(folder: Path) -> int:
 def line(report: dict[str, Any]) -> str:
     """Return what became of a file, in one line."""
     batch = report["input"][0]
-    folder = Path(report["run"]) / "export" / folder_name(report["format"], report["precision"])
+    folder = folder_name(report["format"], report["precision"], report["nms"])
     head = (
-        f"{report['format']} {report['precision']}: {folder / report['file']}, "
+        f"{report['format']} {report['precision']}: "
+        f"{Path(report['run']) / 'export' / folder / report['file']}, "
         f"{byte_size(report['bytes'])}, {'any batch' if batch is None else f'batch {batch}'}"
     )
     if not report["verified"]:
         return f"{head}; converted, {report['note']}"
-    found = Comparison(**report["comparison"])
-    answers = "a probability" if report["include_preprocess"] else "a logit"
-    text = (
-        f"{head}; {found.images:,} images: top-1 {found.top1_exported:.2f} % (PyTorch "
-        f"{found.top1:.2f} %), same class for {found.agreement:.2f} %, largest difference of "
-        f"{answers} {found.largest:.1e} (mean {found.mean:.1e}; "
-        f"the largest is {found.scale:.3g}); {report['latency_ms']:.2f} ms"
-    )
+    found = report["comparison"]
+    if headline(found) == "ap":
+        words = DetectorComparison(**found).words()
+    else:
+        answer = "a probability" if report["include_preprocess"] else "a logit"
+        words = Comparison(**found).words(answer)
+    text = f"{head}; {words}; {report['latency_ms']:.2f} ms"
     if report["passed"]:
         return text
     layer = report.get("first_layer")
@@ -291,4 +331,5 @@ def line(report: dict[str, Any]) -> str:
         if layer
         else "each layer alone is within the bound"
     )
-    return f"{text}\nREJECTED: {report['bound']:.0e} of the largest is allowed; {where}"
+    boxes = f", and {SAME:g} % of the boxes have to be the same" if "boxes" in found else ""
+    return f"{text}\nREJECTED: {report['bound']:.0e} of the largest is allowed{boxes}; {where}"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ghosttrain.config.detection import validate_anchors
 from ghosttrain.config.students import STUDENTS
 from ghosttrain.deploy.formats import find, is_file, of_file, runnable
 from ghosttrain.deploy.formats.onnx import count_nodes
@@ -28,9 +29,9 @@ from ghosttrain.deploy.latency import (
     network_side,
     table,
 )
-from ghosttrain.deploy.network import deployed, inference_form
+from ghosttrain.deploy.network import deployed, inference_form, trained_form
 from ghosttrain.deploy.profile import Operator, profile_file, profile_lines, profile_network
-from ghosttrain.engine.load import load_run
+from ghosttrain.detect.decode import Decoder
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.create import create_model, create_timm_model
@@ -58,6 +59,8 @@ class _Networks:
     fused: nn.Module
     size: tuple[int, int]
     channels: int
+    decoder: Decoder | None = None
+    """What makes boxes of the outputs of a detector."""
 
 
 def latency_of(asked: Asked, profile: bool = False) -> list[Latency]:
@@ -134,6 +137,9 @@ def _add_network(sides: _Sides, word: str, asked: Asked, folder: Path) -> str:
         else:
             path = converted(network_for(networks, backend), backend, images, folder)
             sides.add_file(name, path, images.numpy())
+    if networks.decoder is not None:
+        name = f"{word} decoder" if len(asked.words) > 1 else "decoder"
+        sides.calls[name] = decoder_side(networks.fused, networks.decoder, images)
     return _about(word, networks, asked.batch)
 
 
@@ -142,9 +148,11 @@ def networks_of(word: str, size: tuple[int, int] | None) -> _Networks:
     if (Path(word) / "config.yaml").exists():
         source = deployed(word)
         data = source.config.data
-        trained = load_run(word, "ema").requires_grad_(False)
+        trained = trained_form(source.folder, source.config).requires_grad_(False)
         sides = size or (data.eval_size, data.eval_size)
-        return _Networks(trained, source.network, sides, data.in_chans)
+        validate_anchors(source.config, sides)
+        decoder = Decoder(source.box_settings(sides), source.classes) if source.detector else None
+        return _Networks(trained, source.network, sides, data.in_chans, decoder)
     own, word = word in STUDENTS, word.removeprefix("timm:")
     if not own:
         import timm
@@ -155,6 +163,15 @@ def networks_of(word: str, size: tuple[int, int] | None) -> _Networks:
     trained = create_model(word) if own else create_timm_model(word)
     trained = trained.eval().requires_grad_(False)
     return _Networks(trained, inference_form(trained, own), size or (224, 224), 3)
+
+
+def decoder_side(
+    network: nn.Module, decoder: Decoder, images: Tensor
+) -> Callable[[int], Callable[[], Any]]:
+    """Return a side that makes boxes of what a detector says of images; numpy, on one thread."""
+    with torch.inference_mode():
+        outputs = [output.numpy() for output in network(images)]
+    return lambda threads: lambda: [decoder(*each) for each in zip(*outputs, strict=True)]
 
 
 def _about(word: str, networks: _Networks, batch: int) -> str:
@@ -195,7 +212,7 @@ class _Branches(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, K) of images (B, C, H, W)."""
+    def forward(self, x: torch.Tensor) -> Any:
+        """Return the outputs for images (B, C, H, W)."""
         with using_forward(self.network, "branches"):
             return self.network(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config, DataConfig
-from ghosttrain.engine.load import classes_of, load_run
+from ghosttrain.detect.inference import RawOutputs, WithNms, settings_of
+from ghosttrain.engine.load import classes_of, load_detector, load_run
 from ghosttrain.engine.run_files import damaged_products, read_config, read_result
 from ghosttrain.engine.student import has_fused_form
 from ghosttrain.errors import UserError
@@ -21,7 +22,15 @@ from ghosttrain.files import expanded, write_json
 PREPROCESS = "preprocess.json"
 """What has to be done with an image before an exported file takes it."""
 KEPT = ("in_chans", "mean", "std", "crop_pct", "interpolation", "orientation", "background")
-"""Settings of `data` in it, by their names."""
+"""Settings of `data` in it, by their names; a detector's images are not cropped."""
+OUTPUT = {
+    "classes": "logits (B, K)",
+    "probabilities": "probabilities (B, K)",
+    "raw": "class logits (B, A, K + 1) of A anchors, the background's first; box deltas (B, A, 4)",
+    "nms": "boxes (D, 4): left, top, right, bottom in pixels of the input; scores (D,), the best "
+    "first; labels (D,): 0 the background, k classes[k - 1]",
+}
+"""What the outputs of a file are."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +42,14 @@ class Deployed:
     classes: list[str]
     network: nn.Module
     """In inference form, in eval mode, on the CPU, without gradients: images (B, C, H, W), or with
-    its preprocessing uint8 (B, H, W, C), -> logits, or probabilities, (B, K)."""
+    its preprocessing uint8 (B, H, W, C), -> logits, or probabilities, (B, K); that of a detector as
+    `detect.inference` has it."""
     include_preprocess: bool = False
-    """Whether `network` takes pixels and gives probabilities."""
+    """Whether `network` takes pixels; where it classifies, it gives probabilities then."""
+    detector: nn.Module | None = None
+    """What `network` is made of, whole, where it detects: images -> detections."""
+    nms: bool = False
+    """Whether `network` chooses boxes: one image -> boxes, scores, labels."""
 
     @property
     def alone(self) -> nn.Module:
@@ -43,9 +57,33 @@ class Deployed:
         network: Any = self.network
         return network.network if self.include_preprocess else network
 
+    @property
+    def output(self) -> str:
+        """Which of `OUTPUT` the network gives."""
+        if self.detector is not None:
+            return "nms" if self.nms else "raw"
+        return "probabilities" if self.include_preprocess else "classes"
+
     def inputs_of(self, images: Tensor) -> Tensor:
         """Return normalised images (B, C, H, W) as the network takes them."""
         return pixels_of(images, self.config.data) if self.include_preprocess else images
+
+    def images_of(self, inputs: Tensor) -> Tensor:
+        """Return what the network takes as normalised images (B, C, H, W)."""
+        if not self.include_preprocess:
+            return inputs
+        return normalised(inputs, *_per_channel(self.config.data))
+
+    def box_settings(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Return how boxes are made of the outputs of a detector for images of this size
+        (`detect.inference.settings_of`).
+        """
+        return settings_of(self.detector, torch.zeros(1, self.config.data.in_chans, *size))
+
+    def with_nms(self, size: tuple[int, int]) -> Deployed:
+        """Return a detector that chooses boxes in images of this height and width."""
+        network = WithNms(self.network, self.box_settings(size)).eval()
+        return replace(self, network=network, nms=True)
 
 
 def deployed(folder: str | Path, include_preprocess: bool = False) -> Deployed:
@@ -67,10 +105,23 @@ def deployed(folder: str | Path, include_preprocess: bool = False) -> Deployed:
             f"{folder / damaged[0]} is missing or damaged: the command of this run makes it anew "
             "from the last checkpoint"
         )
-    network = inference_form(load_run(folder, "ema"), has_fused_form(config))
+    network: Any = inference_form(trained_form(folder, config), has_fused_form(config))
+    detector = network.detector if detects(config) else None
     if include_preprocess:
         network = WithPreprocess(network, config.data)
-    return Deployed(folder, config, classes_of(folder), network, include_preprocess)
+    return Deployed(folder, config, classes_of(folder), network, include_preprocess, detector)
+
+
+def detects(config: Config) -> bool:
+    """Whether a run is one of detection."""
+    return config.detector.name != "none"
+
+
+def trained_form(folder: Path, config: Config) -> nn.Module:
+    """Return the network of a run as it was trained, averaged, in eval mode: images (B, C, H, W) ->
+    logits (B, K), or the raw outputs of a detector.
+    """
+    return RawOutputs(load_detector(folder)).eval() if detects(config) else load_run(folder, "ema")
 
 
 def inference_form(model: nn.Module, own: bool) -> nn.Module:
@@ -88,7 +139,7 @@ def inference_form(model: nn.Module, own: bool) -> nn.Module:
 
 class WithPreprocess(nn.Module):
     """Pixels to probabilities: uint8 (B, H, W, C) -> (B, K), what a camera gives to what a person
-    reads. Resizing and cropping stay outside.
+    reads; of a detector, to its outputs. Resizing and cropping stay outside.
     """
 
     mean: Tensor
@@ -97,18 +148,28 @@ class WithPreprocess(nn.Module):
     def __init__(self, network: nn.Module, data: DataConfig) -> None:
         super().__init__()
         self.network = network
-        for name, values in (("mean", data.mean), ("std", data.std)):
-            self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1))
+        for name, values in zip(("mean", "std"), _per_channel(data), strict=True):
+            self.register_buffer(name, values)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return the probabilities (B, K) of uint8 pixels (B, H, W, C)."""
-        images = pixels.permute(0, 3, 1, 2).float() / 255
-        return self.network((images - self.mean) / self.std).softmax(1)
+    def forward(self, pixels: Tensor) -> Any:
+        """Return the probabilities (B, K) of uint8 pixels (B, H, W, C), or a detector's outputs."""
+        found = self.network(normalised(pixels, self.mean, self.std))
+        return found.softmax(1) if isinstance(found, Tensor) else found
+
+
+def _per_channel(data: DataConfig) -> list[Tensor]:
+    """Return mean and standard deviation, each (C, 1, 1)."""
+    return [torch.tensor(values).reshape(-1, 1, 1) for values in (data.mean, data.std)]
+
+
+def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return uint8 pixels (B, H, W, C) as images (B, C, H, W)."""
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def pixels_of(images: Tensor, data: DataConfig) -> Tensor:
     """Return the uint8 pixels (B, H, W, C) of normalised images (B, C, H, W)."""
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (data.mean, data.std))
+    mean, std = _per_channel(data)
     return ((images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
@@ -123,18 +184,24 @@ def example_of(source: Deployed, size: tuple[int, int], batch: int) -> Tensor:
 def write_preprocess(folder: Path, source: Deployed, size: tuple[int, int]) -> None:
     """Write beside a file what its user has to do with an image, and what its outputs mean."""
     data, (height, width) = source.config.data, size
+    kept = {name: getattr(data, name) for name in KEPT}
+    if source.detector is None:
+        kept["resize_shorter_side"] = int(data.eval_size / data.crop_pct)
+    else:
+        del kept["crop_pct"]
+        kept["resize"] = "stretched to size, proportions not kept"
+        kept["detector"] = source.box_settings(size)
     about: dict[str, Any] = {
         "size": [height, width],
-        "resize_shorter_side": int(data.eval_size / data.crop_pct),
         "resized_for": data.eval_size,
-        **{name: getattr(data, name) for name in KEPT},
+        **kept,
         "channel_order": "RGB" if data.in_chans == 3 else "grey",
         "input": (
             "uint8 (B, H, W, C), pixels 0 to 255"
             if source.include_preprocess
             else "float32 (B, C, H, W), (pixel / 255 - mean) / std"
         ),
-        "output": "probabilities (B, K)" if source.include_preprocess else "logits (B, K)",
+        "output": OUTPUT[source.output],
         "model": source.config.model.name,
         "classes": source.classes,
     }
@@ -145,18 +212,18 @@ def write_preprocess(folder: Path, source: Deployed, size: tuple[int, int]) -> N
 
 
 class Tapped(nn.Module):
-    """A network that also returns what layers within it return: (layers..., output)."""
+    """A network that also returns what layers within it return: (layers..., outputs...)."""
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.network, self.names = network, list(names)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs of the layers in the order of `names`, then that of the network."""
+        """Return the outputs of the layers in the order of `names`, then those of the network."""
         seen: dict[str, Tensor] = {}
         with watching(self.network, self.names, lambda name, y: seen.setdefault(name, y.clone())):
             y = self.network(x)
-        return (*(seen[name] for name in self.names), y)
+        return (*(seen[name] for name in self.names), *((y,) if isinstance(y, Tensor) else y))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ghosttrain.config.detection import validate_classifies
 from ghosttrain.config.students import STUDENTS
 from ghosttrain.deploy.latency import IN_PYTORCH, converted, file_side, measure, network_side
 from ghosttrain.deploy.latency_of import network_for, networks_of
@@ -64,6 +65,7 @@ def pareto(
     with tempfile.TemporaryDirectory(prefix="ghosttrain-") as folder:
         names = list(models) if models is not None else [*STUDENTS, *TIMM]
         for number, word in enumerate([*words, *names]):
+            model, where, top1 = _accuracy(word, word in words)
             networks = networks_of(word, None if word in words else (size, size))
             images = torch.randn(1, networks.channels, *networks.size)
             if backend in IN_PYTORCH:
@@ -73,7 +75,6 @@ def pareto(
                 scratch.mkdir()
                 path = converted(network_for(networks, backend), backend, images, scratch)
                 sides[word] = file_side(path, images.numpy())
-            model, where, top1 = _accuracy(word, word in words)
             px = networks.size[0]
             macs = count_macs(networks.fused, px, networks.channels)
             points.append(Point(model, where, top1, px, count_params(networks.fused), macs, 0.0))
@@ -93,6 +94,7 @@ def _accuracy(word: str, is_run: bool) -> tuple[str, str, float | None]:
         return word, "", None
     folder = Path(word)
     config, result = read_config(folder), read_result(folder)
+    validate_classifies(config, "pareto")
     if result is None:
         raise UserError(f"{folder} is not finished: it has no accuracy yet")
     top1 = float(result["weights"][result["headline"]]["top1"])

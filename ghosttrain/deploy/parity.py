@@ -48,6 +48,14 @@ class Comparison:
         """Return it as plain values."""
         return asdict(self)
 
+    def words(self, answer: str) -> str:
+        """Return it as a sentence; `answer` is what the outputs are."""
+        return (
+            f"{self.images:,} images: top-1 {self.top1_exported:.2f} % (PyTorch "
+            f"{self.top1:.2f} %), same class for {self.agreement:.2f} %, largest difference of "
+            f"{answer} {self.largest:.1e} (mean {self.mean:.1e}; the largest is {self.scale:.3g})"
+        )
+
 
 def compare(
     network: nn.Module,

@@ -30,6 +30,11 @@ class ExportedModel:
         """Raises UserError: no such file, another one, or its packages or runtime are missing."""
         self.format = runnable(path)
         self.about = read_beside(path, PREPROCESS)
+        if "detector" in self.about:
+            raise UserError(
+                f"{path} is a detector, which predict does not take: docs/detection.md shows how "
+                "its outputs become boxes"
+            )
         shape = read_beside(path, "report.json")["input"]
         self.batch: int | None = shape[0]
         try:

@@ -146,7 +146,7 @@ def ignoring_the_picture(train: Boxes, num_classes: int, sizes: np.ndarray) -> d
     for label in range(num_classes):
         own = every[(train.labels == label) & ~train.crowd][:_SAMPLE]
         total = max(int((train.labels == label).sum()), 1)
-        finds = _iou(own, own) >= _NEAR
+        finds = iou(own, own) >= _NEAR
         left = np.ones(len(own), dtype=bool)
         while left.any() and len(own):
             best = int((finds & left).sum(axis=1).argmax())
@@ -162,10 +162,11 @@ def ignoring_the_picture(train: Boxes, num_classes: int, sizes: np.ndarray) -> d
     return {i: Found(corners * np.tile(size, 2), scores, labels) for i, size in enumerate(sizes)}
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return intersection over union of boxes (A, 4) and (B, 4): (A, B)."""
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return intersection over union of boxes (A, 4) and (B, 4): (A, B); 0 of two without area."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     inner = np.clip(high - low, 0, None).prod(axis=2)
     areas = [(x[:, 2:] - x[:, :2]).prod(axis=1) for x in (a, b)]
-    return inner / (areas[0][:, None] + areas[1][None] - inner)
+    union = areas[0][:, None] + areas[1][None] - inner
+    return np.divide(inner, union, out=np.zeros_like(inner), where=union > 0)

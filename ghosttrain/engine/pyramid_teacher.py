@@ -148,7 +148,7 @@ def _checked(
             "checked: give another teacher, or type teacher.trust=true to take it all the same"
         )
     sample = epoch_order(len(train_set), 0, 0)[: config.teacher.check_samples].tolist()
-    boxes = boxes_of(train_set).subset(sample)
+    boxes = boxes_of(train_set).at(sample)
     column = np.array([classes.index(name) if name in classes else -1 for name in known])
     found: list[Found] = []
     with eval_loader(train_set, config.data, device) as images:

@@ -171,6 +171,7 @@ def test_a_converter_that_fails_is_named_and_the_others_go_on(
         (["--to", "onnx", "--precision", "int4"], "choose fp32, fp16 or int8"),
         (["--to", "onnx", "--size", "0"], "--size 0: give a side in pixels"),
         (["--to", "onnx", "--batch", "0"], "--batch 0: give a whole number"),
+        (["--to", "onnx", "--nms"], "--nms is for detectors"),
         (["--to", "onnx", "data.classes=[1,2]"], "'data.classes' cannot be changed"),
         (["--to", "onnx", "model.name=x"], "cannot be changed for a run that exists"),
     ],

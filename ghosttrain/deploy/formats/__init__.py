@@ -96,6 +96,8 @@ class Format:
     precisions: tuple[str, ...] = ("fp32",)
     dynamic_batch: bool = False
     """Whether a file can take any number of images at once."""
+    nms: bool = False
+    """Whether a file can choose a detector's boxes (non-maximum suppression)."""
     conflicts: Mapping[str, str] = field(default_factory=dict)
     """Distribution -> first version that does not go together with this format."""
     runs_here: Callable[[], str] = lambda: ""
@@ -167,9 +169,11 @@ def is_file(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and path.suffix == ".mlpackage")
 
 
-def folder_name(name: str, precision: str) -> str:
-    """Return the folder of a format's file in RUN/export: onnx, onnx_fp16."""
-    return name if precision == "fp32" else f"{name}_{precision}"
+def folder_name(name: str, precision: str, nms: bool = False) -> str:
+    """Return the folder of a format's file in RUN/export: onnx, onnx_fp16, onnx_nms."""
+    return "_".join(
+        [name, *([precision] if precision != "fp32" else []), *(["nms"] if nms else [])]
+    )
 
 
 def own_environment(name: str, also: str = "") -> str:

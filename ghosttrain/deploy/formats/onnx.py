@@ -146,4 +146,5 @@ FORMAT = Format(
     packages=("onnx", "onnxscript", "onnxruntime"),
     precisions=("fp32", "fp16", "int8"),
     dynamic_batch=True,
+    nms=True,
 )
