@@ -37,6 +37,7 @@ from ghosttrain.engine.student import build_student
 from ghosttrain.engine.train import Task
 from ghosttrain.errors import UserError
 from ghosttrain.models.reparam import using_forward
+from ghosttrain.models.sync_bn import synchronize
 
 
 def build_data(data: DataConfig) -> tuple[Dataset, Dataset]:
@@ -65,6 +66,13 @@ def boxes_of(dataset: Dataset) -> Boxes:
 
 class DetectorNetwork(Network):
     """What is trained: a detector, and nothing beside it."""
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what makes the maps: the backbone, and what is made of its maps. What torchvision
+        does with them has shapes that depend on the boxes.
+        """
+        detector: Any = self.student
+        detector.backbone.compile(*args, **kwargs)
 
     def forward(self, images: Tensor, targets: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the losses of images (B, C, S, S) by torchvision's names."""
@@ -107,9 +115,11 @@ def build_network(
     """Return the network to train, on `device`; the arguments are those of `student.build_network`.
 
     Raises:
-        UserError: as `build_detector`, and a micro-batch of 1: its smallest map is one value.
+        UserError: as `build_detector`, and batch norms of SSDLite that see one image: its smallest
+            map is one value.
     """
-    if micro_batch < 2 and config.detector.name == "ssdlite":
+    together = micro_batch * (distributed.world_size() if config.train.sync_bn else 1)
+    if together < 2 and config.detector.name == "ssdlite":
         raise UserError(
             "detector=ssdlite cannot train on a batch of 1: a batch norm would see a single value; "
             "type train.micro_batch=2 or more"
@@ -117,6 +127,8 @@ def build_network(
     detector = build_detector(config, classes).to(device)
     if config.train.channels_last:
         detector = detector.to(memory_format=torch.channels_last)
+    if config.train.sync_bn:
+        detector = synchronize(detector)
     return DetectorNetwork(detector)
 
 
@@ -178,6 +190,7 @@ def evaluate(
     largest = torch.zeros((), device=device)
     with ExitStack() as stack:
         stack.enter_context(evaluating(*models.values()))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled is for training
         heads: dict[str, dict[str, Tensor]] = {}
         if "fused" in models:
             # Branch by branch beside the fused weights: one fold against another proves nothing.

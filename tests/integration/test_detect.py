@@ -22,6 +22,7 @@ from ghosttrain.engine.load import load_detector
 from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_config
 from ghosttrain.errors import UserError
+from ghosttrain.models.create import create_model
 from ghosttrain.optim.ema import Ema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,12 +137,12 @@ def test_a_detector_stopped_within_an_epoch_ends_the_same(ghosttrain, words, tmp
 def test_two_processes_measure_what_one_does(ghosttrain, words, tmp_path):
     """RetinaNet on a plain backbone, trained by two; odd shares of the held-out images."""
     words = [*words, "detector=retinanet", "detector.channels=16", "reparam=none",
-             "train.max_steps=1", "launch.nproc=2"]  # fmt: skip
+             "train.max_steps=1", "train.sync_bn=true", "launch.nproc=2"]  # fmt: skip
     command = [sys.executable, "-m", "ghosttrain", "detect", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     again = ghosttrain("detect", "eval", only_run(tmp_path / "runs"))
-    assert "retinanet" in done.stdout
+    assert "retinanet" in done.stdout and "of all ranks together" in done.stdout
     table = json.loads((only_run(tmp_path / "runs") / "result.json").read_text())["weights"]
     assert table["ema"]["n"] == 8
     assert again.out.count(f"{table['ema']['ap']:.2f}") >= 1
@@ -173,6 +174,26 @@ def test_a_sweep_and_a_search_go_by_ap(ghosttrain, words):
     search = ["hydra/sweeper=optuna", "optim.lr=interval(0.001,0.01)", "hydra.sweeper.n_trials=1"]
     searched = ghosttrain("train", "-m", *words, *search)
     assert searched.code == 0 and "| trial | EMA AP % |" in searched.out, searched.err
+
+
+def test_a_frozen_backbone_stays_and_the_rest_learns(ghosttrain, words, tmp_path):
+    backbone = create_model("mobilenetv2_050", 5, reparam="none")
+    torch.save(backbone.state_dict(), tmp_path / "weights.pth")
+    words.remove("model=ghostnetv3_050")
+    done = ghosttrain(
+        "detect", *words, "model=mobilenetv2_050", "reparam=none", "train.max_steps=1",
+        f"model.weights={tmp_path / 'weights.pth'}", "model.freeze=backbone", "optim.lr=0.1",
+        "optim.layer_decay=0.9",
+    )  # fmt: skip
+    assert done.code == 0 and "frozen: backbone" in done.out, done.err
+    found = load_detector(only_run(tmp_path / "runs"), "raw").state_dict()
+    prefix = "backbone.backbone.network."
+    kept = {key: value for key, value in found.items() if key.startswith(prefix)}
+    assert len(kept) > 100
+    for key, value in kept.items():
+        assert torch.equal(value, backbone.state_dict()[key.removeprefix(prefix)]), key
+    biases = [value for key, value in found.items() if key.startswith("head") and "bias" in key]
+    assert len(biases) > 20 and all(value.any() for value in biases)  # they began at 0
 
 
 def test_a_backbone_that_has_learnt_is_taken_from_a_run(ghosttrain, words, tiny, tmp_path):
