@@ -185,7 +185,33 @@ def evaluate(
         num_classes: K.
     """
     dataset = batches.dataset
-    boxes, size = boxes_of(dataset), 0
+    boxes = boxes_of(dataset)
+    found, largest = find(models, batches, device)
+    distributed.all_max(largest)
+    measured = None
+    every = distributed.gathered(found)
+    if distributed.rank() == 0:
+        measured = {
+            name: measure(
+                boxes, dataset.classes, {k: v for part in every for k, v in part[name].items()}
+            )
+            for name in models
+        }
+    numbers = distributed.broadcast(measured)
+    assert numbers is not None
+    table = {name: each.row for name, each in numbers.items()}
+    counts = {name: Measured(each, boxes) for name, each in numbers.items()}
+    return Evaluation(table, largest.item(), counts)
+
+
+@torch.inference_mode()
+def find(
+    models: Mapping[str, nn.Module], batches: HeldOutImages, device: torch.device
+) -> tuple[dict[str, dict[int, Found]], Tensor]:
+    """Return what each model detects on the images of this rank, by their numbers, and the largest
+    difference of an output of the heads of "ema" and "fused".
+    """
+    boxes = boxes_of(batches.dataset)
     found: dict[str, dict[int, Found]] = {name: {} for name in models}
     largest = torch.zeros((), device=device)
     with ExitStack() as stack:
@@ -207,21 +233,7 @@ def evaluate(
             for key, value in heads.get("ema", {}).items():
                 apart = (value - heads["fused"][key]).abs().max()
                 largest = torch.maximum(largest, apart)
-    distributed.all_max(largest)
-    measured = None
-    every = distributed.gathered(found)
-    if distributed.rank() == 0:
-        measured = {
-            name: measure(
-                boxes, dataset.classes, {k: v for part in every for k, v in part[name].items()}
-            )
-            for name in models
-        }
-    numbers = distributed.broadcast(measured)
-    assert numbers is not None
-    table = {name: each.row for name, each in numbers.items()}
-    counts = {name: Measured(each, boxes) for name, each in numbers.items()}
-    return Evaluation(table, largest.item(), counts)
+    return found, largest
 
 
 def _in_pixels(each: Mapping[str, Tensor], size: int, image: np.ndarray) -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,26 @@ def test_a_run_leaves_what_a_run_leaves_and_is_measured_again(ghosttrain, words,
 
     again = ghosttrain("detect", "eval", run)
     assert again.code == 0 and again.out.count("as reported") == 3, again.out
+    page = ghosttrain("detect", "show", run, "--top", "3")
+    assert page.code == 0 and "Worst first: the lowest F1 of an image" in page.out, page.err
+    assert f"AP {result['weights']['ema']['ap']:.2f} % of 8 held-out images" in page.out
+    worst = [float(line.split("F1 ")[1][:4]) for line in page.out.splitlines()[1:-1]]
+    assert len(worst) == 3 and worst == sorted(worst)
+    text = (run / "detections.html").read_text()
+    assert text.count("<article>") == text.count("data:image/jpeg") == 3 and "http" not in text
+    for kind in ("raw", "ema", "fused"):
+        assert f"<td>{result['weights'][kind]['ar10']:.2f}</td>" in text
+    assert all(f"<tr><td>{name}</td>" in text for name in ("disc", "bar", "AR small"))
+    half = tmp_path / "half"
+    shutil.copytree(run, half)
+    (half / "result.json").unlink()
+    for words_of_it, said in (
+        (["show", half], "has no result yet"),
+        (["show", run, "--top", "0"], "--top 0"),
+        (["eval", run, "--out", "x.html"], "is for detect show"),
+    ):
+        wrong = ghosttrain("detect", *words_of_it)
+        assert wrong.code == 2 and said in wrong.err and wrong.err.count("\n") == 1, wrong.err
     larger = ghosttrain("detect", "eval", run, "data.eval_size=96")
     assert larger.code == 2 and larger.err.count("\n") == 1
     assert "the anchors of this run are those of 64 px" in larger.err
@@ -164,6 +185,20 @@ def test_backbones_of_others_train(ghosttrain, words, tmp_path, source):
 
 
 @pytest.mark.slow
+def test_compiled_it_learns_as_it_does_otherwise(ghosttrain, words, tmp_path):
+    words = [*words, "model=mobilenetv2_050", "reparam=none", "train.max_steps=2"]
+    words.remove("model=ghostnetv3_050")
+    losses = []
+    for compiled in ("false", "true"):
+        root = tmp_path / compiled
+        done = ghosttrain("detect", *words, f"train.compile={compiled}", f"run.root={root}")
+        assert done.code == 0, done.err
+        rows = read_metrics(only_run(root))
+        losses.append([row["loss"] for row in rows if row["kind"] == "train"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_sweep_and_a_search_go_by_ap(ghosttrain, words):
     words = [*words, "model=mobilenetv2_050", "reparam=none", "train.max_steps=1"]
     words.remove("model=ghostnetv3_050")
@@ -220,7 +255,7 @@ def test_a_backbone_that_has_learnt_is_taken_from_a_run(ghosttrain, words, tiny,
     [
         (["data=digits"], "learns from boxes, and data=digits has none"),
         (["distill=kl", "teacher=digits"], "distill.name=kl is not for detector=ssdlite"),
-        (["train.compile=true"], "type train.compile=false"),
+        (["train.cuda_graph=true"], "type train.cuda_graph=false"),
         (["train.best_by=top1"], "type train.best_by=ap"),
         (["augment=compact"], "type augment.policy=boxes"),
         (["model.input_stride=small"], "not of 32"),
@@ -263,5 +298,5 @@ def test_scenes_train_by_the_command_alone(ghosttrain, tmp_path):
     assert done.code == 0, done.err
     assert "synthetic scenes" in done.out and "the embedded set; COCO" in done.out
     assert read_config(only_run(tmp_path)).recipe == "detect_ssdlite"
-    wrong = ghosttrain("detect", "show")
+    wrong = ghosttrain("detect", "shoe")
     assert wrong.code == 2 and "detect eval RUN" in wrong.err
