@@ -25,7 +25,7 @@ RECIPE = "+recipe=detect_ssdlite"
 ARGUMENTS = with_config_dir(
     Arguments(
         "detect",
-        "[+recipe=NAME] [key=value ...] | eval RUN [key=value ...] | show RUN [options]",
+        "[+recipe=NAME] [key=value ...] | eval|show RUN [key=value ...]",
         f"Train a detector; without a recipe {RECIPE}, on embedded synthetic\n"
         "scenes. train takes its recipes too, and sweeps (-m). The same command again resumes\n"
         "a run, or shows its result.\n\n"
