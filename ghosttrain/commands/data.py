@@ -54,7 +54,8 @@ def run(options: Namespace) -> int:
     from ghosttrain.config.detection import validate_classifies
 
     config = compose(words, options.config_dir, trains=False).config
-    validate_classifies(config, f"data {names[0]}")
+    if names[0] != "show":
+        validate_classifies(config, f"data {names[0]}")
     if names[0] == "check":
         from ghosttrain.study.data_check import as_json, check_data, describe
 

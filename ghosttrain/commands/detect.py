@@ -1,10 +1,10 @@
-"""`detect`: train a detector by the loop that trains classifiers; `detect eval RUN`."""
+"""`detect`: train a detector by the loop that trains classifiers; `detect eval|show RUN`."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ghosttrain import ranks
 from ghosttrain.commands import train
@@ -12,41 +12,112 @@ from ghosttrain.commands.arguments import (
     Arguments,
     folders_and_overrides,
     one_folder,
+    validate_counts,
     with_config_dir,
 )
 from ghosttrain.errors import UserError
+from ghosttrain.text import printable
+
+if TYPE_CHECKING:
+    from ghosttrain.config.schema import Config
 
 RECIPE = "+recipe=detect_ssdlite"
 ARGUMENTS = with_config_dir(
     Arguments(
         "detect",
-        "[+recipe=NAME] [key=value ...] | eval RUN [key=value ...]",
+        "[+recipe=NAME] [key=value ...] | eval|show RUN [key=value ...]",
         f"Train a detector; without a recipe {RECIPE}, on embedded synthetic\n"
         "scenes. train takes its recipes too, and sweeps (-m). The same command again resumes\n"
         "a run, or shows its result.\n\n"
-        "eval RUN  measure the raw, EMA and fused weights of a run again, exactly",
+        "eval RUN  measure the raw, EMA and fused weights of a run again, exactly\n"
+        "show RUN  one page of HTML: boxes beside detections on held-out images, worst first,\n"
+        "          precision and recall, AP of each class: RUN/detections.html",
         takes_folders=True,
-        actions=("eval",),
+        actions=("eval", "show"),
     )
 )
+ARGUMENTS.add_argument("--top", metavar="N", type=int, default=16, help="show: images (16)")
+ARGUMENTS.add_argument("--out", metavar="FILE", help="show: write the page elsewhere")
 
 
 def run(options: Namespace) -> int:
     """Train or evaluate; return the exit code."""
+    if options.out is not None and options.words[:1] != ["show"]:
+        raise UserError(f"--out {options.out} is for detect show: type detect show RUN --out FILE")
     if options.words[:1] == ["eval"]:
         folders, overrides = folders_and_overrides(options.words[1:])
         return _evaluate(one_folder("detect eval", folders), overrides)
+    if options.words[:1] == ["show"]:
+        folders, overrides = folders_and_overrides(options.words[1:])
+        validate_counts(top=options.top)
+        out = Path(options.out) if options.out else None
+        return _show(one_folder("detect show", folders), overrides, options.top, out)
     words = [word for word in options.words if "=" not in word]
     if words:
         raise UserError(
-            f"detect {words[0]}: type python -m ghosttrain detect [key=value ...] to train, or "
-            "detect eval RUN"
+            f"detect {words[0]}: type python -m ghosttrain detect [key=value ...] to train, "
+            "detect eval RUN, or detect show RUN"
         )
     names_recipe = any(word.lstrip("+").startswith("recipe=") for word in options.words)
     asked = [*([] if names_recipe else [RECIPE]), *options.words]
     if options.config_dir:
         asked += ["--config-dir", options.config_dir]
     return train.run(train.ARGUMENTS.parse_args(asked))
+
+
+def _settings(folder: Path, overrides: list[str], classifying: str) -> Config:
+    """Return the settings of a run with overrides, for this process.
+
+    Args:
+        folder: of the run.
+        overrides: as typed.
+        classifying: the verb that does this with a run that classifies.
+
+    Raises:
+        UserError: no run of detection there, or a setting that would make it another model.
+    """
+    from ghosttrain.config.compose import override_saved
+    from ghosttrain.config.detection import validate_anchors
+    from ghosttrain.config.schema import LaunchConfig
+    from ghosttrain.engine.run_files import read_config
+
+    saved = read_config(folder)
+    if saved.detector.name == "none":
+        raise UserError(f"{folder} classifies: type python -m ghosttrain {classifying} {folder}")
+    alone = saved.model_copy(update={"launch": LaunchConfig()})
+    config = override_saved(alone, overrides, "eval")
+    validate_anchors(saved, (config.data.eval_size, config.data.eval_size))
+    return config
+
+
+def _show(folder: Path, overrides: list[str], top: int, out: Path | None) -> int:
+    """Write the page about what a run detects; print where it is and the worst images; return 0.
+
+    Raises:
+        UserError: no finished run of detection there, or the page cannot be written.
+    """
+    from ghosttrain.engine.run_files import read_result
+
+    config, result = _settings(folder, overrides, "wrong"), read_result(folder)
+    if result is None:
+        raise UserError(
+            f"{folder} has no result yet: type the command that began it once more, to finish it"
+        )
+    from ghosttrain.engine.load import held_out_of
+    from ghosttrain.files import write_text
+    from ghosttrain.study.detect_page import detection_page, look
+
+    held_out, batch = held_out_of(folder, config)
+    seen = look(folder, held_out, config, batch)
+    worst = seen.worst_first()[:top]
+    print(seen.definition())
+    for index in worst:
+        print(f"{printable(held_out.name_of(index))}  {seen.line(index)}")
+    path = out or folder / "detections.html"
+    title = f"{folder.parent.name}/{folder.name}: detections"
+    write_text(path, detection_page(title, seen, held_out, config, result, top))
+    print(f"AP {seen.numbers.row['ap']:.2f} % of {len(held_out):,} held-out images: {path}")
+    return 0
 
 
 def _evaluate(folder: Path, overrides: list[str]) -> int:
@@ -57,17 +128,9 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
         UserError: no run of detection there, other classes, or a setting that would make it another
             model.
     """
-    from ghosttrain.config.compose import override_saved
-    from ghosttrain.config.detection import validate_anchors
-    from ghosttrain.config.schema import LaunchConfig
-    from ghosttrain.engine.run_files import read_config, read_result
+    from ghosttrain.engine.run_files import read_result
 
-    saved, result = read_config(folder), read_result(folder)
-    if saved.detector.name == "none":
-        raise UserError(f"{folder} classifies: type python -m ghosttrain eval {folder}")
-    alone = saved.model_copy(update={"launch": LaunchConfig()})
-    config = override_saved(alone, overrides, "eval")
-    validate_anchors(saved, (config.data.eval_size, config.data.eval_size))
+    config, result = _settings(folder, overrides, "eval"), read_result(folder)
     if ranks.must_spawn(config.launch.nproc):
         from ghosttrain.engine.spawn import spawn
 

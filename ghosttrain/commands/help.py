@@ -48,7 +48,7 @@ verbs (python -m ghosttrain VERB --help: all about one)
   train             the default; the same command again resumes, or shows a finished run's result
   eval RUN          evaluate a run again, exactly; data.root= and launch.nproc= may differ
                     (eval --weights FILE model= data=: weights that belong to no run)
-  detect            train a detector on a student (SSDLite, RetinaNet); detect eval RUN
+  detect            train a detector on a student (SSDLite, RetinaNet); detect eval|show RUN
   fuse RUN          write RUN/model.fused.safetensors, the inference model (--out FILE: elsewhere;
                     --to timm or torchvision: weights for their network of the same name)
   export RUN --to F a file for a device (onnx, litert, executorch, openvino, coreml, ncnn,

@@ -18,9 +18,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "cache.dir": (None,),
     "train.best_by": ("ap",),
     "augment.policy": ("boxes", "none"),
-    "train.compile": (False,),
     "train.cuda_graph": (False,),
-    "train.sync_bn": (False,),
     "train.class_weights": ("none",),
     "train.label_loss": ("cross_entropy",),
     "train.focal_gamma": (0.0,),
@@ -30,8 +28,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "data.fraction": (None,),
     "data.max_per_class": (None,),
     "model.weight_bits": (None,),
-    "model.freeze": ("none", "bn"),
-    "optim.layer_decay": (1.0,),
     "optim.clip_mode": ("norm",),
 }
 """Setting -> what it may be with a detector; the first is what to type. The others are of

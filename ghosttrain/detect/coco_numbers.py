@@ -21,6 +21,8 @@ NAMES = (
 """Of the 12 numbers, in COCO's order: average precision over IoU .5 to .95, at .5 and at .75, of
 small, medium and large objects; average recall with 1, 10 and 100 detections an image, and by
 size."""
+RECALLS = np.linspace(0, 1, 101)
+"""Where COCO reads the curve of precision against recall."""
 PRIORS = 100
 """Detections an image of the detector that ignores it: as many as COCO counts."""
 _SAMPLE = 1000  # training boxes of a class that its priors are chosen from
@@ -45,6 +47,8 @@ class CocoNumbers(NamedTuple):
     """`NAMES`, in per cent (-1: the images have no object of this size), and "n" images."""
     class_ap: list[float | None]
     """AP of each class in per cent; None: the images have no object of it."""
+    precision_RK: np.ndarray
+    """Precision at IoU .5 from each of `RECALLS` on, for each class; NaN: no object of it."""
 
 
 def validate_installed() -> None:
@@ -119,7 +123,10 @@ def measure(boxes: Boxes, classes: Sequence[str], found: Mapping[int, Found]) ->
         values = precision_TRK[:, :, k]
         values = values[values > -1]
         per_class.append(100 * float(values.mean()) if len(values) else None)
-    return CocoNumbers(row | {"n": len(boxes.sizes)}, per_class)
+    at_half_RK = precision_TRK[0]
+    return CocoNumbers(
+        row | {"n": len(boxes.sizes)}, per_class, np.where(at_half_RK < 0, np.nan, at_half_RK)
+    )
 
 
 def _percent(share: float) -> float:
@@ -162,11 +169,16 @@ def ignoring_the_picture(train: Boxes, num_classes: int, sizes: np.ndarray) -> d
     return {i: Found(corners * np.tile(size, 2), scores, labels) for i, size in enumerate(sizes)}
 
 
-def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return intersection over union of boxes (A, 4) and (B, 4): (A, B); 0 of two without area."""
+def intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the pixels that boxes (A, 4) and (B, 4) share: (A, B)."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    inner = np.clip(high - low, 0, None).prod(axis=2)
+    return np.clip(high - low, 0, None).prod(axis=2)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return intersection over union of boxes (A, 4) and (B, 4): (A, B); 0 of two without area."""
+    inner = intersection(a, b)
     areas = [(x[:, 2:] - x[:, :2]).prod(axis=1) for x in (a, b)]
     union = areas[0][:, None] + areas[1][None] - inner
     return np.divide(inner, union, out=np.zeros_like(inner), where=union > 0)

@@ -39,6 +39,9 @@ EXTRA_CHANNELS = (512, 256, 256, 128)
 """Of the maps that SSDLite makes of the last one, each half as large as the one before."""
 PYRAMID = (8, 16, 32)
 """Strides of the backbone's maps in RetinaNet's pyramid; P6 and P7 follow."""
+BACKBONE_PATH = "backbone.backbone.network"
+"""Where the classification network stands in a detector: its `backbone_path`, what
+`models/depth.py` tells it from the rest by."""
 ANCHOR = 4
 """Side of RetinaNet's smallest anchor of a map, in strides of it
 (https://arxiv.org/abs/1708.02002)."""
@@ -120,8 +123,7 @@ def ssdlite(backbone: Backbone, num_classes: int, size: int) -> SSD:
         maps, anchors, (size, size), num_classes + 1, head=head,
         score_thresh=0.001, nms_thresh=0.55, detections_per_img=300, topk_candidates=300,
     )  # fmt: skip
-    detector.transform = AsTheyAre()
-    return detector
+    return _connected(detector)
 
 
 def retinanet(backbone: Backbone, num_classes: int, channels: int = 256) -> RetinaNet:
@@ -140,7 +142,13 @@ def retinanet(backbone: Backbone, num_classes: int, channels: int = 256) -> Reti
     maps = PyramidMaps(backbone, channels)
     head = RetinaNetHead(channels, anchors.num_anchors_per_location()[0], num_classes + 1)
     detector = RetinaNet(maps, num_classes + 1, anchor_generator=anchors, head=head)
+    return _connected(detector)
+
+
+def _connected(detector: Any) -> Any:
+    """Return a detector that takes images as they are and says where its backbone stands."""
     detector.transform = AsTheyAre()
+    detector.backbone_path = BACKBONE_PATH
     return detector
 
 

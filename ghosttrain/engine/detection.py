@@ -32,6 +32,7 @@ from ghosttrain.engine.teacher_source import TeacherSource
 from ghosttrain.engine.train import Task
 from ghosttrain.errors import UserError
 from ghosttrain.models.reparam import using_forward
+from ghosttrain.models.sync_bn import synchronize
 
 TERMS = {"classification": "class", "bbox_regression": "box", "pkd": "pkd"}
 """torchvision's name of a loss -> that of a run's term."""
@@ -64,6 +65,13 @@ def boxes_of(dataset: Dataset) -> Boxes:
 class DetectorNetwork(Network):
     """What is trained: a detector, and nothing beside it."""
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what makes the maps: the backbone, and what is made of its maps. What torchvision
+        does with them has shapes that depend on the boxes.
+        """
+        detector: Any = self.student
+        detector.backbone.compile(*args, **kwargs)
+
     def forward(  # type: ignore[override]
         self, images: Tensor, targets: Any, teacher_maps: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
@@ -74,7 +82,8 @@ class DetectorNetwork(Network):
         if teacher_maps is None:
             return detector(images, targets)
         maps: list[Tensor] = []
-        kept = detector.backbone.register_forward_hook(lambda *call: maps.extend(call[2].values()))
+        # At the head: the backbone may be compiled, and would be anew for every hook.
+        kept = detector.head.register_forward_pre_hook(lambda _, inputs: maps.extend(inputs[0]))
         losses = detector(images, targets)
         kept.remove()
         return losses | {"pkd": pearson_loss(maps, teacher_maps)}
@@ -116,9 +125,11 @@ def build_network(
     """Return the network to train, on `device`; the arguments are those of `student.build_network`.
 
     Raises:
-        UserError: as `build_detector`, and a micro-batch of 1: its smallest map is one value.
+        UserError: as `build_detector`, and batch norms of SSDLite that see one image: its smallest
+            map is one value.
     """
-    if micro_batch < 2 and config.detector.name == "ssdlite":
+    together = micro_batch * (distributed.world_size() if config.train.sync_bn else 1)
+    if together < 2 and config.detector.name == "ssdlite":
         raise UserError(
             "detector=ssdlite cannot train on a batch of 1: a batch norm would see a single value; "
             "type train.micro_batch=2 or more"
@@ -126,6 +137,8 @@ def build_network(
     detector = build_detector(config, classes).to(device)
     if config.train.channels_last:
         detector = detector.to(memory_format=torch.channels_last)
+    if config.train.sync_bn:
+        detector = synchronize(detector)
     return DetectorNetwork(detector)
 
 
@@ -192,11 +205,38 @@ def evaluate(
         num_classes: K.
     """
     dataset = batches.dataset
-    boxes, size = boxes_of(dataset), 0
+    boxes = boxes_of(dataset)
+    found, largest = find(models, batches, device)
+    distributed.all_max(largest)
+    measured = None
+    every = distributed.gathered(found)
+    if distributed.rank() == 0:
+        measured = {
+            name: measure(
+                boxes, dataset.classes, {k: v for part in every for k, v in part[name].items()}
+            )
+            for name in models
+        }
+    numbers = distributed.broadcast(measured)
+    assert numbers is not None
+    table = {name: each.row for name, each in numbers.items()}
+    counts = {name: Measured(each, boxes) for name, each in numbers.items()}
+    return Evaluation(table, largest.item(), counts)
+
+
+@torch.inference_mode()
+def find(
+    models: Mapping[str, nn.Module], batches: HeldOutImages, device: torch.device
+) -> tuple[dict[str, dict[int, Found]], Tensor]:
+    """Return what each model detects on the images of this rank, by their numbers, and the largest
+    difference of an output of the heads of "ema" and "fused".
+    """
+    boxes = boxes_of(batches.dataset)
     found: dict[str, dict[int, Found]] = {name: {} for name in models}
     largest = torch.zeros((), device=device)
     with ExitStack() as stack:
         stack.enter_context(evaluating(*models.values()))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled is for training
         heads: dict[str, dict[str, Tensor]] = {}
         if "fused" in models:
             # Branch by branch beside the fused weights: one fold against another proves nothing.
@@ -213,21 +253,7 @@ def evaluate(
             for key, value in heads.get("ema", {}).items():
                 apart = (value - heads["fused"][key]).abs().max()
                 largest = torch.maximum(largest, apart)
-    distributed.all_max(largest)
-    measured = None
-    every = distributed.gathered(found)
-    if distributed.rank() == 0:
-        measured = {
-            name: measure(
-                boxes, dataset.classes, {k: v for part in every for k, v in part[name].items()}
-            )
-            for name in models
-        }
-    numbers = distributed.broadcast(measured)
-    assert numbers is not None
-    table = {name: each.row for name, each in numbers.items()}
-    counts = {name: Measured(each, boxes) for name, each in numbers.items()}
-    return Evaluation(table, largest.item(), counts)
+    return found, largest
 
 
 def in_pixels(each: Mapping[str, Tensor], size: int, image: np.ndarray) -> Found:

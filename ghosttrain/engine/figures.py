@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure as PNG, by the one durable writer."""
+    with replacing(path) as file:
+        file.write(png_of(figure, dpi))
+
+
+def png_of(figure: Figure, dpi: int) -> bytes:
+    """Return a figure as PNG."""
+    file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
-        with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=dpi)
+        figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()

@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.augment import Draw, draw, eval_transform, train_transform
+from ghosttrain.data.box_augment import box_transform
 from ghosttrain.data.datasets import Dataset, FileDataset, build_datasets
 from ghosttrain.data.datasets.base import evenly
 from ghosttrain.data.decode import BrokenImage, decoded, orientation, upright_size
@@ -26,13 +28,16 @@ from ghosttrain.errors import UserError
 from ghosttrain.files import resolved
 from ghosttrain.text import byte_size, listed, printable
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 LARGEST_SHEET = 400
 """Pictures on one sheet."""
 
 
 def draw_sheet(config: Config, samples: int, draws: int, out: Path | None = None) -> Path:
     """Draw training images, a row for each: as it is, then as the network sees it under each draw
-    (epoch), with the operations above. Return the picture's path.
+    (epoch), with the operations above; of data with boxes, with these. Return the picture's path.
 
     Args:
         config: `data` and `augment` count.
@@ -50,13 +55,29 @@ def draw_sheet(config: Config, samples: int, draws: int, out: Path | None = None
         )
     data, augment = config.data, config.augment
     train_set, _ = build_datasets(data)
-    transform = train_transform(data, augment)
+    boxes = train_set.boxes
+    transform = (
+        train_transform(data, augment) if boxes is None else box_transform(data, augment, boxes)
+    )
     chosen = evenly(len(train_set), samples)
     figure = new_figure(1.5 * (draws + 1), 1.9 * len(chosen) + 0.4)
     axes = figure.subplots(len(chosen), draws + 1, squeeze=False)
     for row, index in zip(axes, chosen, strict=True):
         image = train_set.open(index)
         size = upright_size(image, data.orientation)
+        if boxes is not None:
+            corners, labels = boxes.objects(index)
+            named = [train_set.classes[label] for label in labels]
+            words = f"{listed(sorted({*named})) or 'no box'}\n{size[0]} x {size[1]}"
+            _place(row[0], decoded(image, data), words, corners)
+            for number, axis in enumerate(row[1:]):
+                pixels, rows = transform(partial(train_set.open, index), number, index)
+                kept = rows[rows[:, 4] >= 0, :4].numpy()
+                seen = pixels.permute(1, 2, 0).numpy()
+                _place(
+                    axis, seen, f"draw {number + 1}: {len(kept)} box{'es' * (len(kept) != 1)}", kept
+                )
+            continue
         label = train_set.classes[train_set.labels[index]]
         _place(row[0], decoded(image, data), f"{label}\n{size[0]} x {size[1]}")
         for number, axis in enumerate(row[1:]):
@@ -88,11 +109,18 @@ def words_of(drawn: Draw) -> str:
     return "\n".join([first, *operations, *(["erase"] if drawn.erase else [])])
 
 
-def _place(axis, pixels: np.ndarray, words: str) -> None:  # type: ignore[no-untyped-def]
+def _place(axis: Axes, pixels: np.ndarray, words: str, boxes: Iterable[np.ndarray] = ()) -> None:
+    from matplotlib.patches import Rectangle
+
     axis.set_axis_off()
     picture = Image.fromarray(pixels.squeeze()).convert("RGB")
+    width = picture.width
     picture.thumbnail((256, 256))
     axis.imshow(picture)
+    for box in boxes:
+        left, top, right, bottom = box * (picture.width / width)
+        corner, sides = (left - 0.5, top - 0.5), (right - left, bottom - top)  # pixels have centres
+        axis.add_patch(Rectangle(corner, *sides, fill=False, color="yellow", linewidth=1))
     axis.set_title(printable(words, lines=True), fontsize=5.5, parse_math=False)
 
 

@@ -5,7 +5,6 @@ Everything is made of the cells of the study; runs that did not finish are liste
 
 from __future__ import annotations
 
-import base64
 import html
 import math
 import os
@@ -19,6 +18,7 @@ from ghosttrain.config.schema import TrainConfig
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
 from ghosttrain.study.ledger import Numbers, curve_text, read_runs, write_runs
+from ghosttrain.study.page import figure, page, table
 from ghosttrain.study.published import published
 from ghosttrain.study.report import is_of_boxes, judged_in_words, spread, title_of
 from ghosttrain.study.stats import Difference, holm, paired_difference, seeds_needed
@@ -60,8 +60,8 @@ def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | Non
             line for picture, about in pictures.items() for line in ("", f"![{about}]({picture})")
         ]
         write_text(out / "report.md", "\n".join([text, *shown]) + "\n")
-        page = _page(title, study.about, rows, " ".join(note), faults, pictures, cells, out)
-        write_text(out / "report.html", page)
+        text_of_page = _page(title, study.about, rows, " ".join(note), faults, pictures, cells, out)
+        write_text(out / "report.html", text_of_page)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; type another --out") from None
     return text
@@ -171,26 +171,6 @@ def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
     return pictures
 
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem;
-       color: #1b1b1b; background: #fff }
-h1 { font-size: 1.35rem; line-height: 1.25; overflow-wrap: anywhere }
-h2 { font-size: 1.1rem; margin-top: 2rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
-         white-space: nowrap }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
-img { width: 100%; max-width: 40rem; height: auto; display: block }
-figure { margin: 1.5rem 0; break-inside: avoid }
-figcaption, .note { color: #555; font-size: .9rem }
-code { font-size: .8rem; overflow-wrap: anywhere }
-li { margin: .4rem 0 }
-@media print { body { max-width: none; font-size: 11px } .wide { overflow: visible }
-               table { font-size: 9px } th, td { padding: .15rem .3rem } }
-"""
-
-
 def _page(
     title: str,
     about: str,
@@ -202,33 +182,19 @@ def _page(
     out: Path,
 ) -> str:
     """Return the report as one file of HTML, the pictures in it."""
-    head, *body = [[html.escape(text) for text in row] for row in rows]
-    lines = [f"<tr>{''.join(f'<td>{text}</td>' for text in row)}</tr>" for row in body]
     missing = [f"<li>{html.escape(fault.removeprefix('- '))}</li>" for fault in faults]
-    figures = [
-        f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,'
-        f'{base64.b64encode((out / file).read_bytes()).decode()}">'
-        f"<figcaption>{html.escape(text)}</figcaption></figure>"
-        for file, text in pictures.items()
-    ]
-    return "\n".join(
+    return page(
+        title,
         [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-            f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>",
-            '<div class="wide"><table><thead><tr>',
-            "".join(f"<th>{text}</th>" for text in head),
-            "</tr></thead><tbody>",
-            *lines,
-            "</tbody></table></div>",
+            f"<p>{html.escape(about)}</p>",
+            *table(rows),
             f'<p class="note">{html.escape(note)}</p>',
             *(["<h2>In no mean</h2><ul>", *missing, "</ul>"] if missing else []),
-            *figures,
+            *(figure((out / file).read_bytes(), text) for file, text in pictures.items()),
             "<h2>Runs</h2><ul>",
             *(_run_line(cell, out) for cell in cells),
-            "</ul></body></html>\n",
-        ]
+            "</ul>",
+        ],
     )
 
 

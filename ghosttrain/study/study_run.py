@@ -78,11 +78,11 @@ def _cost(cells: Sequence[Cell], missing: Sequence[Cell]) -> str:
         of_arm = seconds.get(cell.arm)
         each = statistics.mean(of_arm) if of_arm else _by_trial(cell, known)
         if each is None and not any_arm:
+            line = f"{_length(missing)}; the time is known when a run has finished"
+            if cell.composed.config.detector.name != "none":  # `cost` is for classification
+                return line
             trial = f"python -m ghosttrain cost {shlex.join(cell.composed.arguments)} --measure"
-            return (
-                f"{_length(missing)}; the time is known when a run has finished, or by a trial: "
-                f"{trial}"
-            )
+            return f"{line}, or by a trial: {trial}"
         left += statistics.mean(any_arm) if each is None else each
     return f"time: about {clock(left)}, one after another"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from ghosttrain.engine.load import load_detector
 from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_config
 from ghosttrain.errors import UserError
+from ghosttrain.models.create import create_model
 from ghosttrain.optim.ema import Ema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +89,26 @@ def test_a_run_leaves_what_a_run_leaves_and_is_measured_again(ghosttrain, words,
 
     again = ghosttrain("detect", "eval", run)
     assert again.code == 0 and again.out.count("as reported") == 3, again.out
+    page = ghosttrain("detect", "show", run, "--top", "3")
+    assert page.code == 0 and "Worst first: the lowest F1 of an image" in page.out, page.err
+    assert f"AP {result['weights']['ema']['ap']:.2f} % of 8 held-out images" in page.out
+    worst = [float(line.split("F1 ")[1][:4]) for line in page.out.splitlines()[1:-1]]
+    assert len(worst) == 3 and worst == sorted(worst)
+    text = (run / "detections.html").read_text()
+    assert text.count("<article>") == text.count("data:image/jpeg") == 3 and "http" not in text
+    for kind in ("raw", "ema", "fused"):
+        assert f"<td>{result['weights'][kind]['ar10']:.2f}</td>" in text
+    assert all(f"<tr><td>{name}</td>" in text for name in ("disc", "bar", "AR small"))
+    half = tmp_path / "half"
+    shutil.copytree(run, half)
+    (half / "result.json").unlink()
+    for words_of_it, said in (
+        (["show", half], "has no result yet"),
+        (["show", run, "--top", "0"], "--top 0"),
+        (["eval", run, "--out", "x.html"], "is for detect show"),
+    ):
+        wrong = ghosttrain("detect", *words_of_it)
+        assert wrong.code == 2 and said in wrong.err and wrong.err.count("\n") == 1, wrong.err
     larger = ghosttrain("detect", "eval", run, "data.eval_size=96")
     assert larger.code == 2 and larger.err.count("\n") == 1
     assert "the anchors of this run are those of 64 px" in larger.err
@@ -129,12 +151,12 @@ def test_a_detector_stopped_within_an_epoch_ends_the_same(ghosttrain, words, tmp
 def test_two_processes_measure_what_one_does(ghosttrain, words, tmp_path):
     """RetinaNet on a plain backbone, trained by two; odd shares of the held-out images."""
     words = [*words, "detector=retinanet", "detector.channels=16", "reparam=none",
-             "train.max_steps=1", "launch.nproc=2"]  # fmt: skip
+             "train.max_steps=1", "train.sync_bn=true", "launch.nproc=2"]  # fmt: skip
     command = [sys.executable, "-m", "ghosttrain", "detect", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     again = ghosttrain("detect", "eval", only_run(tmp_path / "runs"))
-    assert "retinanet" in done.stdout
+    assert "retinanet" in done.stdout and "of all ranks together" in done.stdout
     table = json.loads((only_run(tmp_path / "runs") / "result.json").read_text())["weights"]
     assert table["ema"]["n"] == 8
     assert again.out.count(f"{table['ema']['ap']:.2f}") >= 1
@@ -156,6 +178,20 @@ def test_backbones_of_others_train(ghosttrain, words, tmp_path, source):
 
 
 @pytest.mark.slow
+def test_compiled_it_learns_as_it_does_otherwise(ghosttrain, words, tmp_path):
+    words = [*words, "model=mobilenetv2_050", "reparam=none", "train.max_steps=1"]
+    words.remove("model=ghostnetv3_050")
+    losses = []
+    for compiled in ("false", "true"):
+        root = tmp_path / compiled
+        done = ghosttrain("detect", *words, f"train.compile={compiled}", f"run.root={root}")
+        assert done.code == 0, done.err
+        rows = read_metrics(only_run(root))
+        losses.append(next(row["loss"] for row in rows if row["kind"] == "train"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # other orders of sums
+
+
+@pytest.mark.slow
 def test_a_sweep_and_a_search_go_by_ap(ghosttrain, words):
     words = [*words, "model=mobilenetv2_050", "reparam=none", "train.max_steps=1"]
     words.remove("model=ghostnetv3_050")
@@ -166,6 +202,26 @@ def test_a_sweep_and_a_search_go_by_ap(ghosttrain, words):
     search = ["hydra/sweeper=optuna", "optim.lr=interval(0.001,0.01)", "hydra.sweeper.n_trials=1"]
     searched = ghosttrain("train", "-m", *words, *search)
     assert searched.code == 0 and "| trial | EMA AP % |" in searched.out, searched.err
+
+
+def test_a_frozen_backbone_stays_and_the_rest_learns(ghosttrain, words, tmp_path):
+    backbone = create_model("mobilenetv2_050", 5, reparam="none")
+    torch.save(backbone.state_dict(), tmp_path / "weights.pth")
+    words.remove("model=ghostnetv3_050")
+    done = ghosttrain(
+        "detect", *words, "model=mobilenetv2_050", "reparam=none", "train.max_steps=1",
+        f"model.weights={tmp_path / 'weights.pth'}", "model.freeze=backbone", "optim.lr=0.1",
+        "optim.layer_decay=0.9",
+    )  # fmt: skip
+    assert done.code == 0 and "frozen: backbone" in done.out, done.err
+    found = load_detector(only_run(tmp_path / "runs"), "raw").state_dict()
+    prefix = "backbone.backbone.network."
+    kept = {key: value for key, value in found.items() if key.startswith(prefix)}
+    assert len(kept) > 100
+    for key, value in kept.items():
+        assert torch.equal(value, backbone.state_dict()[key.removeprefix(prefix)]), key
+    biases = [value for key, value in found.items() if key.startswith("head") and "bias" in key]
+    assert len(biases) > 20 and all(value.any() for value in biases)  # they began at 0
 
 
 def test_a_backbone_that_has_learnt_is_taken_from_a_run(ghosttrain, words, tiny, tmp_path):
@@ -192,7 +248,7 @@ def test_a_backbone_that_has_learnt_is_taken_from_a_run(ghosttrain, words, tiny,
     [
         (["data=digits"], "learns from boxes, and data=digits has none"),
         (["distill=kl", "teacher=digits"], "distill.name=kl is not for detector=ssdlite"),
-        (["train.compile=true"], "type train.compile=false"),
+        (["train.cuda_graph=true"], "type train.cuda_graph=false"),
         (["train.best_by=top1"], "type train.best_by=ap"),
         (["augment=compact"], "type augment.policy=boxes"),
         (["model.input_stride=small"], "not of 32"),
@@ -235,5 +291,5 @@ def test_scenes_train_by_the_command_alone(ghosttrain, tmp_path):
     assert done.code == 0, done.err
     assert "synthetic scenes" in done.out and "the embedded set; COCO" in done.out
     assert read_config(only_run(tmp_path)).recipe == "detect_ssdlite"
-    wrong = ghosttrain("detect", "show")
+    wrong = ghosttrain("detect", "shoe")
     assert wrong.code == 2 and "detect eval RUN" in wrong.err

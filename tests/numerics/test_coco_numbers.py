@@ -17,6 +17,8 @@ from ghosttrain.detect.coco_numbers import (
     ignoring_the_picture,
     measure,
 )
+from ghosttrain.detect.matching import ON_CROWD, RIGHT, WRONG, best_threshold, match
+from ghosttrain.study.detect_page import _svg
 
 CLASSES = ["a", "b", "c"]
 
@@ -103,3 +105,59 @@ def test_ignoring_the_picture_finds_what_is_always_there_and_little_else():
     prior = ignoring_the_picture(train, 3, held.sizes)
     assert all(len(each.scores) <= 100 for each in prior.values())
     assert measure(held, CLASSES, prior).row["ap50"] < 20
+
+
+def test_what_is_right_is_what_pycocotools_matches():
+    """At IoU .5, image by image; with distinct scores, as equal ones may be taken in any order."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    rng = np.random.default_rng(7)
+    boxes = random_boxes(rng)
+    found = {}
+    for image, each in detections(rng, boxes).items():
+        each.corners[:, 2:] = np.maximum(each.corners[:, 2:], each.corners[:, :2] + 1)
+        found[image] = each._replace(scores=rng.permutation(len(each.scores)) / 100 + 0.01)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = as_coco(boxes, CLASSES)
+        truth.createIndex()
+        reference = COCOeval(truth, truth.loadRes(as_results(found)), "bbox")
+        reference.params.iouThrs = np.array([0.5])
+        reference.params.areaRng, reference.params.areaRngLbl = [[0, 1e10]], ["all"]
+        reference.evaluate()
+    expected: dict[int, dict[float, int]] = {image: {} for image in found}
+    for part in filter(None, reference.evalImgs):
+        kinds = np.where(part["dtIgnore"][0], ON_CROWD, part["dtMatches"][0] > 0)
+        of_image = expected.setdefault(part["image_id"] - 1, {})
+        of_image |= dict(zip(part["dtScores"], kinds.tolist(), strict=True))
+    matched = []
+    for image, each in found.items():
+        own = boxes.of(image)
+        done = match(each, boxes.corners[own], boxes.labels[own], boxes.crowd[own])
+        assert dict(zip(done.found.scores, done.kind.tolist(), strict=True)) == expected[image]
+        matched.append(done)
+    assert {kind for each in matched for kind in each.kind.tolist()} == {RIGHT, WRONG, ON_CROWD}
+
+    def f1(least):
+        right, wrong, missed = np.sum([each.counts(least) for each in matched], axis=0)
+        return 2 * right / (2 * right + wrong + missed)
+
+    best = best_threshold(matched)
+    assert f1(best) == max(f1(k / 100 + 0.01) for k in range(40))
+
+
+def test_the_curve_of_precision_has_the_area_that_is_ap50():
+    rng = np.random.default_rng(3)
+    boxes = random_boxes(rng)
+    numbers = measure(boxes, CLASSES, detections(rng, boxes))
+    assert np.isnan(numbers.precision_RK[:, 2]).all()  # it has no box
+    area = np.nanmean(numbers.precision_RK[:, :2])
+    assert 100 * area == pytest.approx(numbers.row["ap50"], rel=1e-12)
+    assert (np.diff(numbers.precision_RK[:, :2], axis=0) <= 0).all()
+
+
+def test_names_are_escaped_in_the_page():
+    box = [(np.array([1.0, 2, 30, 40]), "right", "<b>&")]
+    svg = _svg((64, 64), "", box, 2.0, "boxes")
+    assert "&lt;b&gt;&amp;" in svg and "<b>" not in svg and 'width="58.0"' in svg

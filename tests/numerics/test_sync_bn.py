@@ -15,10 +15,13 @@ from layers import (
     images,
     layer,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from ghosttrain.config.schema import ReparamConfig
+from ghosttrain.detect.backbones import build_backbone
+from ghosttrain.detect.detectors import SSDLITE_REDUCTIONS, ssdlite
 from ghosttrain.models.collapse import choose_forward
+from ghosttrain.models.create import create_model
 from ghosttrain.models.reparam import RepConv2d
 from ghosttrain.models.sync_bn import SyncBatchNorm2d, synchronize
 
@@ -50,14 +53,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
             torch.save(results, f"{tmp_path}/{{forward}}{{rank}}.pt")
         dist.destroy_process_group()  # or its threads abort the process, now and then
     """)
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank)], stderr=subprocess.PIPE)
-        for rank in (0, 1)
-    ]
-    for rank in ranks:
-        _, err = rank.communicate(timeout=120)
-        assert rank.returncode == 0, err.decode()
-
+    run_on_two(script)
     network = synced_network()
     x = images(5, 3, 9, 7).double().to(memory_format=torch.channels_last).requires_grad_()
     y = network(x)
@@ -75,6 +71,62 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
         torch.testing.assert_close(torch.cat([dx0, dx1]), x.grad, **close)
         torch.testing.assert_close(grads, joint, **close)
         torch.testing.assert_close(buffers, statistics, rtol=1e-12, atol=1e-12)
+
+
+def run_on_two(script: str) -> None:
+    """Run a script as rank 0 and as rank 1."""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank)], stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        _, err = rank.communicate(timeout=120)
+        assert rank.returncode == 0, err.decode()
+
+
+def test_a_whole_detector_sees_the_joint_batch(tmp_path):
+    """Backbone, extra maps and torchvision's head; rank 0 has three images, rank 1 two."""
+    script = textwrap.dedent(f"""
+        import sys, torch, torch.distributed as dist
+        sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
+        from test_sync_bn import seen_by_head, small_detector
+        from ghosttrain.models.sync_bn import synchronize
+        torch.set_num_threads(1)
+        rank = int(sys.argv[1])
+        store = "file://{tmp_path}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        part = slice(0, 3) if rank == 0 else slice(3, 5)
+        y, grads, buffers = seen_by_head(synchronize(small_detector()), part)
+        dist.all_reduce(grads)
+        torch.save((y, grads, buffers), f"{tmp_path}/{{rank}}.pt")
+        dist.destroy_process_group()
+    """)
+    run_on_two(script)
+    expected, joint, statistics = seen_by_head(small_detector(), slice(0, 5))
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([y for y, _, _ in ranks]), expected, rtol=1e-8, atol=1e-8)
+    for _, grads, buffers in ranks:
+        torch.testing.assert_close(grads, joint, rtol=1e-6, atol=1e-6 * float(joint.abs().max()))
+        torch.testing.assert_close(buffers, statistics, rtol=1e-9, atol=1e-9)
+
+
+def small_detector() -> nn.Module:
+    torch.manual_seed(0)
+    student = create_model("mobilenetv2_050", 2, reparam="none")
+    return ssdlite(build_backbone(student, SSDLITE_REDUCTIONS, "mobilenetv2_050"), 2, 64).double()
+
+
+def seen_by_head(detector: nn.Module, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the head says of some of five images (B, anchors, 4 + classes), the gradients of
+    all parameters, and the running statistics.
+    """
+    x = images(5, 3, 64, 64).double()[part]
+    output = detector.head(list(detector.backbone(x).values()))
+    y = torch.cat([output["bbox_regression"], output["cls_logits"]], dim=2)
+    (y * torch.linspace(-1, 1, y[0].numel(), dtype=y.dtype).view_as(y[0])).square().sum().backward()
+    grads = torch.cat([p.grad.flatten() for p in detector.parameters()])
+    buffers = torch.cat([b.flatten().double() for b in detector.buffers()])
+    return y.detach(), grads, buffers
 
 
 def synced_network() -> nn.Module:

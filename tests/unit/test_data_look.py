@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from boxes import make_coco
 from helpers import refusal
 from PIL import Image
 
@@ -143,3 +144,25 @@ def test_mistakes_are_one_line(words, parts, capsys):
 
 def test_a_policy_without_draws_has_words():
     assert words_of(draw(AugmentConfig(policy="none"), True, 40, 20, 0, 0)) == "crop 50 %"
+
+
+def test_the_sheet_has_the_boxes_where_the_objects_are(tmp_path, monkeypatch, capsys):
+    make_coco(tmp_path, train=4, val=2)
+    words = ["+recipe=detect_ssdlite", "data=coco", f"data.root={tmp_path}", "data.train_size=64",
+             "data.eval_size=64", "augment.zoom_out=2"]  # fmt: skip
+    seen = []
+    monkeypatch.setattr(
+        data_look, "_place", lambda axis, *rest: seen.append((*rest, ()) if len(rest) < 3 else rest)
+    )
+    draw_sheet(compose(words, trains=False).config, samples=4, draws=3, out=tmp_path / "sheet.png")
+    assert len(seen) == 16 and seen[12][1] == "no box\n80 x 64" and not len(seen[13][2])
+    inside = [
+        pixels[round(top) + 2 : round(bottom) - 2, round(left) + 2 : round(right) - 2]
+        for pixels, _, boxes in seen
+        for left, top, right, bottom in boxes
+    ]
+    assert len(inside) > 12
+    for patch in inside:  # red or blue, not grey
+        assert abs(float(patch[..., 0].mean()) - float(patch[..., 2].mean())) > 150
+    assert main(["data", "check", *words]) == 2
+    assert "data check is for classification" in capsys.readouterr().err

@@ -63,14 +63,14 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
     if words[0] == "cache":
         compose(words[1:])
         return
-    if words[0] == "detect" and words[1:2] != ["eval"]:
+    if words[0] == "detect" and words[1:2] in (["eval"], ["show"]):
+        assert len(words) == 3
+        return
+    if words[0] == "detect":
         words = [word.replace("/path", str(tmp_path)) for word in words[1:]]
         words = [word.replace("=RUN", f"={finished_run(tmp_path)}") for word in words]
         named = any(word.startswith("+recipe=") for word in words)
         compose(words if named else ["+recipe=detect_ssdlite", *words])
-        return
-    if words[:2] == ["detect", "eval"]:
-        assert len(words) == 3
         return
     if words[:2] == ["eval", "--weights"]:
         compose(words[3:], trains=False)

@@ -11,8 +11,15 @@ from torch import nn
 
 from ghosttrain.config.compose import compose
 from ghosttrain.config.schema import OptimConfig
+from ghosttrain.detect.backbones import build_backbone, create_torchvision_model
+from ghosttrain.detect.detectors import retinanet, ssdlite
 from ghosttrain.engine.checkpoint import read_checkpoint
-from ghosttrain.engine.freeze import freeze_at, freeze_network, frozen_throughout
+from ghosttrain.engine.freeze import (
+    freeze_at,
+    freeze_network,
+    frozen_parameters,
+    frozen_throughout,
+)
 from ghosttrain.errors import UserError
 from ghosttrain.models.create import create_model, create_timm_model
 from ghosttrain.models.depth import block_depths, stage_depths
@@ -126,6 +133,51 @@ def test_learning_rates_fall_with_the_distance_from_the_classifier(name) -> None
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     plain = build_optimizer(cfg.model_copy(update={"layer_decay": 1.0}), model)
     assert decayed == {id(p) for p in plain.param_groups[0]["params"]}
+
+
+def detector(name: str, source: str) -> nn.Module:
+    torch.manual_seed(0)
+    if source == "torchvision":
+        return ssdlite(build_backbone(create_torchvision_model(name), (16, 32), name), 3, 64)
+    model = create_timm_model(name, 3) if source == "timm" else create_model(name, 3)
+    return retinanet(build_backbone(model, (8, 16, 32), name), 3, channels=16)
+
+
+BLOCKS = ("stem", *(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("resnet18", "torchvision"), ("resnet18", "timm"), ("mobilenetv2_050", "ghosttrain")],
+)
+def test_of_a_detector_all_beside_the_backbone_is_the_classifier(name, source) -> None:
+    model = detector(name, source)
+    depths = block_depths(model)
+    prefix, names = "backbone.backbone.network.", [key for key, _ in model.named_parameters()]
+    inner = {key: depths[key] for key in names if key.startswith(prefix)}
+    outer = {depths[key] for key in names if not key.startswith(prefix)}
+    deepest = max(inner.values()) + 1
+    assert outer == {deepest} and set(inner.values()) == {*range(deepest)}
+    if source == "torchvision":
+        place = {key: ".".join(key.removeprefix(prefix).split(".")[:2]) for key in inner}
+        assert inner == {key: BLOCKS.index(place[key]) if place[key] in BLOCKS else 0
+                         for key in inner}  # fmt: skip
+    if source == "ghosttrain":  # as deep as in the classifier that it was
+        alone = block_depths(create_model(name, 3))
+        assert inner == {key: alone[key.removeprefix(prefix)] for key in inner}
+    optimizer = build_optimizer(OptimConfig(name="adamw", lr=1.0, layer_decay=0.5), model, depths)
+    rates = {p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert {key: rates[p] for key, p in model.named_parameters()} == {
+        key: 0.5 ** (deepest - depths[key]) for key in names
+    }
+    assert frozen_parameters(model, "backbone") == inner.keys()
+    if source == "torchvision":
+        with pytest.raises(UserError, match="type model.freeze=backbone, bn or none"):
+            frozen_parameters(model, "stages:1")
+    else:
+        some = frozen_parameters(model, "stages:2")
+        assert some < inner.keys() and {depths[k] for k in some} == {*range(len(
+            {depths[k] for k in some}))}  # fmt: skip
 
 
 SMALL = [
