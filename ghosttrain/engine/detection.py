@@ -28,8 +28,6 @@ from ghosttrain.distill.losses import at
 from ghosttrain.engine import distributed
 from ghosttrain.engine.evaluate import Evaluation, HeldOutImages, evaluating
 from ghosttrain.engine.student import build_student
-from ghosttrain.engine.teacher_source import TeacherSource
-from ghosttrain.engine.train import Task
 from ghosttrain.errors import UserError
 from ghosttrain.models.reparam import using_forward
 from ghosttrain.models.sync_bn import synchronize
@@ -270,19 +268,3 @@ def in_pixels(each: Mapping[str, Tensor], size: int, image: np.ndarray) -> Found
         each["scores"].float().cpu().double().numpy(),
         each["labels"].cpu().numpy() - 1,
     )
-
-
-def build_teacher(config: Config, train_set: Dataset, device: torch.device) -> TeacherSource:
-    """Return who teaches the detector; nothing of that is imported where nobody does.
-
-    Raises:
-        UserError: as `build_pyramid_source`.
-    """
-    if config.distill.name == "none":
-        return TeacherSource()
-    from ghosttrain.engine.pyramid_teacher import build_pyramid_source
-
-    return build_pyramid_source(config, train_set, device)
-
-
-DETECTION = Task(build_data, build_teacher, build_network, loss_terms, evaluate)

@@ -9,9 +9,16 @@ from ghosttrain.engine.train import Task
 def task_of(config: Config) -> Task:
     """Return what a run of these settings learns. Only its own modules are imported."""
     if config.detector.name != "none":
-        from ghosttrain.engine.detection import DETECTION
+        from ghosttrain.engine import detection
+        from ghosttrain.engine.pyramid_teacher import build_pyramid_source
 
-        return DETECTION
+        return Task(
+            detection.build_data,
+            build_pyramid_source,
+            detection.build_network,
+            detection.loss_terms,
+            detection.evaluate,
+        )
     from ghosttrain.engine.classification import CLASSIFICATION
 
     return CLASSIFICATION

@@ -14,7 +14,7 @@ from ghosttrain.data.datasets import build_datasets
 from ghosttrain.data.loader import train_loader
 from ghosttrain.detect.pkd import LEVELS, pearson_loss
 from ghosttrain.engine import pyramid_teacher
-from ghosttrain.engine.detection import build_network, build_teacher, loss_terms
+from ghosttrain.engine.detection import build_network, loss_terms
 from ghosttrain.engine.load import load_detector
 from ghosttrain.engine.rows import read_metrics
 
@@ -65,7 +65,7 @@ def test_the_term_is_that_of_both_pyramids(words, teacher):
          "distill.label_weight=0.5", "data.std=[0.2,0.2,0.2]"]
     ).config  # fmt: skip
     train, _ = build_datasets(config.data)
-    source = build_teacher(config, train, CPU)
+    source = pyramid_teacher.build_pyramid_source(config, train, CPU)
     torch.manual_seed(0)
     network = build_network(config, train.classes, 0, 4, CPU).train()
     with train_loader(train, config.data, config.augment, CPU, channels_last=True) as images:
@@ -128,7 +128,7 @@ def test_a_teacher_must_find_more_than_chance(words, teacher, ghosttrain, monkey
             return found
 
         monkeypatch.setattr(pyramid_teacher.PyramidTeacher, "forward", forward)
-        return build_teacher(config, train, CPU).about
+        return pyramid_teacher.build_pyramid_source(config, train, CPU).about
 
     assert "AP50 100.0 % on 16 unaugmented training images" in finds(0)
     with pytest.raises(pyramid_teacher.UserError, match="no more than chance: AP50"):
