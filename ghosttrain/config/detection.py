@@ -6,12 +6,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ghosttrain.config.schema import BOX_DATA, AugmentConfig, Config
+from ghosttrain.config.schema import (
+    BOX_DATA,
+    NAMED_SOURCES,
+    AugmentConfig,
+    Config,
+    DetectorConfig,
+    TrainConfig,
+)
 from ghosttrain.errors import UserError
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "distill.name": ("none", "pkd"),
-    "teacher.members": ({},),
     "teacher.dtype": ("auto",),
     "teacher.compile": (False,),
     "teacher.chunk": (None,),
@@ -22,6 +28,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "train.class_weights": ("none",),
     "train.label_loss": ("cross_entropy",),
     "train.focal_gamma": (0.0,),
+    "train.label_smoothing": (TrainConfig().label_smoothing,),
+    "data.crop_pct": (1.0,),
     "data.balance": ("none",),
     "data.size_schedule": ((),),
     "data.classes": ((),),
@@ -56,19 +64,63 @@ def validate_detection(config: Config) -> None:
         section, setting = key.split(".")
         value = tree[section][setting]
         if value not in allowed:
-            absent = allowed[0] in ((), {}, None)
+            absent = allowed[0] in ((), None) or key == "train.label_smoothing"
             what = f"leave {key} out" if absent else f"type {key}={_typed(allowed[0])}"
             raise UserError(f"{key}={_typed(value)} is not for detector={name}: {what}")
-    if config.distill.name == "pkd" and name != "retinanet":
+    _validate_augment(config)
+    if config.distill.name == "pkd":
+        _validate_pyramid_teacher(config)
+    if name == "ssdlite" and config.data.eval_size != config.data.train_size:
         raise UserError(
-            f"distill=pkd compares feature pyramids, and detector={name} has none: type "
-            "+recipe=detect_retinanet, or distill=none"
+            f"data.eval_size={config.data.eval_size}: the anchors of detector=ssdlite are made for "
+            f"one side: type data.eval_size={config.data.train_size}"
+        )
+    if name == "ssdlite" and config.detector.channels != DetectorConfig().channels:
+        raise UserError(
+            f"detector.channels={config.detector.channels} would do nothing: it is for "
+            "+recipe=detect_retinanet; leave it out"
         )
     if config.model.source == "torchvision" and config.data.in_chans != 3:
         raise UserError(
             f"torchvision's {config.model.name} takes colour images, not data.in_chans="
             f"{config.data.in_chans}: type data.in_chans=3"
         )
+
+
+def _validate_augment(config: Config) -> None:
+    """Refuse settings of `augment` that do not move boxes, or that policy=none would not read."""
+    augment, default = config.augment, AugmentConfig()
+    for key in AugmentConfig.model_fields:
+        read = key in OF_BOXES and augment.policy == "boxes"
+        if not read and key not in ("policy", "seed"):
+            value = getattr(augment, key)
+            if value != getattr(default, key):
+                reads = ", ".join(OF_BOXES) if augment.policy == "boxes" else "none of them"
+                raise UserError(
+                    f"augment.{key}={_typed(value)} would do nothing with "
+                    f"detector={config.detector.name} and augment.policy={augment.policy}, which "
+                    f"reads {reads}: leave it out"
+                )
+
+
+def _validate_pyramid_teacher(config: Config) -> None:
+    if config.detector.name != "retinanet":
+        raise UserError(
+            f"distill=pkd compares feature pyramids, and detector={config.detector.name} has none: "
+            "type +recipe=detect_retinanet, or distill=none"
+        )
+    teacher = config.teacher
+    if teacher.name or teacher.members or teacher.weights in NAMED_SOURCES:
+        raise UserError(
+            "distill=pkd learns from a detector that was trained here: type teacher=run "
+            "teacher.run=RUN, the folder of a finished run of +recipe=detect_retinanet"
+        )
+    for key in ("input_size", "mean", "std"):
+        if getattr(teacher, key) is not None:
+            raise UserError(
+                f"teacher.{key} would do nothing with distill=pkd: the weights of the teacher say "
+                "it; leave it out"
+            )
 
 
 def validate_anchors(saved: Config, size: tuple[int, int]) -> None:

@@ -256,8 +256,8 @@ class TeacherConfig(PretrainedConfig):
     average: Literal["probability", "logit"] = "probability"
     """Ensemble: what is averaged, the members' probabilities or their logits."""
     check_samples: int = Field(512, ge=0, json_schema_extra=may_change("run", "cache"))
-    """Unaugmented training images on which every network must beat chance (binomial p <= .01); 0
-    skips the check."""
+    """Unaugmented training images on which every network must beat chance (binomial p <= .01), a
+    detector find more than chance does; 0 skips the check."""
     trust: bool = Field(False, json_schema_extra=may_change("run"))
     """Take a teacher that does not beat chance all the same."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -297,7 +297,7 @@ class _DistillSection(Section):
     weight: Scheduled = 1.0
     """Weight of the distillation term."""
     label_weight: Scheduled = 1.0
-    """Weight of the cross-entropy with the labels."""
+    """Weight of the cross-entropy with the labels, or of a detector's own losses."""
     features_weight: Scheduled = 0.0
     """Weight of the features term: 1 - cosine between the teacher's pooled features and a linear
     projection of the student's; 0 is off."""

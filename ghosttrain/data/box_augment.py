@@ -31,6 +31,9 @@ from ghosttrain.data.datasets.boxes import SMALLEST, Boxes
 from ghosttrain.data.decode import BrokenImage, decoded
 from ghosttrain.data.order import mix
 
+THIN = 16
+"""Pixels of the shorter side below which an image is not cropped or scaled; nor is one of which
+less than two would be left of it in the square."""
 NO_CLASS = -1.0
 """In the place of a class, in rows that fill up."""
 _PHOTOMETRIC, _ZOOM, _JITTER, _CROP, _FLIP = range(20, 25)  # beside the streams of augment.py
@@ -70,10 +73,11 @@ def _sample(
     corners, labels = boxes.objects(number)
     listed = tuple(boxes.sizes[number].tolist())
     path = getattr(image, "filename", "")  # of what stands for a broken one: none
-    if path and listed != (width, height) and len(corners):
+    if path and listed != (width, height):
         raise BrokenImage(
             f"{path} is {width} x {height} pixels, its annotation says {listed[0]} x {listed[1]}: "
-            "its boxes cannot be placed"
+            "mend the annotation, type data.orientation=ignore where the file is turned by its "
+            "EXIF, or data.on_error=skip to leave the image out"
         )
     sample = {
         "pixels": tv_tensors.Image(pixels),
@@ -84,7 +88,9 @@ def _sample(
     }
     size = size or (data.eval_size if augment is None else data.train_size)
     if augment is not None:
-        for ingredient, transform in _ingredients(augment, data, len(labels) > 0):
+        short, long = sorted((width, height))
+        thin = short < THIN or 2 * long > short * data.train_size
+        for ingredient, transform in _ingredients(augment, data, len(labels) > 0, thin):
             sample = _drawn(transform, sample, mix(augment.seed, ingredient, draw_number, index))
     end = [
         v2.Resize((size, size), v2.InterpolationMode(data.interpolation), antialias=True),
@@ -100,9 +106,11 @@ def _sample(
 
 
 def _ingredients(
-    augment: AugmentConfig, data: DataConfig, has_boxes: bool
+    augment: AugmentConfig, data: DataConfig, has_boxes: bool, thin: bool
 ) -> Iterator[tuple[int, Any]]:
-    """Yield the stream and the transform of everything that is on, in order."""
+    """Yield the stream and the transform of everything that is on, in order; of a thin image, of
+    which a part may have no pixel, none that takes a part.
+    """
     from torchvision.transforms import v2
 
     if augment.policy == "none":
@@ -112,12 +120,12 @@ def _ingredients(
         yield _PHOTOMETRIC, v2.RandomPhotometricDistort()
     if augment.zoom_out > 1:
         yield _ZOOM, v2.RandomZoomOut(fill=fill, side_range=(1.0, augment.zoom_out))
-    if augment.scale_jitter:
+    if augment.scale_jitter and not thin:
         low, high = 1 - augment.scale_jitter, 1 + augment.scale_jitter
         square = (data.train_size, data.train_size)
         crop = v2.RandomCrop(square, pad_if_needed=True, fill=fill)
         yield _JITTER, v2.Compose([v2.ScaleJitter(square, (low, high)), crop])
-    if augment.iou_crop and has_boxes:  # without a box no crop would do
+    if augment.iou_crop and has_boxes and not thin:  # without a box no crop would do
         yield _CROP, v2.RandomIoUCrop()
     if data.flip:
         yield _FLIP, v2.RandomHorizontalFlip()

@@ -25,8 +25,11 @@ def pearson_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
         student: maps (B, C, H, W), the largest first.
         teacher: maps of the same shapes.
     """
-    pairs = zip(student[:LEVELS], teacher[:LEVELS], strict=True)
-    terms = [(_standardized(s) - _standardized(t)).square().mean() / 2 for s, t in pairs]
+    terms = [
+        (_standardized(s) - _standardized(t)).square().mean() / 2
+        for s, t in zip(student[:LEVELS], teacher[:LEVELS], strict=True)
+        if s[:, 0].numel() > 1  # a single value is correlated with nothing
+    ]
     return torch.stack(terms).sum()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ghosttrain.config.schema import Config
+from ghosttrain.engine.metrics import WORDS, judged_by
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
@@ -90,9 +91,9 @@ def _teacher(config: Config, result: Mapping[str, Any]) -> str | None:
     same = taught and taught["data"]["held_out"]["digest"] == result["data"]["held_out"]["digest"]
     if not taught or not same:
         return None
-    key, word = ("top1", "top-1") if config.detector.name == "none" else ("ap", "AP")
+    key = judged_by(config)
     student, teacher = (each["weights"]["ema"][key] for each in (result, taught))
-    line = f"on the same images its teacher reaches {teacher:.2f} % {word}"
+    line = f"on the same images its teacher reaches {teacher:.2f} % {WORDS[key]}"
     if teacher >= student:
         return line
     return (

@@ -262,9 +262,11 @@ def in_pixels(each: Mapping[str, Tensor], size: int, image: np.ndarray) -> Found
         size: S, side of the square that the detector saw.
         image: (2,) its width and height.
     """
-    corners = each["boxes"].float().cpu().double().numpy()
+    labels = each["labels"].cpu().numpy() - 1
+    objects = labels >= 0  # RetinaNet may say background, as torchvision's does
+    corners = each["boxes"].float().cpu().double().numpy()[objects]
     return Found(
         to_original(corners, size, image),
-        each["scores"].float().cpu().double().numpy(),
-        each["labels"].cpu().numpy() - 1,
+        each["scores"].float().cpu().double().numpy()[objects],
+        labels[objects],
     )

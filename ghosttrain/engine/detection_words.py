@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ghosttrain.engine.metrics import LISTED_CLASSES
-from ghosttrain.text import listed
+from ghosttrain.text import listed, printable
 
 COLUMNS = {
     "ap": "AP %", "ap50": "AP50 %", "ap75": "AP75 %", "ap_small": "small",
@@ -52,8 +52,9 @@ def _class_lines(classes: Mapping[str, Any]) -> list[str]:
     if len(names) > LISTED_CLASSES:
         there = [k for k in range(len(names)) if ap[k] is not None]
         worst = sorted(there, key=lambda k: (ap[k], names[k]))
-        shown = (f"{names[k]} {ap[k]:.1f} % of {boxes[k]} boxes" for k in worst)
+        shown = (f"{printable(names[k])} {ap[k]:.1f} % of {boxes[k]} boxes" for k in worst)
         return [f"lowest AP: {listed(shown, most=5)}"]
+    names = [printable(name) for name in names]
     width = max(len("class"), *(len(name) for name in names)) + 2
     lines = [f"{'class':<{width}}{'boxes':>8}{'AP %':>8}"]
     for name, count, value in zip(names, boxes, ap, strict=True):

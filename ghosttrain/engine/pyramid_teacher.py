@@ -158,7 +158,7 @@ def _checked(
                 labels = column[one.labels]
                 ours = labels >= 0
                 found.append(Found(one.corners[ours], one.scores[ours], labels[ours]))
-    shifted = [*found[1:], *found[:1]]
+    shifted = [*found[1:], *found[:1]] if len(found) > 1 else [Found(*(x[:0] for x in found[0]))]
     same = ignoring_the_picture(boxes_of(train_set), len(classes), boxes.sizes)
     own, blind, moved = (
         measure(boxes, classes, dict(each)).row["ap50"]

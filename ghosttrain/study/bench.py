@@ -61,8 +61,11 @@ def bench(names: Sequence[str], overrides: Sequence[str], options: Options) -> s
         raise UserError(f"bench needs one of: python -m ghosttrain {shown}")
     (part,) = names
     # What a detector refuses of classification, its recipe replaces.
-    recipe = ["+recipe=detect_ssdlite"] * any(word.startswith("detector=") for word in overrides)
+    detectors = [word for word in overrides if word.startswith(("detector=", "detector.name="))]
+    recipe = ["+recipe=detect_ssdlite"] * any(not word.endswith("=none") for word in detectors)
     asked = ["budget=full", *recipe, *DEFAULTS[part], *overrides]
+    if recipe:  # its anchors are for one side
+        asked += [w.replace("train", "eval") for w in asked if w.startswith("data.train_size=")]
     config = compose(asked, trains=False).config
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]

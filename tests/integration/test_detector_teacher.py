@@ -141,6 +141,8 @@ def test_a_teacher_must_find_more_than_chance(words, teacher, ghosttrain, monkey
         (["teacher.run=/nowhere"], "is no run folder"),
         (["detector.channels=32"], "type detector.channels=16"),
         (["data.in_chans=1", "data.mean=[0.5]", "data.std=[0.2]"], "type data.in_chans=3"),
+        (["teacher=timm", "teacher.name=resnet18", "teacher.run=null"], "teacher=run teacher.run="),
+        (["teacher.input_size=64"], "teacher.input_size would do nothing"),
         (["cache.dir=stored"], "leave cache.dir out"),
         (["distill.temperature=2"], "compares pyramids; leave it out"),
         (["+recipe=detect_ssdlite", "detector=ssdlite"], "detector=ssdlite has none"),

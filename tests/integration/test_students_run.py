@@ -138,6 +138,17 @@ def test_bench_step_prints_a_row_per_side(ghosttrain):
     assert cells[4] == cells[6] == "1.00"
     assert 0 < float(cells[5]) < 4000, "MiB"
 
+    sizes = ["data.train_size=64", "train.micro_batch=2", "model=shufflenetv2_050"]
+    asked = ["bench", "step", "detector=ssdlite", *sizes, "--rounds", "1", "--forwards", "auto"]
+    outcome = ghosttrain(*asked)
+    assert outcome.code == 0, outcome.err
+    head, _, _, titles, _, *rows = outcome.out.splitlines()
+    assert "shufflenetv2_050 in ssdlite" in head and titles.endswith("its share |")
+    for row in rows:
+        cells = [cell.strip() for cell in row.split("|")]
+        step, backbone = (float(cells[k].split()[0]) for k in (2, 8))
+        assert float(cells[9].rstrip("%")) == pytest.approx(100 * backbone / step, abs=2)
+
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from boxes import CATEGORIES, make_coco, make_voc, read_annotations, write_coco
+from PIL import Image
 
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.box_augment import box_transform
@@ -98,6 +99,11 @@ def test_faults_of_boxes_are_counted_and_mended_as_stated(root):
         (lambda c: c["images"][1].update(id=1000), "two images have the same id"),
         (lambda c: c["images"][0].update(file_name="../x.jpg"), "names no folder of its own"),
         (lambda c: c["images"].clear(), "the annotations list no images"),
+        (lambda c: c["images"][0].update(width=0), "an image of 0 x 64 pixels"),
+        (lambda c: c["images"][0].update(width=10**30), "a row is not as COCO's are"),
+        (lambda c: c["annotations"][0].update(bbox=[1e308, 1, 1e308, 5]), "are not finite"),
+        (lambda c: c["annotations"][0].update(bbox=[10**400, 1, 5, 5]), "a row is not as COCO's"),
+        (lambda c: c["categories"][0].update(name="\ud800"), "a row is not as COCO's are"),
     ],
 )
 def test_files_that_cannot_be_used_are_one_line(root, spoil, message):
@@ -131,6 +137,14 @@ def test_voc_is_read_as_it_is_written(tmp_path):
     assert train.boxes.corners[0].tolist() == [0, 0, 20, 20]
     assert train.boxes.crowd.tolist() == [False, True, False]
     assert len(held_out.boxes.labels) == 1 and "of a category" in " ".join(held_out.left_out)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a\n  \nb\n")
+    assert len(build_datasets(data)[0]) == 2
+    c = tmp_path / "Annotations" / "c.xml"
+    whole = c.read_text()
+    for width in ("0", "9" * 30):
+        c.write_text(whole.replace("<width>64<", f"<width>{width}<"))
+        with pytest.raises(UserError, match="c.xml is not of VOC's format .an image of"):
+            build_datasets(data)
     (tmp_path / "Annotations" / "c.xml").write_text("<annotation>")
     with pytest.raises(UserError, match="c.xml is not of VOC's format"):
         build_datasets(data)
@@ -187,6 +201,24 @@ def test_augmented_boxes_follow_their_objects(root):
                 assert (mean[0] > mean[2] + 60) == (label == 0), (draw, index)
                 seen += 1
     assert seen > 60
+
+
+@pytest.mark.parametrize("size", [(400, 1), (1, 50), (4000, 20)])
+def test_thin_images_are_neither_cropped_nor_scaled(root, size):
+    """torchvision's transforms would leave a part without pixels."""
+    content = read_annotations(root, "train2017")
+    image = content["images"][0]
+    image["width"], image["height"] = size
+    Image.new("RGB", size).save(root / "train2017" / image["file_name"])
+    own = [row for row in content["annotations"] if row["image_id"] == image["id"]]
+    own[0]["bbox"] = [0, 0, *size]
+    write_coco(root, "train2017", content)
+    train, _ = build_datasets(coco(root))
+    augment = ALL_ON.model_copy(update={"scale_jitter": 0.9})
+    transform = box_transform(coco(root), augment, train.boxes)
+    for draw in range(12):
+        pixels, _ = transform(lambda: train.open(0), draw, 0)
+        assert pixels.shape == (3, 64, 64)
 
 
 def test_draws_are_a_function_of_seed_draw_and_sample_alone(root):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from boxes import make_coco
@@ -94,6 +95,20 @@ def test_shares_of_two_ranks_measure_what_one_does(config, monkeypatch):
     half, others = measured(range(1, 8, 2), [])
     both, _ = measured(range(0, 8, 2), others)
     assert both == whole and half != whole
+
+
+def test_what_is_said_to_be_background_is_no_detection():
+    each = {"boxes": torch.ones(2, 4), "scores": torch.tensor([0.9, 0.8])}
+    found = detection.in_pixels(each | {"labels": torch.tensor([0, 2])}, 64, np.array([64, 64]))
+    assert found.labels.tolist() == [1] and found.scores.tolist() == pytest.approx([0.8])
+
+
+def test_batch_norm_of_the_whole_detector_is_synchronized(config):
+    train = config.train.model_copy(update={"sync_bn": True})
+    asked = config.model_copy(update={"train": train})
+    network = build_network(asked, ["disc", "bar"], 0, 4, CPU)
+    kinds = {type(m).__name__ for m in network.modules() if "BatchNorm" in type(m).__name__}
+    assert kinds == {"SyncBatchNorm2d"}
 
 
 def test_the_terms_of_the_loss_are_torchvisions_and_fall(config):

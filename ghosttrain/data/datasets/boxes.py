@@ -23,6 +23,8 @@ from ghosttrain.errors import UserError
 
 SMALLEST = 1.0
 """Pixels that a box has each way at least."""
+LARGEST = 2**31
+"""No image has so many pixels each way, and no box lies so far out."""
 
 
 @dataclass(frozen=True, eq=False)

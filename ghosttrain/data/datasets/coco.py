@@ -14,7 +14,7 @@ import numpy as np
 from ghosttrain.config.identity import fault_below
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset, splits
-from ghosttrain.data.datasets.boxes import checked_boxes
+from ghosttrain.data.datasets.boxes import LARGEST, checked_boxes
 from ghosttrain.data.datasets.folder import FileDataset
 from ghosttrain.errors import UserError
 from ghosttrain.text import one_line, printable
@@ -34,6 +34,7 @@ def read_coco(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     with _named(train_file):
         rows = sorted(train_json["categories"], key=lambda row: row["id"])
         classes = [str(row["name"]) for row in rows]
+        "".join(classes).encode()  # half a character is no text
         train = _half(data, root, train_split, train_file, train_json, classes)
     val_file = _annotations(root, val_split, val_key)
     with _named(val_file):
@@ -54,14 +55,20 @@ def _half(
     listed_ids = {row["id"] for row in found["images"]}
     own = [row for row in found["annotations"] if row["image_id"] in number_of]
     strays = sum(row["image_id"] not in listed_ids for row in found["annotations"])
+    sizes = np.array([(row["width"], row["height"]) for row in rows], dtype=np.int64)
+    if not ((sizes > 0) & (sizes < LARGEST)).all():
+        number = int(((sizes <= 0) | (sizes >= LARGEST)).any(axis=1).argmax())
+        width, height = sizes[number].tolist()
+        raise ValueError(f"{rows[number]['file_name']!r}: an image of {width} x {height} pixels")
     ltwh = np.array([row["bbox"] for row in own], dtype=np.float64).reshape(-1, 4)
+    ltwh = np.where(np.abs(ltwh) < LARGEST, ltwh, np.nan)  # as good as infinite
     boxes, notes = checked_boxes(
         [number_of[row["image_id"]] for row in own],
         np.concatenate([ltwh[:, :2], ltwh[:, :2] + ltwh[:, 2:]], axis=1),
         [labels.get(row["category_id"], -1) for row in own],
         [bool(row.get("iscrowd", 0)) for row in own],
         [float(row.get("area", 0)) for row in own],
-        np.array([(row["width"], row["height"]) for row in rows], dtype=np.int64).reshape(-1, 2),
+        sizes.reshape(-1, 2),
         str(file),
         lambda number: printable(str(rows[number]["file_name"])),
     )
@@ -175,7 +182,7 @@ class _named:
             return
         if isinstance(error, KeyError):
             raise UserError(f"{self.file}: a row has no {error}: mend the file") from None
-        if isinstance(error, TypeError | ValueError | AttributeError):
+        if isinstance(error, TypeError | ValueError | AttributeError | OverflowError):
             raise UserError(
                 f"{self.file}: a row is not as COCO's are ({one_line(error)[:100]}): mend the file"
             ) from None

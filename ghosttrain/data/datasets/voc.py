@@ -13,7 +13,7 @@ import numpy as np
 from ghosttrain.config.identity import fault_below
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset, splits
-from ghosttrain.data.datasets.boxes import checked_boxes
+from ghosttrain.data.datasets.boxes import LARGEST, checked_boxes
 from ghosttrain.data.datasets.coco import box_files, files_there
 from ghosttrain.data.datasets.folder import FileDataset
 from ghosttrain.errors import UserError
@@ -55,7 +55,9 @@ def _objects(
             f"there is no {file}: data=voc reads ImageSets/Main/NAME.txt, Annotations/ and "
             f"JPEGImages/; type data.{key}=NAME"
         )
-    words = [line.split()[0] for line in file.read_text(errors="replace").splitlines() if line]
+    words = [
+        line.split()[0] for line in file.read_text(errors="replace").splitlines() if line.split()
+    ]
     kept, missing = files_there(data, root / "JPEGImages", [f"{word}.jpg" for word in words])
     objects: list[_Object] = []
     sizes = []
@@ -90,6 +92,8 @@ def _annotation(path: Path, number: int) -> tuple[tuple[int, int], list[_Object]
                     difficult is not None and difficult.text.strip() == "1",
                 )
             )
+        if not (0 < width < LARGEST and 0 < height < LARGEST):
+            raise ValueError(f"an image of {width} x {height} pixels")
     except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not of VOC's format ({one_line(error)[:100]}): mend the file"
