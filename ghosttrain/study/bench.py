@@ -60,13 +60,7 @@ def bench(names: Sequence[str], overrides: Sequence[str], options: Options) -> s
         shown = ", ".join(f"bench {name}" for name in DEFAULTS)
         raise UserError(f"bench needs one of: python -m ghosttrain {shown}")
     (part,) = names
-    # What a detector refuses of classification, its recipe replaces.
-    detectors = [word for word in overrides if word.startswith(("detector=", "detector.name="))]
-    recipe = ["+recipe=detect_ssdlite"] * any(not word.endswith("=none") for word in detectors)
-    asked = ["budget=full", *recipe, *DEFAULTS[part], *overrides]
-    if recipe:  # its anchors are for one side
-        asked += [w.replace("train", "eval") for w in asked if w.startswith("data.train_size=")]
-    config = compose(asked, trains=False).config
+    config = compose(composed_words(part, overrides), trains=False).config
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         if key not in (*READ[part], f"{READ[part][0]}.name"):
@@ -85,6 +79,17 @@ def bench(names: Sequence[str], overrides: Sequence[str], options: Options) -> s
             raise UserError(f"--forwards {options.forwards}: {forward!r} is none.{hint}")
     own_images = any(override.startswith("data.root=") for override in overrides)
     return _run(part, config, forwards, options, own_images)
+
+
+def composed_words(part: str, overrides: Sequence[str]) -> list[str]:
+    """Return the words that the settings of a benchmark are composed of."""
+    # What a detector refuses of classification, its recipe replaces.
+    detectors = [word for word in overrides if word.startswith(("detector=", "detector.name="))]
+    recipe = ["+recipe=detect_ssdlite"] * any(not word.endswith("=none") for word in detectors)
+    asked = ["budget=full", *recipe, *DEFAULTS[part], *overrides]
+    if recipe:  # its anchors are for one side
+        asked += [w.replace("train", "eval") for w in asked if w.startswith("data.train_size=")]
+    return asked
 
 
 def _run(

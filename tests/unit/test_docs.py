@@ -17,7 +17,7 @@ from ghosttrain.config.hydra_words import split_words
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.launch import replaced_lines
 from ghosttrain.engine.run_files import write_config
-from ghosttrain.study.bench import DEFAULTS
+from ghosttrain.study.bench import DEFAULTS, composed_words
 from ghosttrain.study.studies import load_study, study_cells
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,8 +54,9 @@ def test_a_command_composes(command: str, tmp_path: Path) -> None:
     if words[0] == "bench":
         verb, rest = find_verb(words)
         options = parse(importlib.import_module("ghosttrain.commands.bench").ARGUMENTS, rest)
-        compose([word for word in options.words if "=" in word], trains=False)
-        assert options.words[0] in DEFAULTS
+        part, *_ = options.words
+        overrides = [word for word in options.words if "=" in word]
+        assert compose(composed_words(part, overrides), trains=False) and part in DEFAULTS
         return
     if words[0] == "cache" and not words[1].startswith("+"):
         assert len(words) == 3 and words[2] in ("--repair", "--inspect")
