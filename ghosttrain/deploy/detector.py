@@ -21,7 +21,6 @@ from ghosttrain.deploy.network import Deployed
 from ghosttrain.deploy.parity import BOUND, run_in_batches
 from ghosttrain.detect.coco_numbers import Found, iou, measure
 from ghosttrain.detect.decode import Decoder
-from ghosttrain.detect.detectors import head_outputs
 
 SAME_IOU, SAME_EDGE, SAME_SCORE = 0.99, 0.01, 1e-4
 """Of two boxes of one class that count as the same: intersection over union at least, or pixels
@@ -89,6 +88,8 @@ def compare_detector(
         size: height and width of the images.
         fixed_batch: images that the file takes at once; None: any number.
     """
+    from ghosttrain.detect.detectors import head_outputs
+
     detector: Any = source.detector
     decoder = Decoder(source.box_settings(size), source.classes)
     ours: list[Found] = []

@@ -25,7 +25,6 @@ from ghosttrain.deploy.network import Deployed, example_of, write_preprocess
 from ghosttrain.deploy.parity import BOUND, Comparison, compare, first_difference
 from ghosttrain.deploy.runtime import stretched
 from ghosttrain.detect.coco_numbers import validate_installed
-from ghosttrain.engine.detection import boxes_of
 from ghosttrain.engine.evaluate import HeldOutImages
 from ghosttrain.engine.load import held_out_of
 from ghosttrain.engine.metrics import headline
@@ -217,6 +216,8 @@ def export_one(source: Deployed, made: Format, wanted: Wanted, held_out: HeldOut
             if source.detector is None:
                 found = compare(source.network, runner, held_out.batches(source), batch, bound)
             else:
+                from ghosttrain.engine.detection import boxes_of
+
                 boxes = boxes_of(held_out.dataset).at(held_out.indices())
                 seen = held_out.batches(source)
                 found = compare_detector(source, runner, seen, boxes, held_out.size, batch)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config, DataConfig
-from ghosttrain.detect.inference import RawOutputs, WithNms, settings_of
 from ghosttrain.engine.load import classes_of, load_detector, load_run
 from ghosttrain.engine.run_files import damaged_products, read_config, read_result
 from ghosttrain.engine.student import has_fused_form
@@ -78,10 +77,14 @@ class Deployed:
         """Return how boxes are made of the outputs of a detector for images of this size
         (`detect.inference.settings_of`).
         """
+        from ghosttrain.detect.inference import settings_of
+
         return settings_of(self.detector, torch.zeros(1, self.config.data.in_chans, *size))
 
     def with_nms(self, size: tuple[int, int]) -> Deployed:
         """Return a detector that chooses boxes in images of this height and width."""
+        from ghosttrain.detect.inference import WithNms
+
         network = WithNms(self.network, self.box_settings(size)).eval()
         return replace(self, network=network, nms=True)
 
@@ -121,20 +124,27 @@ def trained_form(folder: Path, config: Config) -> nn.Module:
     """Return the network of a run as it was trained, averaged, in eval mode: images (B, C, H, W) ->
     logits (B, K), or the raw outputs of a detector.
     """
-    return RawOutputs(load_detector(folder)).eval() if detects(config) else load_run(folder, "ema")
+    if not detects(config):
+        return load_run(folder, "ema")
+    from ghosttrain.detect.inference import (
+        RawOutputs,
+    )  # torchvision's detectors take seconds to import
+
+    return RawOutputs(load_detector(folder)).eval()
 
 
 def inference_form(model: nn.Module, own: bool) -> nn.Module:
     """Return a network in its cheapest equal form: ours fused, timm's after timm's own fusing where
     it has one. In eval mode, without gradients.
     """
+    model.eval()
+    if own:
+        from ghosttrain.models.reparam import fuse
+
+        return fuse(model).eval().requires_grad_(False)
     from timm.utils.model import reparameterize_model
 
-    from ghosttrain.models.reparam import fuse
-
-    model.eval()
-    form = fuse(model) if own else reparameterize_model(model)
-    return form.eval().requires_grad_(False)
+    return reparameterize_model(model).eval().requires_grad_(False)
 
 
 class WithPreprocess(nn.Module):
