@@ -120,15 +120,23 @@ def detects(config: Config) -> bool:
     return config.detector.name != "none"
 
 
+def validate_classifier(folder: Path, config: Config, what: str) -> None:
+    """Raise UserError where a run is one of detection: `what` is for classification."""
+    if detects(config):
+        raise UserError(
+            f"{what} is for classification, and {folder} is a run of detection: type python -m "
+            f"ghosttrain export {folder} --to onnx (fp32), or the same with --precision fp16"
+        )
+
+
 def trained_form(folder: Path, config: Config) -> nn.Module:
     """Return the network of a run as it was trained, averaged, in eval mode: images (B, C, H, W) ->
     logits (B, K), or the raw outputs of a detector.
     """
     if not detects(config):
         return load_run(folder, "ema")
-    from ghosttrain.detect.inference import (
-        RawOutputs,
-    )  # torchvision's detectors take seconds to import
+    # torchvision's detectors take seconds to import.
+    from ghosttrain.detect.inference import RawOutputs
 
     return RawOutputs(load_detector(folder)).eval()
 

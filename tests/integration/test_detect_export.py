@@ -231,3 +231,5 @@ def test_mistakes_are_one_line(
     assert main([given.get(word, word) for word in words]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert part in line, line
+    if "is for class" in part:
+        assert f"type python -m ghosttrain export {finished} --to onnx (fp32)" in line
