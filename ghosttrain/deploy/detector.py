@@ -75,7 +75,7 @@ def compare_detector(
     runner: Runner,
     batches: Iterable[tuple[Tensor, Tensor]],
     boxes: Boxes,
-    size: tuple[int, int],
+    box_settings: dict[str, Any],
     fixed_batch: int | None,
 ) -> DetectorComparison:
     """Show the same images to a detector and to what runs its file.
@@ -85,13 +85,14 @@ def compare_detector(
         runner: of the file.
         batches: inputs of the network, and labels, which are not looked at.
         boxes: the objects of these images, in their order.
-        size: height and width of the images.
+        box_settings: of the detector, for the size of these images.
         fixed_batch: images that the file takes at once; None: any number.
     """
     from ghosttrain.detect.detectors import head_outputs
 
     detector: Any = source.detector
-    decoder = Decoder(source.box_settings(size), source.classes)
+    decoder = Decoder(box_settings, source.classes)
+    height, width = box_settings["size"]
     ours: list[Found] = []
     theirs: list[Found] = []
     pairs: dict[str, list[tuple[float, float]]] = {"class logit": [], "box delta": []}
@@ -120,7 +121,9 @@ def compare_detector(
         worst = {name: tuple(map(max, zip(*rows, strict=True))) for name, rows in pairs.items()}
         answer = max(worst, key=lambda name: worst[name][0] / max(worst[name][1], 1e-12))
         largest, scale = worst[answer]
-    ap, ap_exported = (_ap(boxes, source.classes, found, size) for found in (ours, theirs))
+    ap, ap_exported = (
+        _ap(boxes, source.classes, found, (height, width)) for found in (ours, theirs)
+    )
     return DetectorComparison(
         images=len(ours),
         answer=answer,

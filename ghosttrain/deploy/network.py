@@ -81,11 +81,11 @@ class Deployed:
 
         return settings_of(self.detector, torch.zeros(1, self.config.data.in_chans, *size))
 
-    def with_nms(self, size: tuple[int, int]) -> Deployed:
-        """Return a detector that chooses boxes in images of this height and width."""
+    def with_nms(self, box_settings: dict[str, Any]) -> Deployed:
+        """Return a detector that chooses boxes itself, as `box_settings()` has it."""
         from ghosttrain.detect.inference import WithNms
 
-        network = WithNms(self.network, self.box_settings(size)).eval()
+        network = WithNms(self.network, box_settings).eval()
         return replace(self, network=network, nms=True)
 
 
@@ -199,16 +199,23 @@ def example_of(source: Deployed, size: tuple[int, int], batch: int) -> Tensor:
 # --- preprocess.json ------------------------------------------------------------------------------
 
 
-def write_preprocess(folder: Path, source: Deployed, size: tuple[int, int]) -> None:
-    """Write beside a file what its user has to do with an image, and what its outputs mean."""
+def write_preprocess(
+    folder: Path,
+    source: Deployed,
+    size: tuple[int, int],
+    box_settings: dict[str, Any] | None = None,
+) -> None:
+    """Write beside a file what its user has to do with an image, and what its outputs mean; of a
+    detector with its `box_settings`.
+    """
     data, (height, width) = source.config.data, size
     kept = {name: getattr(data, name) for name in KEPT}
-    if source.detector is None:
+    if box_settings is None:
         kept["resize_shorter_side"] = int(data.eval_size / data.crop_pct)
     else:
         del kept["crop_pct"]
         kept["resize"] = "stretched to size, proportions not kept"
-        kept["detector"] = source.box_settings(size)
+        kept["detector"] = box_settings
     about: dict[str, Any] = {
         "size": [height, width],
         "resized_for": data.eval_size,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ghosttrain.deploy import export
 from ghosttrain.deploy.detector import same_boxes
 from ghosttrain.deploy.formats import Runner, onnx, torch_export
 from ghosttrain.deploy.network import deployed
+from ghosttrain.detect import inference
 from ghosttrain.detect.coco_numbers import Found
 from ghosttrain.detect.decode import Decoder
 from ghosttrain.engine.load import load_detector
@@ -69,12 +71,18 @@ def report(run: Path, name: str) -> dict:
 
 
 def test_files_with_and_without_the_choice_of_boxes(
-    finished: Path, images: np.ndarray, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import onnxruntime
 
+    made = Mock(wraps=inference.settings_of)
+    monkeypatch.setattr(inference, "settings_of", made)
     assert main(["export", str(finished), "--to", "onnx"]) == 0
     assert main(["export", str(finished), "--to", "onnx", "--nms", "--images", "3"]) == 0
+    assert made.call_count == 2  # one pass of the backbone for each export
     text = capsys.readouterr().out
     result = json.loads((finished / "result.json").read_text())
     ap = f"{result['weights']['fused']['ap']:.2f}"
@@ -138,7 +146,8 @@ def test_chosen_boxes_are_compared_one_by_one(
     """In the place of a file the network itself, spoilt; the order of boxes does not count, and one
     of a hundred may differ.
     """
-    network = deployed(finished).with_nms((64, 64)).network
+    detector = deployed(finished)
+    network = detector.with_nms(detector.box_settings((64, 64))).network
 
     def call(pixels: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
