@@ -18,7 +18,7 @@ from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.datasets.base import evenly
 from ghosttrain.deploy.card import update_card
-from ghosttrain.deploy.detector import SAME, DetectorComparison, compare_detector
+from ghosttrain.deploy.detector import DetectorComparison, compare_detector
 from ghosttrain.deploy.formats import Format, folder_name, versions
 from ghosttrain.deploy.latency import one_pass
 from ghosttrain.deploy.network import Deployed, example_of, write_preprocess
@@ -329,12 +329,13 @@ def line(report: dict[str, Any]) -> str:
     )
     if not report["verified"]:
         return f"{head}; converted, {report['note']}"
-    found = report["comparison"]
+    found, bound = report["comparison"], report["bound"]
     if headline(found) == "ap":
-        words = DetectorComparison(**found).words()
+        compared = DetectorComparison(**found)
+        words, allowed = compared.words(), compared.allowed(bound)
     else:
         answer = "a probability" if report["include_preprocess"] else "a logit"
-        words = Comparison(**found).words(answer)
+        words, allowed = Comparison(**found).words(answer), f"{bound:.0e} of the largest is allowed"
     text = f"{head}; {words}; {report['latency_ms']:.2f} ms"
     if report["passed"]:
         return text
@@ -344,5 +345,4 @@ def line(report: dict[str, Any]) -> str:
         if layer
         else "each layer alone is within the bound"
     )
-    boxes = f", and {SAME:g} % of the boxes have to be the same" if "boxes" in found else ""
-    return f"{text}\nREJECTED: {report['bound']:.0e} of the largest is allowed{boxes}; {where}"
+    return f"{text}\nREJECTED: {allowed}; {where}"
