@@ -72,17 +72,16 @@ def run(options: Namespace) -> int:
 
     from ghosttrain.config.compose import override_saved
     from ghosttrain.deploy.export import Wanted, export_run, validate_detector
-    from ghosttrain.deploy.network import deployed
+    from ghosttrain.deploy.network import deployed, validate_classifier
 
     source = deployed(folder, options.include_preprocess)
     config = override_saved(source.config, overrides, "eval")
     go_on_without()
     wanted = Wanted(options.precision, size, options.batch, options.images, options.nms)
     if options.precision == "int8":
-        from ghosttrain.config.detection import validate_classifies
         from ghosttrain.deploy.quantize import Calibration, quantize_run
 
-        validate_classifies(config, "--precision int8")
+        validate_classifier(source.folder, config, "--precision int8")
         validate_detector(source, wanted)
         if size:
             raise UserError("--size is not for --precision int8: its ranges are those of the run's")

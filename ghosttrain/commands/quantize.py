@@ -69,14 +69,13 @@ def run(options: Namespace) -> int:
     formats = [find(name) for name in dict.fromkeys(options.to.split(","))]
 
     from ghosttrain.config.compose import override_saved
-    from ghosttrain.config.detection import validate_classifies
     from ghosttrain.deploy.export import Wanted
     from ghosttrain.deploy.finetune import finetune
-    from ghosttrain.deploy.network import deployed
+    from ghosttrain.deploy.network import deployed, validate_classifier
     from ghosttrain.deploy.quantize import Calibration, quantize_run, weight_bits
 
     source, before = deployed(folder, options.include_preprocess), None
-    validate_classifies(source.config, "quantize")
+    validate_classifier(source.folder, source.config, "quantize")
     if options.finetune:
         bits = min(weight_bits(each) for each in formats)
         trained = finetune(folder, source.config, bits, overrides)

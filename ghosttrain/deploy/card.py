@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ghosttrain.deploy.formats import folder_name
-from ghosttrain.engine.metrics import headline
+from ghosttrain.engine.metrics import WORDS, headline
 from ghosttrain.engine.run_files import damaged_products, read_result
 from ghosttrain.files import Damaged, file_digest, read_json, write_json, write_text
 
 HEADING = "## Exported files"
-JUDGED = {"top1": "top-1", "ap": "AP"}
-"""What files are judged by, in words."""
 
 
 def update_card(run: Path) -> None:
@@ -46,7 +44,7 @@ def _rows(reports: list[dict[str, Any]]) -> list[str]:
     """Return a Markdown table, one row for each file."""
     judged = next((headline(r["comparison"]) for r in reports if "comparison" in r), "top1")
     lines = [
-        f"| file | size | {JUDGED[judged]} % | PyTorch | largest difference | one pass | |",
+        f"| file | size | {WORDS[judged]} % | PyTorch | largest difference | one pass | |",
         "|---|---|---|---|---|---|---|",
     ]
     for report in reports:

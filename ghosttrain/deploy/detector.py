@@ -21,11 +21,11 @@ from ghosttrain.deploy.network import Deployed
 from ghosttrain.deploy.parity import BOUND, run_in_batches
 from ghosttrain.detect.coco_numbers import Found, iou, measure
 from ghosttrain.detect.decode import Decoder
-from ghosttrain.detect.detectors import head_outputs
 
 SAME_IOU, SAME_EDGE, SAME_SCORE = 0.99, 0.01, 1e-4
-"""Of two boxes of one class that count as the same: intersection over union at least, or pixels
-that an edge differs by at most (some boxes have no area); difference of their scores at most."""
+"""Two boxes of one class are at one place: intersection over union at least, or pixels that an edge
+differs by at most (some boxes have no area). They are the same where their scores differ by at most
+`SAME_SCORE`."""
 SAME = 99.0
 """Per cent of the boxes that have to be the same, in fp32: where two scores are equal but for
 rounding, either may come first, and the first suppresses the other."""
@@ -37,7 +37,8 @@ class DetectorComparison:
 
     images: int
     answer: str
-    """The output that differs most: "class logit", "box delta"; of a file with NMS "score"."""
+    """The output that differs most: "class logit", "box delta"; of a file with NMS "score", of
+    two boxes of one class at one place."""
     largest: float
     """Difference of it."""
     scale: float
@@ -58,6 +59,17 @@ class DetectorComparison:
         close = self.largest <= bound * self.scale
         return close and (bound > BOUND["fp32"] or self.same >= SAME)
 
+    def allowed(self, bound: float) -> str:
+        """Return in words what passes within `bound`."""
+        text = (
+            f"scores of boxes at one place may differ by {bound:.0e}"
+            if self.answer == "score"
+            else f"{bound:.0e} of the largest is allowed"
+        )
+        if bound > BOUND["fp32"]:
+            return text
+        return f"{text}, and {SAME:g} % of the boxes have to be the same"
+
     def record(self) -> dict[str, Any]:
         """Return it as plain values."""
         return asdict(self)
@@ -76,7 +88,7 @@ def compare_detector(
     runner: Runner,
     batches: Iterable[tuple[Tensor, Tensor]],
     boxes: Boxes,
-    size: tuple[int, int],
+    box_settings: dict[str, Any],
     fixed_batch: int | None,
 ) -> DetectorComparison:
     """Show the same images to a detector and to what runs its file.
@@ -86,11 +98,14 @@ def compare_detector(
         runner: of the file.
         batches: inputs of the network, and labels, which are not looked at.
         boxes: the objects of these images, in their order.
-        size: height and width of the images.
+        box_settings: of the detector, for the size of these images.
         fixed_batch: images that the file takes at once; None: any number.
     """
+    from ghosttrain.detect.detectors import head_outputs
+
     detector: Any = source.detector
-    decoder = Decoder(source.box_settings(size), source.classes)
+    decoder = Decoder(box_settings, source.classes)
+    height, width = box_settings["size"]
     ours: list[Found] = []
     theirs: list[Found] = []
     pairs: dict[str, list[tuple[float, float]]] = {"class logit": [], "box delta": []}
@@ -110,23 +125,25 @@ def compare_detector(
                 pairs[name].append((_apart(mine, other), float(np.abs(mine).max())))
             theirs += [Found(*decoder(*each)) for each in zip(*found, strict=True)]
     handle.remove()
-    matched = [same_boxes(a, b) for a, b in zip(ours, theirs, strict=True)]
     count = sum(len(each.scores) for each in (*ours, *theirs))
-    same = [difference for each in matched for difference in each]
+    apart = [d for pair in zip(ours, theirs, strict=True) for d in score_differences(*pair)]
+    same = sum(difference <= SAME_SCORE for difference in apart)
     if source.nms:
-        answer, largest, scale = "score", max(same, default=0.0), 1.0
+        answer, largest, scale = "score", max(apart, default=0.0), 1.0
     else:
         worst = {name: tuple(map(max, zip(*rows, strict=True))) for name, rows in pairs.items()}
         answer = max(worst, key=lambda name: worst[name][0] / max(worst[name][1], 1e-12))
         largest, scale = worst[answer]
-    ap, ap_exported = (_ap(boxes, source.classes, found, size) for found in (ours, theirs))
+    ap, ap_exported = (
+        _ap(boxes, source.classes, found, (height, width)) for found in (ours, theirs)
+    )
     return DetectorComparison(
         images=len(ours),
         answer=answer,
         largest=largest,
         scale=scale,
         boxes=sum(len(each.scores) for each in ours),
-        same=200 * len(same) / count if count else 100.0,
+        same=200 * same / count if count else 100.0,
         ap=ap,
         ap_exported=ap_exported,
     )
@@ -138,22 +155,22 @@ def _apart(mine: np.ndarray, other: np.ndarray) -> float:
     return float(np.where(np.isfinite(apart), apart, np.inf).max())
 
 
-def same_boxes(ours: Found, theirs: Found) -> list[float]:
-    """Return the difference of the scores of each pair of boxes that are the same, each box in one
-    pair at most.
+def score_differences(ours: Found, theirs: Found) -> list[float]:
+    """Return by how much the scores of each two boxes of one class at one place differ; infinite
+    where one is no number. A box is in one pair at most; the nearest scores are paired first.
     """
     edges = np.abs(ours.corners[:, None] - theirs.corners[None]).max(axis=2)
-    close = (
-        (ours.labels[:, None] == theirs.labels[None])
-        & (np.abs(ours.scores[:, None] - theirs.scores[None]) <= SAME_SCORE)
-        & ((iou(ours.corners, theirs.corners) >= SAME_IOU) | (edges <= SAME_EDGE))
-    )
+    at_one_place = (iou(ours.corners, theirs.corners) >= SAME_IOU) | (edges <= SAME_EDGE)
+    pairs = np.argwhere(at_one_place & (ours.labels[:, None] == theirs.labels[None]))
+    apart = np.abs(ours.scores[pairs[:, 0]].astype(np.float64) - theirs.scores[pairs[:, 1]])
+    apart[np.isnan(apart)] = np.inf
+    free = np.ones(len(ours.scores), bool), np.ones(len(theirs.scores), bool)
     differences = []
-    for mine, row in enumerate(close):
-        if row.any():
-            other = int(row.argmax())
-            close[:, other] = False
-            differences.append(float(abs(ours.scores[mine] - theirs.scores[other])))
+    for number in np.argsort(apart, kind="stable"):
+        mine, other = pairs[number]
+        if free[0][mine] and free[1][other]:
+            free[0][mine] = free[1][other] = False
+            differences.append(float(apart[number]))
     return differences
 
 

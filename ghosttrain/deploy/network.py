@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ghosttrain.config.schema import Config, DataConfig
-from ghosttrain.detect.inference import RawOutputs, WithNms, settings_of
 from ghosttrain.engine.load import classes_of, load_detector, load_run
 from ghosttrain.engine.run_files import damaged_products, read_config, read_result
 from ghosttrain.engine.student import has_fused_form
@@ -78,11 +77,15 @@ class Deployed:
         """Return how boxes are made of the outputs of a detector for images of this size
         (`detect.inference.settings_of`).
         """
+        from ghosttrain.detect.inference import settings_of
+
         return settings_of(self.detector, torch.zeros(1, self.config.data.in_chans, *size))
 
-    def with_nms(self, size: tuple[int, int]) -> Deployed:
-        """Return a detector that chooses boxes in images of this height and width."""
-        network = WithNms(self.network, self.box_settings(size)).eval()
+    def with_nms(self, box_settings: dict[str, Any]) -> Deployed:
+        """Return a detector that chooses boxes itself, as `box_settings()` has it."""
+        from ghosttrain.detect.inference import WithNms
+
+        network = WithNms(self.network, box_settings).eval()
         return replace(self, network=network, nms=True)
 
 
@@ -117,24 +120,39 @@ def detects(config: Config) -> bool:
     return config.detector.name != "none"
 
 
+def validate_classifier(folder: Path, config: Config, what: str) -> None:
+    """Raise UserError where a run is one of detection: `what` is for classification."""
+    if detects(config):
+        raise UserError(
+            f"{what} is for classification, and {folder} is a run of detection: type python -m "
+            f"ghosttrain export {folder} --to onnx (fp32), or the same with --precision fp16"
+        )
+
+
 def trained_form(folder: Path, config: Config) -> nn.Module:
     """Return the network of a run as it was trained, averaged, in eval mode: images (B, C, H, W) ->
     logits (B, K), or the raw outputs of a detector.
     """
-    return RawOutputs(load_detector(folder)).eval() if detects(config) else load_run(folder, "ema")
+    if not detects(config):
+        return load_run(folder, "ema")
+    # torchvision's detectors take seconds to import.
+    from ghosttrain.detect.inference import RawOutputs
+
+    return RawOutputs(load_detector(folder)).eval()
 
 
 def inference_form(model: nn.Module, own: bool) -> nn.Module:
     """Return a network in its cheapest equal form: ours fused, timm's after timm's own fusing where
     it has one. In eval mode, without gradients.
     """
+    model.eval()
+    if own:
+        from ghosttrain.models.reparam import fuse
+
+        return fuse(model).eval().requires_grad_(False)
     from timm.utils.model import reparameterize_model
 
-    from ghosttrain.models.reparam import fuse
-
-    model.eval()
-    form = fuse(model) if own else reparameterize_model(model)
-    return form.eval().requires_grad_(False)
+    return reparameterize_model(model).eval().requires_grad_(False)
 
 
 class WithPreprocess(nn.Module):
@@ -181,16 +199,23 @@ def example_of(source: Deployed, size: tuple[int, int], batch: int) -> Tensor:
 # --- preprocess.json ------------------------------------------------------------------------------
 
 
-def write_preprocess(folder: Path, source: Deployed, size: tuple[int, int]) -> None:
-    """Write beside a file what its user has to do with an image, and what its outputs mean."""
+def write_preprocess(
+    folder: Path,
+    source: Deployed,
+    size: tuple[int, int],
+    box_settings: dict[str, Any] | None = None,
+) -> None:
+    """Write beside a file what its user has to do with an image, and what its outputs mean; of a
+    detector with its `box_settings`.
+    """
     data, (height, width) = source.config.data, size
     kept = {name: getattr(data, name) for name in KEPT}
-    if source.detector is None:
+    if box_settings is None:
         kept["resize_shorter_side"] = int(data.eval_size / data.crop_pct)
     else:
         del kept["crop_pct"]
         kept["resize"] = "stretched to size, proportions not kept"
-        kept["detector"] = source.box_settings(size)
+        kept["detector"] = box_settings
     about: dict[str, Any] = {
         "size": [height, width],
         "resized_for": data.eval_size,

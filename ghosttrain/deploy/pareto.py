@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from ghosttrain.config.detection import validate_classifies
 from ghosttrain.config.students import STUDENTS
 from ghosttrain.deploy.latency import IN_PYTORCH, converted, file_side, measure, network_side
 from ghosttrain.deploy.latency_of import network_for, networks_of
+from ghosttrain.deploy.network import validate_classifier
 from ghosttrain.engine.run_files import read_config, read_result
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_text
@@ -94,7 +94,7 @@ def _accuracy(word: str, is_run: bool) -> tuple[str, str, float | None]:
         return word, "", None
     folder = Path(word)
     config, result = read_config(folder), read_result(folder)
-    validate_classifies(config, "pareto")
+    validate_classifier(folder, config, "pareto")
     if result is None:
         raise UserError(f"{folder} is not finished: it has no accuracy yet")
     top1 = float(result["weights"][result["headline"]]["top1"])

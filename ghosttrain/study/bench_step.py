@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ghosttrain import native
 from ghosttrain.config.schema import PLAIN, Config
 from ghosttrain.config.students import validate_sides
-from ghosttrain.detect.detectors import create_detector, targets_of
 from ghosttrain.engine.summary import device_name
 from ghosttrain.models.cost import count_macs
 from ghosttrain.models.create import create_model, create_timm_model
@@ -142,26 +141,38 @@ def one_step(
     native.load()
     model: nn.Module = build(side, name, input_stride)
     if detector != "none":
+        from ghosttrain.detect.detectors import create_detector
+
         model = create_detector(detector, model, name, CLASSES, size)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator).to(device)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(batch, device=device)
-    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5, 3], [0.3, 0.5, 0.9, 0.9, 7]], device=device)
-    boxes[:, :4] *= size
-    targets = targets_of(boxes.repeat(batch, 1, 1))
-
-    def loss() -> torch.Tensor:
-        if part == "backbone":
-            maps = model.backbone.backbone(images)  # type: ignore[union-attr, operator]
-            return torch.stack([each.sum() for each in maps]).sum()
-        if detector != "none":
-            return torch.stack([*model(images, targets).values()]).sum()
-        return nn.functional.cross_entropy(model(images), labels)
+    if detector == "none":
+        loss = _loss_of_classes(model, images)
+    else:
+        loss = _sum_of_maps(model, images) if part == "backbone" else _loss_of_boxes(model, images)
 
     def step() -> None:
         loss().backward()
         model.zero_grad(set_to_none=True)
 
     return step
+
+
+def _loss_of_classes(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    labels = torch.arange(len(images), device=images.device)
+    return lambda: nn.functional.cross_entropy(model(images), labels)
+
+
+def _loss_of_boxes(detector: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    from ghosttrain.detect.detectors import targets_of
+
+    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5, 3], [0.3, 0.5, 0.9, 0.9, 7]], device=images.device)
+    boxes[:, :4] *= images.shape[-1]
+    targets = targets_of(boxes.repeat(len(images), 1, 1))
+    return lambda: torch.stack([*detector(images, targets).values()]).sum()
+
+
+def _sum_of_maps(detector: Any, images: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.stack([x.sum() for x in detector.backbone.backbone(images)]).sum()

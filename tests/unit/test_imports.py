@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,3 +61,15 @@ def test_no_imports_go_in_a_circle() -> None:
 def test_a_circle_is_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_what_classifies_imports_no_detector() -> None:
+    """torchvision's detectors cost seconds, and classification has no use for them."""
+    modules = [
+        "deploy.export", "deploy.latency_of", "deploy.pareto", "deploy.quantize",
+        "deploy.runtime", "engine.load", "study.bench_step",
+    ]  # fmt: skip
+    lines = [f"import ghosttrain.{name}" for name in modules]
+    lines += ["import sys", 'assert "torchvision.models.detection" not in sys.modules']
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
