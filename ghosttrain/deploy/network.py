@@ -166,6 +166,7 @@ class WithPreprocess(nn.Module):
     def __init__(self, network: nn.Module, data: DataConfig) -> None:
         super().__init__()
         self.network = network
+        self.output_names = getattr(network, "output_names", None)
         for name, values in zip(("mean", "std"), _per_channel(data), strict=True):
             self.register_buffer(name, values)
 

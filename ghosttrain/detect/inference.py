@@ -24,6 +24,8 @@ class RawOutputs(nn.Module):
     background's first, and box deltas (B, A, 4).
     """
 
+    output_names = ("logits", "deltas")
+
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
@@ -40,6 +42,7 @@ class WithNms(nn.Module):
     (D, 4) in pixels, scores (D,), labels (D,), the best first.
     """
 
+    output_names = ("boxes", "scores", "labels")
     anchors: Tensor
 
     def __init__(self, network: nn.Module, settings: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ def convert(
             (),
             dynamo=True,
             input_names=["images"],
+            output_names=getattr(network, "output_names", None),
             opset_version=OPSET,
             verbose=False,
         )
