@@ -22,7 +22,7 @@ from PIL import Image
 from ghosttrain.config.schema import Config
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.decode import decoded
-from ghosttrain.detect.coco_numbers import RECALLS, CocoNumbers, measure
+from ghosttrain.detect.coco_numbers import RECALLS, TITLES, CocoNumbers, measure
 from ghosttrain.detect.matching import ON_CROWD, RIGHT, Matched, best_threshold, match
 from ghosttrain.engine.detection import boxes_of, find
 from ghosttrain.engine.detection_words import IGNORES
@@ -37,12 +37,6 @@ SIDE = 320
 """Pixels of the longer side of a picture in the page."""
 NAMED_CURVES = 8
 """Classes up to which each has a curve with its name; of more, the lowest of AP."""
-NUMBERS = {
-    "ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium",
-    "ap_large": "AP large", "ar1": "AR1", "ar10": "AR10", "ar100": "AR100", "ar_small": "AR small",
-    "ar_medium": "AR medium", "ar_large": "AR large",
-}  # fmt: skip
-"""Of COCO, as the page calls them; all in per cent."""
 KINDS = {"raw": "raw", "ema": "EMA", "fused": "fused", "ignoring": IGNORES}
 """Row of `result.json` -> its column."""
 STYLE = """
@@ -168,7 +162,7 @@ def _numbers(result: Mapping[str, Any]) -> list[list[str]]:
     rows = {**result["weights"], "ignoring": result["ignoring"]}
     kinds = [kind for kind in KINDS if kind in rows]
     lines = [["", *(KINDS[kind] for kind in kinds)]]
-    for key, name in NUMBERS.items():
+    for key, name in TITLES.items():
         values = [rows[kind].get(key, -1) for kind in kinds]
         lines.append([name, *(f"{value:.2f}" if value >= 0 else "-" for value in values)])
     return lines
