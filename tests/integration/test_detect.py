@@ -72,10 +72,8 @@ def test_a_run_leaves_what_a_run_leaves_and_is_measured_again(ghosttrain, words,
 
     config = read_config(run)
     detector = load_detector(run)
-    assert all(
-        torch.equal(value, load_file(run / "model.safetensors")[key])
-        for key, value in detector.state_dict().items()
-    )
+    saved = load_file(run / "model.safetensors")
+    assert all(torch.equal(value, saved[key]) for key, value in detector.state_dict().items())
     held_out, found = build_datasets(config.data)[1], {}
     with eval_loader(held_out, config.data, torch.device("cpu")) as loader, torch.no_grad():
         for batch in loader.batches([[i] for i in range(len(held_out))]):
