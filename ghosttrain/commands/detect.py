@@ -20,8 +20,11 @@ from ghosttrain.text import printable
 
 if TYPE_CHECKING:
     from ghosttrain.config.schema import Config
+    from ghosttrain.data.datasets import Dataset
 
 RECIPE = "+recipe=detect_ssdlite"
+TOP = 16
+"""Images that `show` shows where `--top` does not say otherwise."""
 ARGUMENTS = with_config_dir(
     Arguments(
         "detect",
@@ -36,22 +39,26 @@ ARGUMENTS = with_config_dir(
         actions=("eval", "show"),
     )
 )
-ARGUMENTS.add_argument("--top", metavar="N", type=int, default=16, help="show: images (16)")
+ARGUMENTS.add_argument("--top", metavar="N", type=int, help=f"show: images ({TOP})")
 ARGUMENTS.add_argument("--out", metavar="FILE", help="show: write the page elsewhere")
 
 
 def run(options: Namespace) -> int:
     """Train or evaluate; return the exit code."""
-    if options.out is not None and options.words[:1] != ["show"]:
-        raise UserError(f"--out {options.out} is for detect show: type detect show RUN --out FILE")
+    for name in ("top", "out"):
+        value = getattr(options, name)
+        if value is not None and options.words[:1] != ["show"]:
+            option = f"--{name} {value}"
+            raise UserError(f"{option} is for detect show: type detect show RUN {option}")
     if options.words[:1] == ["eval"]:
         folders, overrides = folders_and_overrides(options.words[1:])
         return _evaluate(one_folder("detect eval", folders), overrides)
     if options.words[:1] == ["show"]:
         folders, overrides = folders_and_overrides(options.words[1:])
-        validate_counts(top=options.top)
+        top = TOP if options.top is None else options.top
+        validate_counts(top=top)
         out = Path(options.out) if options.out else None
-        return _show(one_folder("detect show", folders), overrides, options.top, out)
+        return _show(one_folder("detect show", folders), overrides, top, out)
     words = [word for word in options.words if "=" not in word]
     if words:
         raise UserError(
@@ -94,11 +101,17 @@ def _show(folder: Path, overrides: list[str], top: int, out: Path | None) -> int
     """Write the page about what a run detects; print where it is and the worst images; return 0.
 
     Raises:
-        UserError: no finished run of detection there, or the page cannot be written.
+        UserError: no finished run of detection there, several processes, or the page cannot be
+            written.
     """
-    from ghosttrain.engine.run_files import read_result
+    from ghosttrain.engine.run_files import read_config, read_result
 
     config, result = _settings(folder, overrides, "wrong"), read_result(folder)
+    if (processes := ranks.world_size(config.launch.nproc)) > 1:
+        raise UserError(
+            f"detect show is for one process, not for {processes}: leave launch.nproc or torchrun "
+            "out"
+        )
     if result is None:
         raise UserError(
             f"{folder} has no result yet: type the command that began it once more, to finish it"
@@ -110,14 +123,21 @@ def _show(folder: Path, overrides: list[str], top: int, out: Path | None) -> int
     held_out, batch = held_out_of(folder, config)
     seen = look(folder, held_out, config, batch)
     worst = seen.worst_first()[:top]
-    print(seen.definition())
+    same = _is_of(result, held_out) and config.data.eval_size == read_config(folder).data.eval_size
+    reported = {**result["weights"], "ignoring": result["ignoring"]} if same else None
+    print("\n".join([*seen.remarks(reported), seen.definition()]))
     for index in worst:
         print(f"{printable(held_out.name_of(index))}  {seen.line(index)}")
     path = out or folder / "detections.html"
     title = f"{folder.parent.name}/{folder.name}: detections"
-    write_text(path, detection_page(title, seen, held_out, config, result, top))
+    write_text(path, detection_page(title, seen, held_out, config, reported, worst))
     print(f"AP {seen.numbers.row['ap']:.2f} % of {len(held_out):,} held-out images: {path}")
     return 0
+
+
+def _is_of(result: dict[str, Any], held_out: Dataset) -> bool:
+    """Whether a result was measured on these images, by their names, sizes and boxes."""
+    return result["data"]["held_out"]["digest"] == held_out.identity()["digest"]
 
 
 def _evaluate(folder: Path, overrides: list[str]) -> int:
@@ -155,26 +175,22 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
         found = evaluate(models, held_images, device, len(held_out.classes))
     if distributed.rank() == 0:
         record = found.counts["ema"].record(held_out.classes)
-        reported: dict[str, Any] = (result or {}).get("weights", {})
+        measured = result if result is not None and _is_of(result, held_out) else {}
+        reported: dict[str, Any] = measured.get("weights", {})
         notes = {
             name: "   as reported" if row == reported[name] else "   not as reported"
             for name, row in found.table.items()
             if name in reported
         }
-        ignoring = (result or {}).get("ignoring")
         lines = [*notes_on(held_out), held_out.describe()]
-        lines += detection_lines(found.table, record, ignoring, notes)
+        lines += detection_lines(found.table, record, measured.get("ignoring"), notes)
         if "fused" in found.table:
             lines.append(
                 f"fused vs unfused: largest difference of an output of the head "
                 f"{found.difference:.1e}"
             )
         print("\n".join(lines))
-        same_images = (
-            result is not None
-            and result["data"]["held_out"]["digest"] == held_out.identity()["digest"]
-        )
-        if same_images and not overrides and found.table != reported:
+        if measured and not overrides and found.table != reported:
             print(
                 f"these are not the numbers of {folder / 'result.json'}: its weights, the images' "
                 "pixels or the way they are computed have changed"

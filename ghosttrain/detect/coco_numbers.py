@@ -14,13 +14,15 @@ import numpy as np
 from ghosttrain.data.datasets.boxes import Boxes
 from ghosttrain.errors import UserError
 
-NAMES = (
-    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
-    "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
-)  # fmt: skip
-"""Of the 12 numbers, in COCO's order: average precision over IoU .5 to .95, at .5 and at .75, of
-small, medium and large objects; average recall with 1, 10 and 100 detections an image, and by
-size."""
+TITLES = {
+    "ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium",
+    "ap_large": "AP large", "ar1": "AR1", "ar10": "AR10", "ar100": "AR100", "ar_small": "AR small",
+    "ar_medium": "AR medium", "ar_large": "AR large",
+}  # fmt: skip
+"""Of the 12 numbers, in COCO's order, as every table calls them: average precision over IoU .5 to
+.95, at .5 and at .75, of small, medium and large objects; average recall with 1, 10 and 100
+detections an image, and by size."""
+NAMES = tuple(TITLES)
 RECALLS = np.linspace(0, 1, 101)
 """Where COCO reads the curve of precision against recall."""
 PRIORS = 100

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ghosttrain.detect.coco_numbers import TITLES
 from ghosttrain.engine.metrics import LISTED_CLASSES
 from ghosttrain.text import listed, printable
 
-COLUMNS = {
-    "ap": "AP %", "ap50": "AP50 %", "ap75": "AP75 %", "ap_small": "small",
-    "ap_medium": "medium", "ap_large": "large", "ar100": "AR100 %",
-}  # fmt: skip
-"""Number of COCO -> its column."""
+COLUMNS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
+"""Those of COCO's numbers that a table of runs or weights has."""
 IGNORES = "no look"
 """Name of the row of the detector that ignores the picture."""
 
@@ -32,10 +30,10 @@ def detection_lines(
         ignoring: numbers of a detector that ignores the picture; None: not known.
         notes: kind of weights -> what stands behind its row.
     """
-    widths = {key: max(len(title), 6) + 2 for key, title in COLUMNS.items()}
-    head = "".join(f"{title:>{widths[key]}}" for key, title in COLUMNS.items())
+    widths = {key: max(len(TITLES[key]), 6) + 2 for key in COLUMNS}
+    head = "".join(f"{TITLES[key]:>{width}}" for key, width in widths.items())
     rows = dict(weights) | ({} if ignoring is None else {IGNORES: ignoring})
-    lines = [f"{'weights':<8}{head}"]
+    lines = [f"{'weights':<8}{head}   in %"]
     for name, row in rows.items():
         cells = (f"{row[key]:.2f}" if row[key] >= 0 else "-" for key in COLUMNS)
         line = "".join(f"{c:>{w}}" for c, w in zip(cells, widths.values(), strict=True))

@@ -14,15 +14,14 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ghosttrain.config.schema import Config
+from ghosttrain.config.schema import Config, DataConfig
 from ghosttrain.data.datasets import Dataset
 from ghosttrain.data.decode import decoded
-from ghosttrain.detect.coco_numbers import RECALLS, CocoNumbers, measure
+from ghosttrain.detect.coco_numbers import RECALLS, TITLES, CocoNumbers, measure
 from ghosttrain.detect.matching import ON_CROWD, RIGHT, Matched, best_threshold, match
 from ghosttrain.engine.detection import boxes_of, find
 from ghosttrain.engine.detection_words import IGNORES
@@ -37,14 +36,12 @@ SIDE = 320
 """Pixels of the longer side of a picture in the page."""
 NAMED_CURVES = 8
 """Classes up to which each has a curve with its name; of more, the lowest of AP."""
-NUMBERS = {
-    "ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium",
-    "ap_large": "AP large", "ar1": "AR1", "ar10": "AR10", "ar100": "AR100", "ar_small": "AR small",
-    "ar_medium": "AR medium", "ar_large": "AR large",
-}  # fmt: skip
-"""Of COCO, as the page calls them; all in per cent."""
 KINDS = {"raw": "raw", "ema": "EMA", "fused": "fused", "ignoring": IGNORES}
 """Row of `result.json` -> its column."""
+UNREAD = "cannot be read"
+"""Of an image, in its line and in the place of its picture."""
+Reported = Mapping[str, Mapping[str, float]]
+"""Row of `KINDS` -> the numbers of COCO that `result.json` has of it."""
 STYLE = """
 body { max-width: 76rem }
 th, td { padding: .25rem .5rem }
@@ -82,6 +79,9 @@ class Seen:
     numbers: CocoNumbers
     threshold: float
     """The score from which F1 of all images together is the highest."""
+    unread: frozenset[int]
+    """Numbers of the images that cannot be read, under `data.on_error=skip`: the detector was shown
+    a black one in their place."""
 
     def worst_first(self) -> list[int]:
         """Return the numbers of the images, by rising F1; of equals the one with more mistakes
@@ -103,13 +103,28 @@ class Seen:
         )
 
     def line(self, index: int) -> str:
-        """Return `F1 .67: 2 of 3 boxes found, 1 wrong detection`."""
+        """Return `F1 .67: 2 of 3 boxes found, 1 wrong detection`, and whether it was not read."""
         each = self.images[index]
         right, wrong, missed = each.counts(self.threshold)
         return (
             f"F1 {each.f1(self.threshold):.2f}: {right} of {right + missed} boxes found, "
-            f"{counted(wrong, 'wrong detection')}"
+            f"{counted(wrong, 'wrong detection')}{f'; {UNREAD}' * (index in self.unread)}"
         )
+
+    def remarks(self, reported: Reported | None) -> list[str]:
+        """Return what to know about the numbers, a sentence each."""
+        lines = []
+        if reported is None:
+            lines.append(
+                "These are other images, or of another size, than those of the run's result: all "
+                "numbers here were measured now, of the EMA weights"
+            )
+        if self.unread:
+            lines.append(
+                f"{len(self.unread):,} of {counted(len(self.images), 'held-out image')} {UNREAD}: "
+                "the detector was shown a black one instead"
+            )
+        return lines
 
 
 def look(folder: Path, held_out: Dataset, config: Config, batch: int) -> Seen:
@@ -123,11 +138,17 @@ def look(folder: Path, held_out: Dataset, config: Config, batch: int) -> Seen:
     for index, each in sorted(found.items()):
         own = boxes.of(index)
         matched.append(match(each, boxes.corners[own], boxes.labels[own], boxes.crowd[own]))
-    return Seen(matched, measure(boxes, held_out.classes, found), best_threshold(matched))
+    numbers, unread = measure(boxes, held_out.classes, found), frozenset(batches.loader.broken)
+    return Seen(matched, numbers, best_threshold(matched), unread)
 
 
 def detection_page(
-    title: str, seen: Seen, held_out: Dataset, config: Config, result: Mapping[str, Any], top: int
+    title: str,
+    seen: Seen,
+    held_out: Dataset,
+    config: Config,
+    reported: Reported | None,
+    shown: Sequence[int],
 ) -> str:
     """Return the page.
 
@@ -136,21 +157,24 @@ def detection_page(
         seen: what was detected.
         held_out: the images.
         config: how they are decoded.
-        result: `result.json` of the run.
-        top: images that are shown.
+        reported: of all weights of the run; None: what `result.json` says is not of these images.
+        shown: numbers of the images that are shown, in this order.
     """
-    shown = seen.worst_first()[:top]
     count = len(held_out)
+    no_look = (
+        f'<p class="note">{IGNORES}: a detector that ignores the picture: the same boxes on every '
+        "image, those that find the most training boxes.</p>"
+    )
     return page(
         title,
         [
             f"<p>{html.escape(held_out.describe())}</p>",
+            *(f"<p>{remark}.</p>" for remark in seen.remarks(reported)),
             '<div class="sums"><section><h2>Numbers of COCO, in per cent</h2>',
-            *table(_numbers(result)),
-            f'<p class="note">{IGNORES}: a detector that ignores the picture: the same boxes on '
-            "every image, those that find the most training boxes.</p>",
+            *table(_numbers(reported or {"ema": seen.numbers.row})),
+            *([no_look] if reported else []),
             "</section><section><h2>Classes</h2>",
-            *table(_classes(seen.numbers, result["classes"])),
+            *table(_classes(seen.numbers, held_out)),
             "</section><section><h2>Precision and recall</h2>",
             figure(_curves(seen.numbers, held_out.classes), "At IoU .5, of the EMA weights"),
             "</section></div>",
@@ -164,21 +188,20 @@ def detection_page(
     )
 
 
-def _numbers(result: Mapping[str, Any]) -> list[list[str]]:
-    rows = {**result["weights"], "ignoring": result["ignoring"]}
+def _numbers(rows: Reported) -> list[list[str]]:
     kinds = [kind for kind in KINDS if kind in rows]
     lines = [["", *(KINDS[kind] for kind in kinds)]]
-    for key, name in NUMBERS.items():
+    for key, name in TITLES.items():
         values = [rows[kind].get(key, -1) for kind in kinds]
         lines.append([name, *(f"{value:.2f}" if value >= 0 else "-" for value in values)])
     return lines
 
 
-def _classes(numbers: CocoNumbers, record: Mapping[str, Any]) -> list[list[str]]:
+def _classes(numbers: CocoNumbers, held_out: Dataset) -> list[list[str]]:
     """Return a row for each class, the lowest AP first; without boxes it has none and is last."""
-    rows = zip(
-        record["names"], record["boxes"], numbers.class_ap, _ap50(numbers).tolist(), strict=True
-    )
+    names = held_out.classes
+    counts = np.bincount(boxes_of(held_out).labels, minlength=len(names)).tolist()
+    rows = zip(names, counts, numbers.class_ap, _ap50(numbers).tolist(), strict=True)
     ordered = sorted(rows, key=lambda row: (row[2] is None, row[2] or 0.0))
     return [
         ["class", "boxes", "AP %", "AP50 %"],
@@ -224,16 +247,19 @@ def _curves(numbers: CocoNumbers, classes: Sequence[str]) -> bytes:
 
 
 def _image(index: int, seen: Seen, held_out: Dataset, config: Config) -> str:
-    """Return an image with its boxes, and beside it with what was detected."""
+    """Return an image with its boxes, and beside it with what was detected; of one that cannot be
+    read the boxes alone.
+    """
     each, classes = seen.images[index], held_out.classes
-    data = config.data.model_copy(update={"in_chans": 3})
-    picture = Image.fromarray(decoded(held_out.open(index), data))
-    width, height = picture.size
-    picture.thumbnail((SIDE, SIDE))
+    width, height = boxes_of(held_out).sizes[index].tolist()
     scale = SIDE / max(width, height)
     sides = round(width * scale), round(height * scale)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
+    if index in seen.unread:
+        first = again = f'<text x="3" y="{sides[1] // 2}">{UNREAD}</text>'
+    else:
+        first = f'<image id="i{index}" width="{sides[0]}" height="{sides[1]}" href="'
+        first += f'{_picture(held_out.open(index), config.data)}"/>'
+        again = f'<use href="#i{index}"/>'
     chosen = each.found.scores >= seen.threshold
     taken = {*each.box[chosen & (each.kind == RIGHT)].tolist()}
     truth = [
@@ -250,15 +276,21 @@ def _image(index: int, seen: Seen, held_out: Dataset, config: Config) -> str:
             each.found.scores[chosen].tolist(), each.kind[chosen], strict=True,
         )
     ]  # fmt: skip
-    embedded = f'<image id="i{index}" width="{sides[0]}" height="{sides[1]}" href="'
-    embedded += f'{data_url(file.getvalue(), "jpeg")}"/>'
-    again = f'<use href="#i{index}"/>'
     name = html.escape(printable(held_out.name_of(index)))
     return (
         f'<article><p class="name">{name}<br><span class="note">{seen.line(index)}</span></p>'
-        f'<div class="pair">{_svg(sides, embedded, truth, scale, "boxes of the data")}'
+        f'<div class="pair">{_svg(sides, first, truth, scale, "boxes of the data")}'
         f"{_svg(sides, again, said[::-1], scale, 'detections')}</div></article>"
     )
+
+
+def _picture(image: Image.Image, data: DataConfig) -> str:
+    """Return an image, not decoded yet, as a small URL that holds it."""
+    picture = Image.fromarray(decoded(image, data.model_copy(update={"in_chans": 3})))
+    picture.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return data_url(file.getvalue(), "jpeg")
 
 
 def _svg(

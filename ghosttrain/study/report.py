@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from ghosttrain.config.identity import MOVED, result_settings, settings_hash
 from ghosttrain.config.schema import Config
+from ghosttrain.detect.coco_numbers import TITLES
+from ghosttrain.engine.detection_words import COLUMNS, IGNORES
 from ghosttrain.engine.folder import has_begun
 from ghosttrain.engine.metrics import TOPS, WORDS, judged_by, verdict
 from ghosttrain.engine.rows import read_metrics
@@ -42,17 +44,10 @@ class Row(NamedTuple):
     """What tells it from the rows of the same recipe, data and model."""
 
 
-BOX_METRICS = {
-    "ap": "EMA AP %",
-    "ap50": "EMA AP50 %",
-    "ap75": "EMA AP75 %",
-    "ap_small": "AP % small",
-    "ap_medium": "AP % medium",
-    "ap_large": "AP % large",
-    "ar100": "AR100 %",
+BOX_METRICS = {name: f"EMA {TITLES[name]} %" for name in COLUMNS} | {
     "raw_ap": "raw AP %",
     "fused_ap": "fused AP %",
-    "no_look_ap": "no look AP %",
+    "no_look_ap": f"{IGNORES} AP %",
 }
 """Of detectors; `no_look_ap` is of the one that ignores the picture."""
 METRICS = {

@@ -72,10 +72,8 @@ def test_a_run_leaves_what_a_run_leaves_and_is_measured_again(ghosttrain, words,
 
     config = read_config(run)
     detector = load_detector(run)
-    assert all(
-        torch.equal(value, load_file(run / "model.safetensors")[key])
-        for key, value in detector.state_dict().items()
-    )
+    saved = load_file(run / "model.safetensors")
+    assert all(torch.equal(value, saved[key]) for key, value in detector.state_dict().items())
     held_out, found = build_datasets(config.data)[1], {}
     with eval_loader(held_out, config.data, torch.device("cpu")) as loader, torch.no_grad():
         for batch in loader.batches([[i] for i in range(len(held_out))]):
@@ -99,13 +97,45 @@ def test_a_run_leaves_what_a_run_leaves_and_is_measured_again(ghosttrain, words,
     for kind in ("raw", "ema", "fused"):
         assert f"<td>{result['weights'][kind]['ar10']:.2f}</td>" in text
     assert all(f"<tr><td>{name}</td>" in text for name in ("disc", "bar", "AR small"))
+    other = tmp_path / "other"
+    shutil.copytree(coco, other)
+    cut = other / "val2017" / "0001.jpg"
+    cut.write_bytes(cut.read_bytes()[:600])
+    elsewhere = [f"data.root={other}", "data.on_error=skip"]
+    skipped = ghosttrain("detect", "show", run, *elsewhere, "--out", tmp_path / "skipped.html")
+    assert skipped.code == 0 and "1 of 8 held-out images cannot be read" in skipped.out, skipped.err
+    text = (tmp_path / "skipped.html").read_text()
+    assert (text.count("<article>"), text.count("data:image/jpeg")) == (8, 7)
+    (article,) = (part for part in text.split("<article>") if "0001.jpg" in part)
+    boxes = held_out.boxes.corners[held_out.boxes.of(1)]
+    assert 'viewBox="0 0 320 256"' in article and ">cannot be read</text>" in article
+    assert all(f'x="{left * 4:.1f}" y="{top * 4:.1f}"' in article for left, top, *_ in boxes)
+    assert "<th>no look</th>" in text and "other images" not in skipped.out
+
+    content = read_annotations(other, "val2017")
+    content["images"][2]["width"] = 90  # not what the file has: its boxes cannot be placed
+    content["images"].pop()
+    write_coco(other, "val2017", content)
+    foreign = ghosttrain("detect", "show", run, *elsewhere, "--out", tmp_path / "foreign.html")
+    assert "These are other images" in foreign.out and "2 of 7" in foreign.out, foreign.err
+    text = (tmp_path / "foreign.html").read_text()
+    ap = foreign.out.splitlines()[-1].split()[1]
+    assert f"<tr><td>AP</td><td>{ap}</td></tr>" in text and "no look" not in text
+    assert "These are other images" in text and text.count("data:image/jpeg") == 5
+    measured = ghosttrain("detect", "eval", run, *elsewhere)
+    assert measured.code == 0 and ap in measured.out, measured.err
+    assert "no look" not in measured.out and "as reported" not in measured.out
+
     half = tmp_path / "half"
     shutil.copytree(run, half)
     (half / "result.json").unlink()
     for words_of_it, said in (
         (["show", half], "has no result yet"),
         (["show", run, "--top", "0"], "--top 0"),
-        (["eval", run, "--out", "x.html"], "is for detect show"),
+        (["eval", run, "--out", "x.html"], "type detect show RUN --out x.html"),
+        (["eval", run, "--top", "16"], "type detect show RUN --top 16"),
+        (["--top", "3"], "type detect show RUN --top 3"),
+        (["show", run, "launch.nproc=2"], "for one process, not for 2"),
     ):
         wrong = ghosttrain("detect", *words_of_it)
         assert wrong.code == 2 and said in wrong.err and wrong.err.count("\n") == 1, wrong.err
