@@ -89,7 +89,7 @@ def _settings(folder: Path, overrides: list[str], classifying: str) -> Config:
     from ghosttrain.engine.run_files import read_config
 
     saved = read_config(folder)
-    if saved.detector.name == "none":
+    if not saved.detects:
         raise UserError(f"{folder} classifies: type python -m ghosttrain {classifying} {folder}")
     alone = saved.model_copy(update={"launch": LaunchConfig()})
     config = override_saved(alone, overrides, "eval")

@@ -144,7 +144,7 @@ def validate_classifies(config: Config, verb: str) -> None:
     Raises:
         UserError: naming verb and detector.
     """
-    if config.detector.name != "none":
+    if config.detects:
         raise UserError(
             f"{verb} is for classification, not for detector={config.detector.name}: type python "
             "-m ghosttrain detect to train it, detect eval RUN to measure it"

@@ -740,3 +740,8 @@ class Config(Section):
     tracker: TrackerConfig = TrackerConfig()
     launch: LaunchConfig = LaunchConfig()
     run: RunConfig = RunConfig()
+
+    @property
+    def detects(self) -> bool:
+        """Whether a run of these settings detects objects; else it classifies images."""
+        return self.detector.name != "none"

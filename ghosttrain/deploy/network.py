@@ -109,20 +109,15 @@ def deployed(folder: str | Path, include_preprocess: bool = False) -> Deployed:
             "from the last checkpoint"
         )
     network: Any = inference_form(trained_form(folder, config), has_fused_form(config))
-    detector = network.detector if detects(config) else None
+    detector = network.detector if config.detects else None
     if include_preprocess:
         network = WithPreprocess(network, config.data)
     return Deployed(folder, config, classes_of(folder), network, include_preprocess, detector)
 
 
-def detects(config: Config) -> bool:
-    """Whether a run is one of detection."""
-    return config.detector.name != "none"
-
-
 def validate_classifier(folder: Path, config: Config, what: str) -> None:
     """Raise UserError where a run is one of detection: `what` is for classification."""
-    if detects(config):
+    if config.detects:
         raise UserError(
             f"{what} is for classification, and {folder} is a run of detection: type python -m "
             f"ghosttrain export {folder} --to onnx (fp32), or the same with --precision fp16"
@@ -133,7 +128,7 @@ def trained_form(folder: Path, config: Config) -> nn.Module:
     """Return the network of a run as it was trained, averaged, in eval mode: images (B, C, H, W) ->
     logits (B, K), or the raw outputs of a detector.
     """
-    if not detects(config):
+    if not config.detects:
         return load_run(folder, "ema")
     # torchvision's detectors take seconds to import.
     from ghosttrain.detect.inference import RawOutputs

@@ -36,7 +36,7 @@ def load_run(folder: str | Path, weights: WeightsKind = "ema") -> nn.Module:
     """
     folder = expanded(folder)
     config = read_config(folder)
-    if config.detector.name != "none":
+    if config.detects:
         raise UserError(
             f"{folder} is a run of detection, which this does not take: type python -m ghosttrain "
             f"detect eval {folder}"
@@ -68,7 +68,7 @@ def load_detector(folder: Path, weights: WeightsKind = "ema") -> nn.Module:
     from ghosttrain.engine.detection import build_detector
 
     config = read_config(folder)
-    if config.detector.name == "none":
+    if not config.detects:
         raise UserError(f"{folder} classifies: type python -m ghosttrain eval {folder}")
     if weights == "fused":
         return fuse(load_detector(folder, "ema"))

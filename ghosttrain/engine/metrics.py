@@ -63,7 +63,7 @@ def headline(row: Mapping[str, float]) -> str:
 
 def judged_by(config: Config) -> str:
     """Return the name of the number that a run of these settings is judged by (`headline`)."""
-    return "top1" if config.detector.name == "none" else "ap"
+    return "ap" if config.detects else "top1"
 
 
 def score(result: Mapping[str, Any]) -> float:

@@ -114,15 +114,13 @@ def _validate_fits(config: Config, about: dict[str, Any], path: Path) -> None:
             "distill=pkd compares the feature pyramids of RetinaNets: give the folder of a "
             "finished run of +recipe=detect_retinanet"
         )
-    for key, own in (
-        ("detector.channels", config.detector.channels),
-        ("data.in_chans", config.data.in_chans),
+    for key, given, own in (
+        ("detector.channels", about["detector"]["channels"], config.detector.channels),
+        ("data.in_chans", about["input"]["in_chans"], config.data.in_chans),
     ):
-        section, setting = {"data": "input"}.get(key.split(".")[0], "detector"), key.split(".")[1]
-        if about[section][setting] != own:
+        if given != own:
             raise UserError(
-                f"the teacher {path} has {key}={about[section][setting]}, the student {own}: type "
-                f"{key}={about[section][setting]}"
+                f"the teacher {path} has {key}={given}, the student {own}: type {key}={given}"
             )
 
 

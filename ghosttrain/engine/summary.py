@@ -122,8 +122,7 @@ def head(run: Description, student: nn.Module, notes: Sequence[str]) -> list[str
 
 def _what_it_is(config: Config) -> str:
     """Return `student: NAME`, or `detector: ssdlite on NAME`."""
-    detects = config.detector.name != "none"
-    kind = f"detector: {config.detector.name} on" if detects else "student:"
+    kind = f"detector: {config.detector.name} on" if config.detects else "student:"
     return f"{kind} {config.model.name}"
 
 
@@ -208,7 +207,7 @@ model.predict(["image.jpg"])  # [[({first!r}, 0.98), ...]]
 `python -m ghosttrain predict this/folder image.jpg` does the same. An image is resized to
 {resized} px (shorter side, {data.interpolation}), cropped to {size} x {size}, and normalised:
 mean {list(data.mean)}, std {list(data.std)}, of pixels in [0, 1]."""
-    if config.detector.name != "none":
+    if config.detects:
         network = f"`{config.detector.name}` on `{config.model.name}`"
         use = f"""`python -m ghosttrain detect eval this/folder` measures it again. An image is
 stretched to {size} x {size} px ({data.interpolation}) and normalised: mean {list(data.mean)},

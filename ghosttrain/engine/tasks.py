@@ -8,7 +8,7 @@ from ghosttrain.engine.train import Task
 
 def task_of(config: Config) -> Task:
     """Return what a run of these settings learns. Only its own modules are imported."""
-    if config.detector.name != "none":
+    if config.detects:
         from ghosttrain.engine import detection
         from ghosttrain.engine.pyramid_teacher import build_pyramid_source
 

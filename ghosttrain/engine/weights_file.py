@@ -35,7 +35,7 @@ def describe_weights(config: Config, classes: Sequence[str], kind: WeightsKind) 
             include={"in_chans", "mean", "std", "eval_size", "crop_pct", "interpolation"},
         ),
     }
-    if config.detector.name != "none":
+    if config.detects:
         about["detector"] = config.detector.model_dump(mode="json")
     return {"format": "pt", "ghosttrain": json.dumps(about)}
 

@@ -176,9 +176,8 @@ def study_cells(
 
 
 def _validate_metric(metric: str, arm: str, config: Config) -> None:
-    detects = config.detector.name != "none"
-    if detects != is_of_boxes(metric):
-        does = "detects" if detects else "classifies"
+    if config.detects != is_of_boxes(metric):
+        does = "detects" if config.detects else "classifies"
         raise UserError(
             f"arm {arm!r} {does}, and the study goes by metric: {metric}; write metric: "
             f"{judged_by(config)} in its file"

@@ -79,7 +79,7 @@ def _cost(cells: Sequence[Cell], missing: Sequence[Cell]) -> str:
         each = statistics.mean(of_arm) if of_arm else _by_trial(cell, known)
         if each is None and not any_arm:
             line = f"{_length(missing)}; the time is known when a run has finished"
-            if cell.composed.config.detector.name != "none":  # `cost` is for classification
+            if cell.composed.config.detects:  # `cost` is for classification
                 return line
             trial = f"python -m ghosttrain cost {shlex.join(cell.composed.arguments)} --measure"
             return f"{line}, or by a trial: {trial}"
