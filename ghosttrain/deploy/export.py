@@ -329,13 +329,13 @@ def line(report: dict[str, Any]) -> str:
     )
     if not report["verified"]:
         return f"{head}; converted, {report['note']}"
-    found, bound = report["comparison"], report["bound"]
-    if headline(found) == "ap":
-        compared = DetectorComparison(**found)
-        words, allowed = compared.words(), compared.allowed(bound)
+    compared: Comparison | DetectorComparison
+    if headline(report["comparison"]) == "ap":
+        compared = DetectorComparison(**report["comparison"])
+        words = compared.words()
     else:
-        answer = "a probability" if report["include_preprocess"] else "a logit"
-        words, allowed = Comparison(**found).words(answer), f"{bound:.0e} of the largest is allowed"
+        compared = Comparison(**report["comparison"])
+        words = compared.words("a probability" if report["include_preprocess"] else "a logit")
     text = f"{head}; {words}; {report['latency_ms']:.2f} ms"
     if report["passed"]:
         return text
@@ -345,4 +345,4 @@ def line(report: dict[str, Any]) -> str:
         if layer
         else "each layer alone is within the bound"
     )
-    return f"{text}\nREJECTED: {allowed}; {where}"
+    return f"{text}\nREJECTED: {compared.allowed(report['bound'])}; {where}"

@@ -56,6 +56,10 @@ class Comparison:
             f"{answer} {self.largest:.1e} (mean {self.mean:.1e}; the largest is {self.scale:.3g})"
         )
 
+    def allowed(self, bound: float) -> str:
+        """Return in words what passes within `bound`."""
+        return f"{bound:.0e} of the largest is allowed"
+
 
 def compare(
     network: nn.Module,

@@ -77,7 +77,7 @@ def test_values_of_options():
         ("--cfg", "--cfg needs a value: --cfg job"),
         (
             "--out f",
-            "--out does not belong to train, but to fuse and pareto and wrong and study and data;",
+            "--out does not belong to train, but to detect and fuse and pareto and wrong and",
         ),
         ("eval a -m", "-m does not belong to eval, but to train and cost; see python -m"),
         ("--dryrun cache", "unknown option '--dryrun'. Did you mean '--dry-run'?"),
