@@ -90,7 +90,7 @@ def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> Non
     elif words[0] in ("eval", "fuse", "wrong", "predict"):
         words[1] = words[1].replace("RUN", "runs/RUN")
         words = [str(photo_folder / "val") if w in ("photo.jpg", "folder") else w for w in words]
-    elif words[0] == "detect" and words[1] in ("eval", "show"):
+    elif words[:2] in (["detect", "eval"], ["detect", "show"]):
         words[2] = "runs/ssdlite"
     elif words[0] == "detect":
         words = [w for w in words if w.partition("=")[0] not in ("data", "data.root")] + DETECT
