@@ -28,17 +28,12 @@ from ghosttrain.models.sync_bn import SyncBatchNorm2d, synchronize
 
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     """Rank 0 has three images, rank 1 two; gradients are summed over ranks by hand."""
-    script = textwrap.dedent(f"""
-        import sys, torch, torch.distributed as dist
-        sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
+    run_on_two(
+        tmp_path,
+        f"""
         from layers import FORWARDS, images
         from test_sync_bn import synced_network
         from ghosttrain.models.reparam import using_forward
-        from ghosttrain.models.sync_bn import synchronize
-        torch.set_num_threads(1)
-        rank = int(sys.argv[1])
-        store = "file://{tmp_path}/store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
         for forward in ("branches", *FORWARDS):
             network = synchronize(synced_network())
             x = images(5, 3, 9, 7).double().to(memory_format=torch.channels_last)
@@ -51,9 +46,8 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
             buffers = torch.cat([b.flatten().double() for b in network.buffers()])
             results = y.detach(), part.grad, grads, buffers
             torch.save(results, f"{tmp_path}/{{forward}}{{rank}}.pt")
-        dist.destroy_process_group()  # or its threads abort the process, now and then
-    """)
-    run_on_two(script)
+    """,
+    )
     network = synced_network()
     x = images(5, 3, 9, 7).double().to(memory_format=torch.channels_last).requires_grad_()
     y = network(x)
@@ -73,8 +67,18 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
         torch.testing.assert_close(buffers, statistics, rtol=1e-12, atol=1e-12)
 
 
-def run_on_two(script: str) -> None:
-    """Run a script as rank 0 and as rank 1."""
+def run_on_two(tmp_path: Path, body: str) -> None:
+    """Run Python as rank 0 and as rank 1 of one group, from where this file can be imported."""
+    script = f"""
+import sys, torch, torch.distributed as dist
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
+from ghosttrain.models.sync_bn import synchronize
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
+{textwrap.dedent(body)}
+dist.destroy_process_group()  # or its threads abort the process, now and then
+"""
     ranks = [
         subprocess.Popen([sys.executable, "-c", script, str(rank)], stderr=subprocess.PIPE)
         for rank in (0, 1)
@@ -86,22 +90,16 @@ def run_on_two(script: str) -> None:
 
 def test_a_whole_detector_sees_the_joint_batch(tmp_path):
     """Backbone, extra maps and torchvision's head; rank 0 has three images, rank 1 two."""
-    script = textwrap.dedent(f"""
-        import sys, torch, torch.distributed as dist
-        sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
+    run_on_two(
+        tmp_path,
+        f"""
         from test_sync_bn import seen_by_head, small_detector
-        from ghosttrain.models.sync_bn import synchronize
-        torch.set_num_threads(1)
-        rank = int(sys.argv[1])
-        store = "file://{tmp_path}/store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
         part = slice(0, 3) if rank == 0 else slice(3, 5)
         y, grads, buffers = seen_by_head(synchronize(small_detector()), part)
         dist.all_reduce(grads)
         torch.save((y, grads, buffers), f"{tmp_path}/{{rank}}.pt")
-        dist.destroy_process_group()
-    """)
-    run_on_two(script)
+    """,
+    )
     expected, joint, statistics = seen_by_head(small_detector(), slice(0, 5))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     torch.testing.assert_close(torch.cat([y for y, _, _ in ranks]), expected, rtol=1e-8, atol=1e-8)
