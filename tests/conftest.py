@@ -87,10 +87,10 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(image_folder: Path, tmp_path: Path) -> list[str]:
-    """Arguments of a run of seconds: 48 images of 64 pixels, the smallest student, no teacher."""
+    """Arguments of a run of seconds: 48 images of 64 pixels, the quickest student, no teacher."""
     return [
         "+recipe=compact_kd",
-        "model=ghostnetv3_050",
+        "model=shufflenetv2_050",
         "teacher=none",
         "distill=none",
         "data=folder",

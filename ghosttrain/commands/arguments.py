@@ -14,7 +14,7 @@ from ghosttrain.errors import UserError, did_you_mean
 OPTIONS_WITH_VALUE = (
     *("-c", "--cfg", "-p", "--package", "--info", "-cd", "--config-dir", "--out", "--to"),
     *("-sc", "--shell-completion"),
-    *("--rounds", "--threads", "--forwards", "--images", "--steps", "--difference"),
+    *("--rounds", "--threads", "--forwards", "--images", "--steps", "--difference", "--metric"),
     *("--samples", "--draws", "--precision", "--size", "--backend", "--max-drop", "--calibration"),
     *("--seed", "--to-folder", "--to-hub", "--library", "--models"),
     *("--images-per-second", "--classes"),

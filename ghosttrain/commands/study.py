@@ -27,6 +27,9 @@ ARGUMENTS.add_argument(
     help="write report.html, report.md and runs.csv; its runs count as finished",
 )
 ARGUMENTS.add_argument(
+    "--metric", metavar="NAME", help="a column of report.metrics, in place of the study's: balanced"
+)
+ARGUMENTS.add_argument(
     "--difference", type=float, default=0.3, metavar="0.3", help="power: in the metric's unit"
 )
 
@@ -48,14 +51,15 @@ def run(options: Namespace) -> int:
     words = [word for word in options.words if "=" in word]
     overrides, hydra_words = split_words(words, multirun=True)
     out = None if options.out is None else Path(options.out)
+    name, folder, metric = rest[0], options.config_dir, options.metric
     if action == "run":
         return sweep.on_all_ranks(
-            lambda: study_run.run_study(rest[0], overrides, hydra_words, options.config_dir, out)
+            lambda: study_run.run_study(name, overrides, hydra_words, folder, out, metric)
         )
-    study = studies.load_study(rest[0], options.config_dir)
-    cells = studies.study_cells(study, overrides, options.config_dir, out)
+    study = studies.load_study(name, folder, metric)
+    cells = studies.study_cells(study, overrides, folder, out)
     if action == "report":
-        print(study_report.study_report(rest[0], study, cells, out))
+        print(study_report.study_report(name, study, cells, out))
     elif options.difference <= 0:
         raise UserError(f"--difference {options.difference:g}: give a number above 0")
     else:

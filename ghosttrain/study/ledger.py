@@ -28,6 +28,8 @@ COSTS = ("macs", "parameters", "images_per_second", "seconds")
 
 Numbers = Mapping[str, float]
 """Column -> number of a finished run; a column that it has not is left out."""
+Kept = dict[tuple[str, int], dict[str, str]]
+"""(settings, seed) -> row of a finished run as it stands in `runs.csv`."""
 
 
 def numbers_of(result: Mapping[str, Any], metrics: Sequence[str]) -> Numbers:
@@ -62,8 +64,8 @@ def read_curve(text: str) -> dict[int, float]:
     return {int(step): float(value) for step, value in points}
 
 
-def read_runs(path: Path) -> dict[tuple[str, int], dict[str, str]]:
-    """Return (settings, seed) -> row as it stands in the file; nothing where there is none.
+def read_runs(path: Path) -> Kept:
+    """Return the rows of a file; nothing where there is none.
 
     Raises:
         UserError: the file is none of a study, or a row is damaged.

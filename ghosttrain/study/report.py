@@ -270,7 +270,7 @@ def validate_metrics(names: Sequence[str]) -> None:
         if name not in METRICS and not (kind in OF_A_CLASS and of_class):
             known = [*METRICS, *(f"{kind}:CLASS" for kind in OF_A_CLASS)]
             raise UserError(
-                f"report.metrics: there is no {name!r}; there are {', '.join(known)}."
+                f"there is no metric {name!r}; there are {', '.join(known)}."
                 f"{did_you_mean(name, known)}"
             )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -27,6 +27,7 @@ from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.files import read_limited
 from ghosttrain.study.ledger import (
+    Kept,
     Numbers,
     numbers,
     numbers_of,
@@ -69,12 +70,14 @@ class Cell:
     words: list[str]
     """Its command line."""
     composed: Composed
+    config: Config
+    """As it is trained (`settled`)."""
     folder: Path
-    numbers: Numbers | None
+    numbers: Numbers | None = None
     """Of its run folder, else of `runs.csv`; None where it has not ended."""
-    curve: Curve
+    curve: Curve = field(default_factory=dict)
     """Held-out accuracy of the averaged weights; of the same source."""
-    fault: str
+    fault: str = ""
     """Why it has none; empty where it has some."""
 
     @property
@@ -88,15 +91,16 @@ def study_names(names: Names) -> list[str]:
     return sorted({path.stem for root in names.conf for path in (root / "study").glob("*.yaml")})
 
 
-def load_study(name: str, config_dir: str | None = None) -> Study:
+def load_study(name: str, config_dir: str | None = None, metric: str | None = None) -> Study:
     """Read a study.
 
     Args:
         name: of a file in `conf/study/`, or in `study/` of one's own folder.
         config_dir: that folder.
+        metric: in place of the one that the file names.
 
     Raises:
-        UserError: there is none, or it does not say what a study says.
+        UserError: there is none, or it does not say what a study says; there is no such metric.
     """
     names = Names(config_dir)
     known = study_names(names)
@@ -112,6 +116,8 @@ def load_study(name: str, config_dir: str | None = None) -> Study:
         raise UserError(f"{path}: {first_fault(error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if metric is not None:
+        study = study.model_copy(update={"metric": metric})
     validate_metrics([study.metric])
     arms = list(_arms(study))
     if study.control not in arms:
@@ -146,7 +152,7 @@ def study_cells(
     Raises:
         UserError: a run has a mistake; two arms are the same run; `runs.csv` is damaged.
     """
-    kept = {} if out is None else read_runs(out / "runs.csv")
+    kept = kept_runs(out)
     seeds, typed = _seeds(study, overrides)
     cells: list[Cell] = []
     for seed in seeds:  # all arms of a seed first: a study that is stopped early has whole pairs
@@ -165,14 +171,30 @@ def study_cells(
                     f"arms {same!r} and {arm!r} are the same run: change one of them in the "
                     "study, or leave out of the command what sets both alike"
                 )
-            folder = run_folder(config)
-            found, fault = _outcome(folder, config, study.metric)
-            curve = {} if found is None else learning_curve(read_metrics(folder))
-            row = kept.get((settings_hash(composed.config), seed))
-            if found is None and row is not None:
-                found, curve, fault = numbers(row), read_curve(row["curve"]), ""
-            cells.append(Cell(arm, seed, line, composed, folder, found, curve, fault))
-    return cells
+            cells.append(Cell(arm, seed, line, composed, config, run_folder(config)))
+    return looked_at(study, cells, kept)
+
+
+def kept_runs(out: Path | None) -> Kept:
+    """Return the rows of `runs.csv` in a folder.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return {} if out is None else read_runs(out / "runs.csv")
+
+
+def looked_at(study: Study, cells: Sequence[Cell], kept: Kept) -> list[Cell]:
+    """Return the cells with what became of their runs by now, here or as a row of `runs.csv`."""
+    now: list[Cell] = []
+    for cell in cells:
+        found, fault = _outcome(cell.folder, cell.config, study.metric)
+        curve = {} if found is None else learning_curve(read_metrics(cell.folder))
+        row = kept.get(cell.key)
+        if found is None and row is not None:
+            found, curve, fault = numbers(row), read_curve(row["curve"]), ""
+        now.append(replace(cell, numbers=found, curve=curve, fault=fault))
+    return now
 
 
 def _validate_metric(metric: str, arm: str, config: Config) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ghosttrain.config.names import Names
 from ghosttrain.engine.identify import settled
 from ghosttrain.study.cost import Known, run_cost
-from ghosttrain.study.studies import Cell, Study, load_study, study_cells
+from ghosttrain.study.studies import Cell, Study, kept_runs, load_study, looked_at, study_cells
 from ghosttrain.study.study_report import faults_of, study_report
 from ghosttrain.study.sweep import name_failures, run_cells
 from ghosttrain.study.trial import kept_trial
@@ -23,13 +23,14 @@ def run_study(
     hydra_words: list[str],
     config_dir: str | None,
     out: Path | None = None,
+    metric: str | None = None,
 ) -> int:
     """Run what is missing and print the report; return 0, or 1 when a run failed.
 
     Raises:
         UserError: a run has a mistake; nothing was started.
     """
-    study = load_study(name, config_dir)
+    study = load_study(name, config_dir, metric)
     cells = study_cells(study, overrides, config_dir, out)
     missing = [cell for cell in cells if cell.numbers is None]
     print(_plan(name, study, cells))
@@ -40,7 +41,7 @@ def run_study(
     _, failed, elsewhere = run_cells(
         lines, [cell.composed for cell in missing], hydra_words, config_dir
     )
-    cells = study_cells(study, overrides, config_dir, out)
+    cells = looked_at(study, cells, kept_runs(out))
     print("\n" + study_report(name, study, cells, out))
     return name_failures(failed, elsewhere)
 

@@ -25,12 +25,6 @@ from ghosttrain.study.studies import load_study, study_cells
 
 
 @pytest.fixture
-def tiny(tiny):
-    """A network that is built in less time."""
-    return [word.replace("ghostnetv3_050", "mobilenetv2_050") for word in tiny]
-
-
-@pytest.fixture
 def cost(ghosttrain, tmp_path):
     """Run `cost ... --json FILE`; return the figures and the text."""
 

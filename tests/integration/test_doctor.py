@@ -23,12 +23,6 @@ DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
 @pytest.fixture
-def tiny(tiny):
-    """A network that is built in less time."""
-    return [word.replace("ghostnetv3_050", "mobilenetv2_050") for word in tiny]
-
-
-@pytest.fixture
 def examined(ghosttrain):
     """Run `doctor ... --json`; return the exit code and check -> (state, text)."""
 

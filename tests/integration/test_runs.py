@@ -113,7 +113,7 @@ def test_killed_and_resumed_equals_uninterrupted(ghosttrain, tiny, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs_two_steps(ghosttrain, recipe, tmp_path):
     base = ["baseline"] * (recipe == "kd") + ["compact_kd"] * recipe.startswith("ablation/")
-    small = ["model=ghostnetv3_050"]
+    small = ["model=shufflenetv2_050"]
     if recipe in ("teacher_digits", *PRETRAINED):
         small = []
     if recipe == "deit_hard_light":
@@ -185,7 +185,7 @@ def test_eval_fuse_and_load_run(ghosttrain, tiny, tmp_path):
     x = torch.randn(2, 3, 64, 64)
     ema, deployed = package.load_run(run), package.load_run(run, weights="fused")
     loaded = package.create_model(
-        "ghostnetv3_050", num_classes=3, fused=True, weights=str(run / "model.fused.safetensors")
+        "shufflenetv2_050", num_classes=3, fused=True, weights=str(run / "model.fused.safetensors")
     ).eval()
     with torch.no_grad():
         assert torch.equal(deployed(x), loaded(x))

@@ -100,7 +100,7 @@ def table(text):
 
 def test_what_is_missing_runs_and_the_report_is_right(ghosttrain, folder, launched, tmp_path):
     ran, failing, _ = launched
-    where = ["--config-dir", folder, f"run.root={tmp_path / 'runs'}"]
+    where = ["--config-dir", folder, "budget=full", f"run.root={tmp_path / 'runs'}"]
     failing.add((0.01, 1, 1))
     first = ghosttrain("study", "run", "rates", *where)
     assert first.code == 1 and len(ran) == 12
@@ -117,11 +117,12 @@ def test_what_is_missing_runs_and_the_report_is_right(ghosttrain, folder, launch
     assert "time: about 1:10, one after another" in second.out  # the other seeds of the arm: 70 s
     report = ghosttrain("study", "report", "rates", *where)
     assert report.code == 0 and report.out in second.out and len(ran) == 13
-    assert "# rates: data digits, model shufflenetv2_050, budget digits" in report.out
+    assert "# rates: data digits, model shufflenetv2_050, budget full" in report.out
 
     study = load_study("rates", folder)
     values = {arm: [] for arm in ARMS}
-    for cell in study_cells(study, [f"run.root={tmp_path / 'runs'}"], folder):
+    cells = study_cells(study, where[2:], folder)
+    for cell in cells:
         result = json.loads((cell.folder / "result.json").read_text())
         values[cell.arm].append(result["weights"]["ema"]["top1"])
     p = {arm: stats.ttest_rel(values[arm], values["low + once"]).pvalue for arm in ARMS[1:]}
@@ -140,13 +141,21 @@ def test_what_is_missing_runs_and_the_report_is_right(ghosttrain, folder, launch
     power = ghosttrain("study", "power", "rates", "--difference", "0.5", *where)
     assert power.code == 0 and "difference of 0.5 with a chance of 80 %" in power.out
     assert power.out.count("| 3 ") == 3
+    by_other = ghosttrain("study", "report", "rates", "--metric", "macro_f1", *where)
+    assert "macro F1 %" in by_other.out and "top-1" not in by_other.out
+    files = [c.folder / "result.json" for c in cells if c.arm == cell.arm]
+    f1 = [json.loads(f.read_text())["weights"]["ema"]["macro_f1"] for f in files]
+    assert (
+        table(by_other.out)[cell.arm][1]
+        == f"{statistics.mean(f1):.2f} ± {statistics.stdev(f1):.2f}"
+    )
 
 
 def test_damaged_and_other_seeds_are_in_no_mean(ghosttrain, folder, launched, tmp_path):
-    where = ["--config-dir", folder, f"run.root={tmp_path / 'runs'}"]
+    where = ["--config-dir", folder, "budget=full", f"run.root={tmp_path / 'runs'}"]
     assert ghosttrain("study", "run", "rates", "seed=5,6", *where).code == 0
     assert {seed for *_, seed in launched[0]} == {5, 6}
-    cells = study_cells(load_study("rates", folder), ["seed=5,6", where[-1]], folder)
+    cells = study_cells(load_study("rates", folder), ["seed=5,6", *where[2:]], folder)
     file = cells[0].folder / "result.json"
     file.write_bytes(file.read_bytes()[:-40])
     report = ghosttrain("study", "report", "rates", "seed=5,6", *where)
@@ -163,37 +172,39 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
         "--out",
         str(tmp_path / "out"),
         f"run.root={tmp_path / 'runs'}",
+        "budget=full",
+        "seed=0,1",
     ]
     launched[1].add((0.01, 1, 1))
-    assert ghosttrain("study", "run", "rates", *where).code == 1 and len(launched[0]) == 12
+    assert ghosttrain("study", "run", "rates", *where).code == 1 and len(launched[0]) == 8
     report = ghosttrain("study", "report", "rates", *where).out
     assert (tmp_path / "out" / "report.md").read_text().startswith(report)
     pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert pictures == ["effects.png", "learning.png"]  # one model: there is no front to draw
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http-eq", "")
-    assert page.count("<li>") == 13 and "not run: high + once, seed 1" in page
+    assert page.count("<li>") == 9 and "not run: high + once, seed 1" in page
     links = re.findall(r'href="([^"]+)/"', page)
-    assert len(links) == 11 and all((tmp_path / "out" / link).is_dir() for link in links)
+    assert len(links) == 7 and all((tmp_path / "out" / link).is_dir() for link in links)
     assert all(html.escape(cell) in page for row in table(report).values() for cell in row)
     assert "not ImageNet" in page and "not ImageNet" in report
     launched[1].clear()
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert ghosttrain("study", "report", "rates", *where).out == report
     assert ghosttrain("study", "run", "rates", *where).code == 0
-    assert launched[0][12:] == [(0.01, 1, 1)]
+    assert launched[0][8:] == [(0.01, 1, 1)]
     file = tmp_path / "out" / "runs.csv"
     with file.open(newline="") as text:
         rows = list(csv.DictReader(text))
-    assert len(rows) == 12 and {row["arm"] for row in rows} == {*ARMS}
+    assert len(rows) == 8 and {row["arm"] for row in rows} == {*ARMS}
     for row in rows:  # the command of a row is the run that its numbers are of
         *_, words = row["command"].partition("ghosttrain ")
         composed = compose(shlex.split(words), folder)
         top1 = launched[2](composed.config)
         assert float(row["top1"]) == top1
         assert row["curve"] == f"1:{top1 - 9:.2f} 2:{top1 - 4.5:.2f} 3:{top1 - 3:.2f}"
-    other = ghosttrain("study", "report", "rates", "seed=7", *where)
-    assert other.code == 0 and file.read_text().count("\n") == 13  # other seeds' rows are kept
+    other = ghosttrain("study", "report", "rates", *where[:-1], "seed=7")
+    assert other.code == 0 and file.read_text().count("\n") == 9  # other seeds' rows are kept
 
     whole = file.read_text()
     file.write_text(whole.replace(",0,", ",x,", 1))
@@ -316,9 +327,13 @@ def test_refusals(ghosttrain, folder, tmp_path):
     assert "arm 'baseline': " in line("run", "ladder", "optim.rl=1")
     assert "--difference 'x' is no number" in line("power", "ladder", "--difference", "x")
     assert "give a number above 0" in line("power", "ladder", "--difference", "0")
+    assert "Did you mean 'balanced'?" in line("report", "ladder", "--metric", "balance")
+    assert "and the study goes by metric: ap" in line("report", "ladder", "--metric", "ap")
     runs = f"run.root={tmp_path / 'runs'}"
-    assert "no arm has two finished seeds" in line("power", "ladder", runs)
-    assert "no launcher of this name" in line("run", "ladder", runs, "hydra/launcher=nowhere")
+    assert "no arm has two finished seeds" in line("power", "ladder", "seed=0", runs)
+    assert "no launcher of this name" in line(
+        "run", "ladder", "seed=0", runs, "hydra/launcher=nowhere"
+    )
     file = tmp_path / "own" / "study" / "rates.yaml"
     for old, new, said in (
         ("control: low + once", "control: low", "the control 'low' is no arm"),
@@ -327,7 +342,7 @@ def test_refusals(ghosttrain, folder, tmp_path):
         ("seeds:", "sedes:", "seeds: Field required"),
         ("control:", "extra: 1\ncontrol:", "extra"),
         ("axes:", "axes: [", "is no YAML"),
-        ("seeds:", "metric: top2\nseeds:", "there is no 'top2'"),
+        ("seeds:", "metric: top2\nseeds:", "there is no metric 'top2'"),
     ):
         file.write_text(STUDY.replace(old, new))
         assert said in refusal(lambda: load_study("rates", folder))

@@ -95,7 +95,7 @@ def test_swept_values_image_size_and_chosen_metrics_are_columns(tmp_path):
     ]  # fmt: skip
     cells = [cell.strip() for cell in chosen[2].split("|")]
     assert cells[7:10] == ["5.00 ± 0.00", "50.00 ± 0.00", "-"]
-    with pytest.raises(UserError, match="there is no 'top2'.*Did you mean"):
+    with pytest.raises(UserError, match="there is no metric 'top2'.*Did you mean"):
         report([tmp_path], ["top2"])
 
 

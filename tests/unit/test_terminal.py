@@ -211,7 +211,7 @@ def test_names_that_are_no_utf8_or_not_in_the_locale(tmp_path):
                     Image.fromarray(pixels).save(file, "JPEG")
     runs = os.fsencode(tmp_path) + b"/r\xe9"
     command = [*map(os.fsencode, COMMAND)]
-    settings = b"""model=ghostnetv3_050 teacher=none distill=none data=folder data.train_size=64
+    settings = b"""model=shufflenetv2_050 teacher=none distill=none data=folder data.train_size=64
         data.eval_size=64 data.workers=0 train.global_batch=6 train.max_steps=1""".split()
     settings += [b"data.root=" + data, b"run.root=" + runs, "run.name=猫".encode()]
     run = runs + "/猫".encode()

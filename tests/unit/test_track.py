@@ -440,7 +440,7 @@ def test_weights_and_biases_gets_group_tags_table_and_weights(tiny, tmp_path, mo
         config = compose([*words, f"tracker.artifacts={artifacts}", f"run.root={root}"]).config
         folder = ghosttrain.train(config)
         assert given["init"]["group"] == "mine" and given["init"]["job_type"] == "train"
-        assert given["init"]["tags"] == ["compact_kd", "ghostnetv3_050", "folder"]
+        assert given["init"]["tags"] == ["compact_kd", "shufflenetv2_050", "folder"]
         assert given["init"]["config"]["optim"]["lr"] == config.optim.lr
         result = json.loads((folder / "result.json").read_text())
         assert Run.summary["ema/top1"] == result["weights"]["ema"]["top1"]
