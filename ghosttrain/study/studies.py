@@ -82,8 +82,8 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What stands for it in `runs.csv`."""
-        return settings_hash(self.composed.config), self.seed
+        """What stands for it in `runs.csv`, wherever its images and teacher lie."""
+        return settings_hash(self.config), self.seed
 
 
 def study_names(names: Names) -> list[str]:

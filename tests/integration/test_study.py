@@ -5,7 +5,9 @@ import html
 import json
 import re
 import shlex
+import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 from helpers import refusal, some_detection, some_result
@@ -216,6 +218,32 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     (tmp_path / "file").write_text("")
     where[3] = str(tmp_path / "file")
     assert "type another --out" in one_line(ghosttrain("study", "report", "rates", *where))
+
+
+def test_a_row_counts_wherever_its_images_lie(ghosttrain, folder, launched, image_folder, tmp_path):
+    where = ["--config-dir", folder, "--out", tmp_path / "out", "seed=0", "budget=full"]
+    where += [f"run.root={tmp_path / 'runs'}", "data=folder"]
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(image_folder, here)
+    assert ghosttrain("study", "run", "rates", *where, f"data.root={here}").code == 0
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    here.rename(there)
+    again = ghosttrain("study", "run", "rates", *where, f"data.root={there}")
+    assert again.code == 0 and "4 finished, 0 to run" in again.out and len(launched[0]) == 4
+
+
+def test_the_arms_of_a_policy_find_the_outputs_stored_for_it(tmp_path):
+    """A folder of `cache.dir` by settings; a mixed image has no stored output."""
+    answers = "cache.dir=" + str(tmp_path) + "/${augment.randaugment_ops}-${augment.erasing_prob}"
+    words = ["model=mobilenetv2_050", "teacher=efficientnet_lite0", "seed=0", answers]
+    words += ["data=idx", "data.root=."]
+    cells = study_cells(load_study("augment"), words, None)
+    folders = {cell.arm: Path(cell.config.cache.dir or "/none").name for cell in cells}
+    assert folders == {
+        "none": "2-0.25", "crop and flip": "0-0", "+RandAugment": "2-0",
+        "+RandomErasing": "2-0.25", "+Mixup": "none", "+CutMix": "none",
+        "+Mixup and CutMix": "none",
+    }  # fmt: skip
 
 
 def test_published_values_stand_beside_imagenet_runs_only(ghosttrain, folder, launched, tmp_path):
