@@ -57,7 +57,7 @@ def run(options: Namespace) -> int:
             lambda: study_run.run_study(name, overrides, hydra_words, folder, out, metric)
         )
     study = studies.load_study(name, folder, metric)
-    cells = studies.study_cells(study, overrides, folder, out)
+    cells = studies.study_cells(study, overrides, folder, out, to_run=False)
     if action == "report":
         print(study_report.study_report(name, study, cells, out))
     elif options.difference <= 0:

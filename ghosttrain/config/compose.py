@@ -89,6 +89,7 @@ def compose(
     config_dir: str | None = None,
     trains: bool = True,
     needs_data: bool = True,
+    needs_weights: bool = True,
 ) -> Composed:
     """Compose and check one run.
 
@@ -98,6 +99,7 @@ def compose(
             (`D/recipe/x.yaml`).
         trains: whether the batch must fit the processes and the student.
         needs_data: whether the images must be on this machine.
+        needs_weights: whether the weights of student and teacher must be.
 
     Raises:
         UserError: unknown name, wrong type, missing or contradictory value; the message is one
@@ -133,7 +135,7 @@ def compose(
             names_of_it["budget"] = budget.name
             layers = [defaults, *bases, budget, *ablations, typed]
             tree, chosen, passed = _composed(names, layers, user, names_of_it)
-        config = _with_teacher_of_run(_typed(tree))
+        config = _with_teacher_of_run(_typed(tree), needs_weights)
     named = {o.key_or_group for o in user}
     if "optim.lr" in named and "optim.lr_batch" not in named:
         config = _replace(config, "optim", lr_batch=None)  # typed by hand: used as typed
@@ -147,7 +149,9 @@ def compose(
         )
     config = _replace(config, "data", **_data_paths(config.data))
     config = _replace(config, "cache", dir=_absolute(config.cache.dir))
-    _check(config, names, chosen, trains, needs_data)
+    _check(config, names, chosen, trains, needs_weights)
+    if needs_data:
+        validate_data_here(config.data)
     if (
         config.model.source != "ghosttrain"
     ):  # it has no branches: no setting of them tells runs apart
@@ -382,7 +386,7 @@ def _replace(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def _with_teacher_of_run(config: Config) -> Config:
+def _with_teacher_of_run(config: Config, needs_weights: bool) -> Config:
     """Return the settings with the folder `teacher.run` as the teacher's weights, which say the
     rest.
     """
@@ -394,7 +398,7 @@ def _with_teacher_of_run(config: Config) -> Config:
         raise UserError(
             f"teacher.run={teacher.run} and {given} both name a teacher: leave one of them out"
         )
-    if not (expanded(teacher.run) / "config.yaml").is_file():
+    if needs_weights and not (expanded(teacher.run) / "config.yaml").is_file():
         raise UserError(
             f"teacher.run={teacher.run} is no run folder: give that of a finished run, as its last "
             "line names it"
@@ -438,7 +442,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 def _check(
-    config: Config, names: Names, chosen: dict[str, str], trains: bool, needs_data: bool = True
+    config: Config, names: Names, chosen: dict[str, str], trains: bool, needs_weights: bool = True
 ) -> None:
     """Refuse contradictions between settings, each in one line that says what to type."""
     model, data, augment = config.model, config.data, config.augment
@@ -477,7 +481,7 @@ def _check(
             "would their average: type ema.warmup=true"
         )
     elsewhere = model.weights in (None, *NAMED_SOURCES)
-    if not elsewhere and not expanded(str(model.weights)).exists():
+    if needs_weights and not elsewhere and not expanded(str(model.weights)).exists():
         raise UserError(
             f"model.weights={model.weights}: no such file; give the path of a .safetensors or .pth "
             f"file, the folder of a finished run, or one of {', '.join(STUDENT_SOURCES)}"
@@ -509,8 +513,6 @@ def _check(
             )
     _validate_root_is_read(data)
     _validate_split(data)
-    if needs_data:
-        validate_data_here(data)
     if config.cache.dir and data.root:
         images = (expanded(data.root) / split for split in (data.train_split, data.val_split))
         if any(expanded(config.cache.dir).is_relative_to(folder) for folder in images):

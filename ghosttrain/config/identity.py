@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -87,8 +88,34 @@ def settings_hash(config: Config) -> str:
     A setting at its schema default does not enter it: adding one to the schema leaves the folders
     of earlier runs where they are.
     """
-    text = json.dumps(result_settings(config, exclude_defaults=True), sort_keys=True)
+    return _short(result_settings(config, exclude_defaults=True))
+
+
+def typed_hash(config: Config, words: Sequence[str]) -> str:
+    """Hash the same settings with paths as they were typed: what does not change where images and
+    weights are not on this machine.
+
+    Args:
+        config: as composed, without digests.
+        words: the command line.
+    """
+    settings = result_settings(config, exclude_defaults=True)
+    typed = dict(word.lstrip("+").partition("=")[::2] for word in words)
+    if "teacher.run" in typed:  # composed, it is the teacher's weights
+        typed["teacher.weights"] = typed["teacher.run"]
+    return _short(settings | {key: typed[key] for key in settings if _digest(key) and key in typed})
+
+
+def _short(settings: dict[str, Any]) -> str:
+    text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def knows_all_paths(config: Config) -> bool:
+    """Whether a digest stands for every path of the settings."""
+    flat = flatten(config.model_dump(mode="json"))
+    digests = {key: _digest(key) for key, value in flat.items() if value is not None}
+    return all(flat[digest] for digest in digests.values() if digest in flat)
 
 
 DIGESTS = {"root": "digest", "table": "digest", "dir": "digest", "weights": "weights_digest"}

@@ -20,16 +20,20 @@ from ghosttrain.study.report import METRICS, value_of
 LARGEST = 100_000_000
 """Bytes that a file may have."""
 LABELS = ("arm", "seed", "settings", "command", "curve")
-"""Columns that are no numbers; `settings` is the hash of what was typed and what recipe and budget
-made of it, paths as typed; `curve` is `STEP:TOP1 STEP:TOP1 ...`, of detectors AP; held out,
-averaged weights."""
+"""Columns that are no numbers; `settings` is the hash in the name of the run folder; `curve` is
+`STEP:TOP1 STEP:TOP1 ...`, of detectors AP; held out, averaged weights."""
+LATER = ("typed", "code", "started")
+"""Columns that a file may lack: the hash of the settings with paths as typed; the program and the
+time, of `provenance.json`."""
 COSTS = ("macs", "parameters", "images_per_second", "seconds")
 """After fusing; in training; of the whole run."""
 
 Numbers = Mapping[str, float]
 """Column -> number of a finished run; a column that it has not is left out."""
-Kept = dict[tuple[str, int], dict[str, str]]
-"""(settings, seed) -> row of a finished run as it stands in `runs.csv`."""
+Row = dict[str, str]
+"""A finished run as it stands in `runs.csv`."""
+Kept = dict[tuple[str, int], Row]
+"""(settings, seed) -> row, and (typed, seed) -> row."""
 
 
 def numbers_of(result: Mapping[str, Any], metrics: Sequence[str]) -> Numbers:
@@ -77,11 +81,13 @@ def read_runs(path: Path) -> Kept:
     lacking = [name for name in (*LABELS, *COSTS) if name not in (reader.fieldnames or ())]
     if lacking:
         raise UserError(f"{path}: no runs.csv of a study: the column {lacking[0]!r} is missing")
-    rows = {}
+    rows: Kept = {}
     for row in reader:
         try:
             numbers(row), read_curve(row["curve"])
             rows[row["settings"], int(row["seed"])] = row
+            if row.get("typed"):
+                rows[row["typed"], int(row["seed"])] = row
         except (TypeError, ValueError, AttributeError):
             raise UserError(
                 f"{path}, line {reader.line_num}: damaged; delete the line, and its run counts as "
@@ -96,18 +102,22 @@ def numbers(row: Mapping[str, str]) -> Numbers:
     Raises:
         TypeError, ValueError: a cell is no finite number, or the row is short or long.
     """
-    found = {key: float(text) for key, text in row.items() if key not in LABELS and text != ""}
+    words = (*LABELS, *LATER)
+    found = {key: float(text) for key, text in row.items() if key not in words and text != ""}
     if not {*COSTS} <= found.keys() or not all(map(math.isfinite, found.values())):
         raise ValueError
     return found
 
 
 def write_runs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of `LABELS`, metrics and `COSTS`; a column that a row has not stays empty."""
+    """Write rows of `LABELS`, metrics, `COSTS` and `LATER`; a column that a row has not stays
+    empty.
+    """
     every = dict.fromkeys(key for row in rows for key in row)
-    metrics = [key for key in every if key not in (*LABELS, *COSTS)]
+    metrics = [key for key in every if key not in (*LABELS, *COSTS, *LATER)]
+    columns = [*LABELS[:2], *metrics, *COSTS, "settings", *LATER, "command", "curve"]
     file = io.StringIO()
-    writer = csv.DictWriter(file, [*LABELS[:2], *metrics, *COSTS, *LABELS[2:]], lineterminator="\n")
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ghosttrain.config.schema import Config
+from ghosttrain.config.schema import Config, DataConfig
+from ghosttrain.data.datasets.selection import SELECTION_SETTINGS
 
 
 class Published(NamedTuple):
@@ -27,8 +28,17 @@ PUBLISHED = (
 )
 
 
+def is_imagenet(config: Config) -> bool:
+    """Whether a run sees all of ImageNet-1k, as the published ones did; that the folder holds it is
+    taken from `data=imagenet`.
+    """
+    data, chosen = config.data, {*SELECTION_SETTINGS, "val_classes"}
+    usual = DataConfig().model_dump(include=chosen)
+    return data.name == "imagenet" and data.model_dump(include=chosen) == usual
+
+
 def published(config: Config, metric: str) -> list[Published]:
     """Return what stands beside a run: values of its network, where data, size and metric match."""
-    if config.data.name != "imagenet" or config.data.eval_size != 224 or metric != "top1":
+    if not is_imagenet(config) or config.data.eval_size != 224 or metric != "top1":
         return []
     return [each for each in PUBLISHED if each.model == config.model.name]

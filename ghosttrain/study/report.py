@@ -62,6 +62,7 @@ METRICS = {
     **BOX_METRICS,
 }
 """Choice of `report.metrics` -> its column; of the EMA weights where none is named."""
+LOWER_IS_BETTER = ("ece", "loss")
 OF_A_CLASS = {"recall": "recall %", "precision": "precision %", "ap": "AP %"}
 """`report.metrics=recall:NAME` -> its column; `ap` is of detectors."""
 

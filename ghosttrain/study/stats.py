@@ -21,7 +21,7 @@ class Difference(NamedTuple):
     """Seeds that both have."""
     mean: float
     low: float
-    """Lower end of the interval; NaN with fewer than two pairs."""
+    """Lower end of the interval; NaN with fewer than two pairs, or where all pairs are equal."""
     high: float
     p: float
     """Probability of a mean difference this far from 0 or farther where there is none; NaN with
@@ -31,7 +31,8 @@ class Difference(NamedTuple):
 def paired_difference(
     arm: Mapping[int, float], control: Mapping[int, float], level: float = 0.95
 ) -> Difference:
-    """Compare an arm with its control over the seeds that both have, by the paired t-test.
+    """Compare an arm with its control over the seeds that both have, by the paired t-test; where
+    all pairs are equal, by the test of signs.
 
     Args:
         arm: seed -> metric.
@@ -48,8 +49,11 @@ def paired_difference(
     mean = float(differences.mean())
     if len(seeds) < 2:
         return Difference(len(seeds), mean, math.nan, math.nan, math.nan)
-    if np.ptp(differences) == 0:  # scipy's t is 0/0 or x/0 here
-        return Difference(len(seeds), mean, mean, mean, float(mean == 0))
+    if np.ptp(differences) == 0:
+        # A spread of 0 is that of a measure in steps, such as one image of 360: the t-test would
+        # be certain of 2 seeds. The test of signs knows no spread.
+        p = 2 * 0.5 ** len(seeds) if mean else 1.0
+        return Difference(len(seeds), mean, math.nan, math.nan, p)
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(level)
     return Difference(len(seeds), mean, float(low), float(high), float(test.pvalue))
@@ -83,9 +87,20 @@ def power(seeds: int, difference: float, deviation: float, level: float = 0.95) 
 
 
 def seeds_needed(
-    difference: float, deviation: float, chance: float = 0.8, most: int = 1000
+    difference: float,
+    deviation: float,
+    chance: float = 0.8,
+    most: int = 1000,
+    level: float = 0.95,
 ) -> int | None:
-    """Return how many seeds find a true difference with this chance; None above `most`."""
-    if deviation == 0:
-        return 2
-    return next((n for n in range(2, most + 1) if power(n, difference, deviation) >= chance), None)
+    """Return how many seeds find a true difference with this chance; None above `most`.
+
+    Args:
+        difference: the true one.
+        deviation: standard deviation of the differences of pairs, above 0.
+        chance: to find it.
+        most: seeds that are tried.
+        level: 1 - the chance to find one where there is none.
+    """
+    counts = range(2, most + 1)
+    return next((n for n in counts if power(n, difference, deviation, level) >= chance), None)

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ghosttrain.config.compose import Composed, compose
-from ghosttrain.config.identity import settings_hash
+from ghosttrain.config.identity import settings_hash, typed_hash
 from ghosttrain.config.names import Names
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun, run_folder
@@ -29,6 +29,7 @@ from ghosttrain.files import read_limited
 from ghosttrain.study.ledger import (
     Kept,
     Numbers,
+    Row,
     numbers,
     numbers_of,
     read_curve,
@@ -41,6 +42,8 @@ from ghosttrain.text import first_fault, listed
 
 LARGEST = 1_000_000
 """Bytes that a file of a study may have."""
+PREVIOUS = "previous"
+"""Control of a study whose arms add one thing after another."""
 
 
 class Study(BaseModel):
@@ -55,7 +58,8 @@ class Study(BaseModel):
     axes: dict[str, dict[str, list[str]]] = Field(min_length=1)
     """Axis -> name of a choice -> its overrides."""
     control: str
-    """The arm that the others are compared with: its choices, joined by ` + `."""
+    """What an arm is compared with: the arm that takes these choices, joined by ` + `, in place of
+    its own of the same axes; or `previous`: the arm before it."""
     seeds: list[int] = Field(min_length=1)
     metric: str = "top1"
     """A column of `report.metrics`."""
@@ -74,16 +78,24 @@ class Cell:
     """As it is trained (`settled`)."""
     folder: Path
     numbers: Numbers | None = None
-    """Of its run folder, else of `runs.csv`; None where it has not ended."""
+    """Of its run folder, else of a row of `runs.csv`; None where it has not ended."""
     curve: Curve = field(default_factory=dict)
     """Held-out accuracy of the averaged weights; of the same source."""
     fault: str = ""
     """Why it has none; empty where it has some."""
 
+    row: Row | None = None
+    """Where its numbers are those of `runs.csv`."""
+
     @property
     def key(self) -> tuple[str, int]:
         """What stands for it in `runs.csv`, wherever its images and teacher lie."""
         return settings_hash(self.config), self.seed
+
+    @property
+    def typed_key(self) -> tuple[str, int]:
+        """What stands for it where its images and teacher are not here, or are others."""
+        return typed_hash(self.composed.config, self.composed.arguments), self.seed
 
 
 def study_names(names: Names) -> list[str]:
@@ -119,10 +131,10 @@ def load_study(name: str, config_dir: str | None = None, metric: str | None = No
     if metric is not None:
         study = study.model_copy(update={"metric": metric})
     validate_metrics([study.metric])
-    arms = list(_arms(study))
-    if study.control not in arms:
+    if not controls(study):
         raise UserError(
-            f"{path}: the control {study.control!r} is no arm; there are {', '.join(arms)}"
+            f"{path}: the control {study.control!r} is no arm, no choice of one axis and not "
+            f"{PREVIOUS!r}; there are {', '.join(_arms(study))}"
         )
     if len({*study.seeds}) < len(study.seeds):
         raise UserError(f"{path}: a seed stands twice in {study.seeds}")
@@ -138,8 +150,29 @@ def _arms(study: Study) -> dict[str, list[str]]:
     }
 
 
+def controls(study: Study) -> dict[str, str]:
+    """Return arm -> the arm that it is compared with; nothing where the control is none."""
+    arms = list(_arms(study))
+    if study.control == PREVIOUS:
+        return dict(zip(arms[1:], arms, strict=False))
+    axes, wanted = list(study.axes.values()), study.control.split(" + ")
+    places = [[i for i, axis in enumerate(axes) if choice in axis] for choice in wanted]
+    fixed = {found[0]: choice for found, choice in zip(places, wanted, strict=True) if found}
+    if len(fixed) < len(wanted) or max(map(len, places)) > 1:
+        return {}
+    found = {}
+    for chosen in itertools.product(*axes):
+        control = " + ".join(fixed.get(i, choice) for i, choice in enumerate(chosen))
+        found[" + ".join(chosen)] = control
+    return {arm: control for arm, control in found.items() if arm != control}
+
+
 def study_cells(
-    study: Study, overrides: Sequence[str], config_dir: str | None, out: Path | None = None
+    study: Study,
+    overrides: Sequence[str],
+    config_dir: str | None,
+    out: Path | None = None,
+    to_run: bool = True,
 ) -> list[Cell]:
     """Compose every run of a study and look what became of it.
 
@@ -148,6 +181,7 @@ def study_cells(
         overrides: of all runs: the data, a smaller model; `seed=0,1` chooses other seeds.
         config_dir: the user's own groups and recipes.
         out: folder with the `runs.csv` of runs that count as finished wherever they ran.
+        to_run: whether images and weights must be on this machine.
 
     Raises:
         UserError: a run has a mistake; two arms are the same run; `runs.csv` is damaged.
@@ -160,7 +194,7 @@ def study_cells(
         for arm, words in _arms(study).items():
             line = [*_words([*study.overrides, *typed], words), f"seed={seed}"]
             try:
-                composed = compose(line, config_dir)
+                composed = compose(line, config_dir, needs_data=to_run, needs_weights=to_run)
             except UserError as error:
                 raise UserError(f"arm {arm!r}: {error}") from None
             _validate_metric(study.metric, arm, composed.config)
@@ -190,10 +224,12 @@ def looked_at(study: Study, cells: Sequence[Cell], kept: Kept) -> list[Cell]:
     for cell in cells:
         found, fault = _outcome(cell.folder, cell.config, study.metric)
         curve = {} if found is None else learning_curve(read_metrics(cell.folder))
-        row = kept.get(cell.key)
-        if found is None and row is not None:
+        row = kept.get(cell.key) or kept.get(cell.typed_key) if found is None else None
+        if row is not None:
             found, curve, fault = numbers(row), read_curve(row["curve"]), ""
-        now.append(replace(cell, numbers=found, curve=curve, fault=fault))
+        if found is not None and study.metric not in found:
+            fault = f"finished, without {study.metric}"
+        now.append(replace(cell, numbers=found, curve=curve, fault=fault, row=row))
     return now
 
 

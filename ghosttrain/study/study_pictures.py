@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,15 +24,14 @@ Curve = Mapping[int, float]
 def draw_effects(
     path: Path, differences: Mapping[str, Difference], control: str, metric: str
 ) -> None:
-    """Draw the difference of each arm to the control with its interval, the first arm on top; an
-    arm with one pair is a hollow point without an interval.
+    """Draw the difference of each arm to its control with its interval, the first arm on top; an
+    arm without an interval is a hollow point.
     """
     figure = new_figure(WIDTH, 1.1 + 0.34 * len(differences))
     axis = figure.subplots()
     for place, each in enumerate(differences.values()):
-        if each.pairs > 1:
-            axis.plot([each.low, each.high], [place, place], color="tab:blue", linewidth=2)
-        style = "full" if each.pairs > 1 else "none"
+        axis.plot([each.low, each.high], [place, place], color="tab:blue", linewidth=2)
+        style = "none" if math.isnan(each.low) else "full"
         axis.plot(each.mean, place, "o", color="tab:blue", fillstyle=style)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(differences)), [_plain(arm) for arm in differences])
@@ -45,17 +45,21 @@ def draw_learning(path: Path, curves: Mapping[str, Sequence[Curve]], judged: str
     """Draw what runs are judged by (`judged`, in words) by steps: a line for the mean of an arm
     over its seeds, a band from the lowest to the highest seed.
     """
-    figure = new_figure(WIDTH, 3.6)
+    figure = new_figure(WIDTH, 3.4 + 0.1 * len(curves))
     axis = figure.subplots()
-    for arm, seeds in curves.items():
+    for number, (arm, seeds) in enumerate(curves.items()):
         steps = sorted(set.intersection(*(set(curve) for curve in seeds)))
         values = [[curve[step] for curve in seeds] for step in steps]
-        (line,) = axis.plot(steps, [statistics.mean(v) for v in values], label=_plain(arm))
+        (line,) = axis.plot(
+            steps, [statistics.mean(v) for v in values], label=_plain(arm), color=f"C{number % 10}"
+        )
+        line.set_linestyle(("-", "--", ":")[number // 10 % 3])
         lowest, highest = [min(v) for v in values], [max(v) for v in values]
         axis.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
     axis.set_xlabel("step")
     axis.set_ylabel(f"held-out EMA {judged} %")
-    axis.legend(frameon=False, fontsize=8)
+    columns = 1 + (len(curves) > 4)
+    figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower center")
     _finish(axis)
     save_figure(figure, path, DPI)
 
@@ -65,6 +69,7 @@ def draw_pareto(
     points: Mapping[str, tuple[float, float]],
     metric: str,
     published: Mapping[str, tuple[float, float]],
+    lower: bool = False,
 ) -> None:
     """Draw the metric against the MACs after fusing, and the front: the arms that no other beats at
     the same MACs or fewer.
@@ -74,10 +79,12 @@ def draw_pareto(
         points: arm -> (MACs, mean of the metric).
         metric: its title.
         published: name -> the same, of values from elsewhere: hollow, and in no front.
+        lower: whether a lower value is better.
     """
     figure = new_figure(WIDTH, 3.6)
     axis = figure.subplots()
-    front = pareto_front(points)
+    sign = -1 if lower else 1
+    front = pareto_front({arm: (macs, sign * value) for arm, (macs, value) in points.items()})
     axis.plot(
         [points[arm][0] / 1e6 for arm in front],
         [points[arm][1] for arm in front],
@@ -99,7 +106,7 @@ def draw_pareto(
         )
     axis.margins(x=0.2, y=0.1)
     axis.set_xlabel("million MACs after fusing")
-    axis.set_ylabel(_plain(metric))
+    axis.set_ylabel(_plain(metric + " (lower is better)" * lower))
     _finish(axis)
     save_figure(figure, path, DPI)
 

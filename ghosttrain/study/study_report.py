@@ -11,28 +11,38 @@ import os
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ghosttrain.config.schema import TrainConfig
+from ghosttrain.config.identity import knows_all_paths
+from ghosttrain.config.schema import DataConfig, TrainConfig
+from ghosttrain.data.datasets.selection import SELECTION_SETTINGS
+from ghosttrain.engine.run_files import read_provenance
 from ghosttrain.errors import UserError
-from ghosttrain.files import write_text
-from ghosttrain.study.ledger import Numbers, curve_text, read_runs, write_runs
+from ghosttrain.files import Damaged, write_text
+from ghosttrain.study.ledger import Kept, Numbers, curve_text, numbers, read_runs, write_runs
 from ghosttrain.study.page import figure, page, table
-from ghosttrain.study.published import published
-from ghosttrain.study.report import is_of_boxes, judged_in_words, spread, title_of
+from ghosttrain.study.published import is_imagenet, published
+from ghosttrain.study.report import (
+    LOWER_IS_BETTER,
+    is_of_boxes,
+    judged_in_words,
+    spread,
+    title_of,
+)
 from ghosttrain.study.stats import Difference, holm, paired_difference, seeds_needed
-from ghosttrain.study.studies import Cell, Study
+from ghosttrain.study.studies import PREVIOUS, Cell, Study, controls
 from ghosttrain.study.study_pictures import Curve, draw_effects, draw_learning, draw_pareto
 from ghosttrain.study.table import markdown
-from ghosttrain.text import clock
+from ghosttrain.text import clock, listed
 
 
 def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | None = None) -> str:
     """Return what the finished runs show, as Markdown.
 
-    An arm is compared with the control over the seeds that both finished: the mean difference, its
-    95 % interval (paired t), and p corrected for the number of arms (Holm).
+    An arm is compared with its control over the seeds that both finished: the mean difference, its
+    95 % interval (paired t), and p corrected for the number of comparisons (Holm).
 
     Args:
         name: of the study.
@@ -45,16 +55,15 @@ def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | Non
         UserError: `out` cannot be written, or its `runs.csv` is damaged.
     """
     rows = _table(study, cells)
-    title, faults = f"{name}: {_setting(cells)}", faults_of(cells)
+    kept = {} if out is None else read_runs(out / "runs.csv")
+    title, faults = f"{name}: {_setting(cells)}", [*faults_of(cells), *_strangers(cells, kept)]
     note = [*_note(study, cells), *_published(study, cells)]
     below = ["", *note, *(["", *faults] if faults else [])]
     text = "\n".join([f"# {title}", "", study.about, "", *markdown(rows), *below])
     if out is None:
         return text
-    kept = read_runs(out / "runs.csv")
-    kept |= {cell.key: _row(cell) for cell in cells if cell.numbers is not None}
     try:
-        write_runs(out / "runs.csv", list(kept.values()))
+        write_runs(out / "runs.csv", _rows(cells, kept))
         pictures = _draw(study, cells, out)
         shown = [
             line for picture, about in pictures.items() for line in ("", f"![{about}]({picture})")
@@ -67,11 +76,31 @@ def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | Non
     return text
 
 
+def _rows(cells: Sequence[Cell], kept: Kept) -> list[Mapping[str, Any]]:
+    """Return the rows of `runs.csv`: those it has as they stand, but for runs whose folders say
+    other numbers now.
+    """
+    rows: dict[tuple[str, int], Mapping[str, Any]] = {
+        (row["settings"], int(row["seed"])): row for row in kept.values()
+    }
+    for cell in cells:
+        if cell.numbers is None or cell.row is not None:
+            continue
+        if cell.key not in kept or numbers(kept[cell.key]) != cell.numbers:
+            rows[cell.key] = _row(cell)
+    return list(rows.values())
+
+
 def _row(cell: Cell) -> dict[str, Any]:
     """Return what `runs.csv` keeps of a finished run."""
-    settings, seed = cell.key
-    labels = {"arm": cell.arm, "seed": seed, "settings": settings, "command": _command(cell)}
-    return {**labels, "curve": curve_text(cell.curve), **(cell.numbers or {})}
+    (settings, seed), (typed, _) = cell.key, cell.typed_key
+    made: dict[str, Any] = {}
+    with suppress(Damaged):
+        made = read_provenance(cell.folder) or {}
+    labels = {"arm": cell.arm, "seed": seed, "settings": settings, "typed": typed}
+    labels |= {key: made.get(key, "") for key in ("code", "started")}
+    labels |= {"command": _command(cell), "curve": curve_text(cell.curve)}
+    return {**labels, **(cell.numbers or {})}
 
 
 def _command(cell: Cell) -> str:
@@ -79,46 +108,83 @@ def _command(cell: Cell) -> str:
 
 
 def _differences(study: Study, cells: Sequence[Cell]) -> dict[str, Difference]:
-    """Return arm -> its difference to the control, where they have a seed in common."""
+    """Return arm -> its difference to its control, where they have a seed in common."""
     values = values_of(study, cells)
-    control = values.pop(study.control)
     return {
-        arm: paired_difference(of_arm, control)
-        for arm, of_arm in values.items()
-        if of_arm.keys() & control.keys()
+        arm: paired_difference(values[arm], values[control])
+        for arm, control in controls(study).items()
+        if values[arm].keys() & values[control].keys()
     }
+
+
+def _control_in_words(study: Study) -> tuple[str, str]:
+    """Return a sentence about what an arm is compared with, and its name on an axis."""
+    if study.control == PREVIOUS:
+        return "Control of an arm: the one before it.", "the arm before"
+    if study.control in controls(study).values():
+        return f"Control: {study.control}.", study.control
+    of_arm = f"Control of an arm: the one with {study.control!r} in place of its own choice."
+    return of_arm, f"its {study.control!r}"
 
 
 def _table(study: Study, cells: Sequence[Cell]) -> list[list[str]]:
     """Return a row for each arm, below their head."""
     differences = _differences(study, cells)
     p_values = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
-    beside = ["ap50"] * (study.metric == "ap")
-    rows = [["arm", "n", title_of(study.metric), "less control", "95 % interval", "p (Holm)"]]
+    beside, compared = ["ap50"] * (study.metric == "ap"), controls(study)
+    title = title_of(study.metric) + " (lower is better)" * (study.metric in LOWER_IS_BETTER)
+    rows = [["arm", "n", title, "less control", "95 % interval", "p (Holm)"]]
     rows[0] += [*map(title_of, beside), "MACs", "parameters", "images/s", "time"]
     for arm, of_arm in values_of(study, cells).items():
         finished = [c.numbers for c in cells if c.arm == arm and c.numbers is not None]
         rows.append([arm, str(len(of_arm)), spread(list(of_arm.values()) or [None])])
-        rows[-1] += _difference(differences.get(arm), p_values.get(arm), arm == study.control)
+        rows[-1] += _difference(
+            differences.get(arm), p_values.get(arm), len(of_arm), arm not in compared
+        )
         rows[-1] += [spread([run.get(name) for run in finished] or [None]) for name in beside]
         rows[-1] += _cost(finished)
     return rows
 
 
 def _note(study: Study, cells: Sequence[Cell]) -> list[str]:
-    data = {cell.composed.config.data.name for cell in cells}
-    usual, where = ("coco", "COCO") if is_of_boxes(study.metric) else ("imagenet", "ImageNet")
+    boxes, configs = is_of_boxes(study.metric), [cell.composed.config for cell in cells]
+    usual = all(c.data.name == "coco" if boxes else is_imagenet(c) for c in configs)
+    where = "COCO" if boxes else "ImageNet"
     return [
-        f"Control: {study.control}. n: finished seeds; ±: standard deviation over them; the",
+        f"{_control_in_words(study)[0]} n: finished seeds; ±: standard deviation over them; the",
         "difference, its interval and p are paired over the seeds that both finished; MACs and",
-        "parameters after fusing; images/s and time in training, on the machine of each run.",
+        "parameters after fusing; images/s and time in training: medians, on the machine of each",
+        "run.",
         *_no_look(cells),
-        *(
-            [f"These are not {where} runs: what holds here need not hold there."]
-            if data != {usual}
-            else []
-        ),
+        *_of_other_files(cells),
+        *([] if usual else [f"These are not {where} runs: what holds here need not hold there."]),
     ]
+
+
+def _of_other_files(cells: Sequence[Cell]) -> list[str]:
+    """Return a line about rows of `runs.csv` whose images or weights do not lie here."""
+    others = [
+        f"{cell.row['settings']} there, {cell.key[0]} here"
+        for cell in cells
+        if cell.row and cell.row["settings"] != cell.key[0] and knows_all_paths(cell.config)
+    ]
+    if not others:
+        return []
+    return [
+        f"{len(others)} runs of runs.csv saw other images, another teacher or other weights than",
+        f"those that lie here under the same paths (settings {others[0]}).",
+    ]
+
+
+def _strangers(cells: Sequence[Cell], kept: Kept) -> list[str]:
+    """Return a line about rows of `runs.csv` that are no run of this command."""
+    keys = [key for cell in cells for key in (cell.key, cell.typed_key)]
+    used = [kept[key] for key in keys if key in kept]
+    strange = {f"{row['arm']} seed {row['seed']}" for row in kept.values() if row not in used}
+    if not strange:
+        return []
+    text = listed(sorted(strange), 6)
+    return [f"- in runs.csv, but of other settings or seeds than this command: {text}"]
 
 
 def _no_look(cells: Sequence[Cell]) -> list[str]:
@@ -144,8 +210,9 @@ def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
     """Draw what the finished runs allow; return file -> what it shows."""
     metric, pictures = title_of(study.metric), {}
     if differences := _differences(study, cells):
-        pictures["effects.png"] = f"difference of each arm to {study.control}, with its interval"
-        draw_effects(out / "effects.png", differences, study.control, metric)
+        control = _control_in_words(study)[1]
+        pictures["effects.png"] = f"difference of each arm to {control}, with its interval"
+        draw_effects(out / "effects.png", differences, control, metric)
     curves: dict[str, list[Curve]] = {}
     for cell in cells:
         if cell.curve:
@@ -167,7 +234,8 @@ def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
             if cell.numbers is not None
             for each in published(cell.composed.config, study.metric)
         }
-        draw_pareto(out / "pareto.png", points, metric, beside)
+        lower = study.metric in LOWER_IS_BETTER
+        draw_pareto(out / "pareto.png", points, metric, beside, lower)
     return pictures
 
 
@@ -233,7 +301,7 @@ def _setting(cells: Sequence[Cell]) -> str:
     """Return data, budget and length: what the numbers hold for."""
     configs = [cell.composed.config for cell in cells]
     said: dict[str, set[str]] = {
-        "data": {config.data.name for config in configs},
+        "data": {_data(config.data) for config in configs},
         "model": {config.model.name for config in configs},
         "budget": {config.budget for config in configs},
         "length": {_length(config.train) for config in configs},
@@ -243,19 +311,32 @@ def _setting(cells: Sequence[Cell]) -> str:
     return ", ".join(f"{key} {text}" for key, text in same.items())
 
 
+def _data(data: DataConfig) -> str:
+    """Return the name of data with that of its folder, and what is chosen of it."""
+    usual, names = DataConfig(), (*SELECTION_SETTINGS, "split", "fold")
+    chosen = [name for name in names if getattr(data, name) != getattr(usual, name)]
+    folder = [] if data.root is None else [Path(data.root).name]
+    return " ".join([data.name, *folder, *(f"{name}={getattr(data, name)}" for name in chosen)])
+
+
 def _length(train: TrainConfig) -> str:
     return f"{train.epochs} epochs" if train.max_steps is None else f"{train.max_steps} steps"
 
 
-def _difference(difference: Difference | None, p: float | None, is_control: bool) -> list[str]:
+def _difference(
+    difference: Difference | None, p: float | None, seeds: int, is_control: bool
+) -> list[str]:
     if is_control:
         return ["control", "", ""]
     if difference is None:
         return ["-", "-", "-"]
-    mean = f"{difference.mean:+.2f}"
+    mean, pairs = f"{difference.mean:+.2f}", difference.pairs
     if p is None or math.isnan(p):
-        return [mean, "n < 2", "-"]
-    return [mean, f"{difference.low:+.2f} to {difference.high:+.2f}", p_text(p)]
+        return [mean, "1 pair", "-"]
+    if math.isnan(difference.low):
+        return [mean, f"{pairs} equal pairs", p_text(p)]
+    fewer = f" ({pairs} pairs)" if pairs < seeds else ""
+    return [mean, f"{difference.low:+.2f} to {difference.high:+.2f}{fewer}", p_text(p)]
 
 
 def _cost(runs: Sequence[Numbers]) -> list[str]:
@@ -264,8 +345,8 @@ def _cost(runs: Sequence[Numbers]) -> list[str]:
     return [
         f"{runs[0]['macs'] / 1e6:.1f} M",
         f"{runs[0]['parameters'] / 1e6:.2f} M",
-        f"{statistics.mean(run['images_per_second'] for run in runs):.0f}",
-        clock(statistics.mean(run["seconds"] for run in runs)),
+        f"{statistics.median(run['images_per_second'] for run in runs):.0f}",
+        clock(statistics.median(run["seconds"] for run in runs)),
     ]
 
 
@@ -278,23 +359,26 @@ def study_power(study: Study, cells: Sequence[Cell], difference: float) -> str:
         difference: the smallest that matters, in the unit of the metric.
 
     Raises:
-        UserError: no arm has two seeds in common with the control yet.
+        UserError: no arm has two seeds in common with its control yet.
     """
-    finished = values_of(study, cells)
-    control = finished.pop(study.control)
+    finished, compared = values_of(study, cells), controls(study)
+    level = 1 - 0.05 / len(compared)
     rows = [["arm", "pairs", "deviation of the differences", "seeds needed"]]
-    for arm, of_arm in finished.items():
-        pairs = [of_arm[seed] - control[seed] for seed in of_arm if seed in control]
+    for arm, control in compared.items():
+        seeds = finished[arm].keys() & finished[control].keys()
+        pairs = [finished[arm][seed] - finished[control][seed] for seed in sorted(seeds)]
         if len(pairs) > 1:
-            needed = seeds_needed(difference, statistics.stdev(pairs))
-            text = "more than 1000" if needed is None else str(needed)
-            rows.append([arm, str(len(pairs)), f"{statistics.stdev(pairs):.2f}", text])
+            deviation = statistics.stdev(pairs)
+            needed = seeds_needed(difference, deviation, level=level) if deviation else None
+            text = str(needed) if needed else "more than 1000" if deviation else "pairs are equal"
+            rows.append([arm, str(len(pairs)), f"{deviation:.2f}", text])
     if len(rows) == 1:
         raise UserError(
-            f"no arm has two finished seeds in common with the control {study.control!r}: run the "
+            f"no arm has two finished seeds in common with its control ({study.control}): run the "
             "study first"
         )
-    head = f"To find a difference of {difference:g} with a chance of 80 % (paired t-test at 5 %):"
+    head = f"To find a difference of {difference:g} with a chance of 80 % (paired t-test at 5 %"
+    head += f" / {len(compared)} comparisons):" if len(compared) > 1 else "):"
     return "\n".join([head, "", *markdown(rows)])
 
 

@@ -9,7 +9,7 @@ from ghosttrain.text import printable
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table; the first row is its head."""
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[printable(cell).replace("|", r"\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"

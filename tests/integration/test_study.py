@@ -10,17 +10,26 @@ import statistics
 from pathlib import Path
 
 import pytest
-from helpers import refusal, some_detection, some_result
+from helpers import make_images, refusal, some_detection, some_result
 from scipy import stats
 
 from ghosttrain.config.compose import compose
+from ghosttrain.config.identity import typed_hash
 from ghosttrain.config.names import Names
 from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.rows import row_line
 from ghosttrain.engine.run_files import write_config, write_result
+from ghosttrain.files import write_json
 from ghosttrain.study import sweep
-from ghosttrain.study.studies import load_study, study_cells, study_names
+from ghosttrain.study.ledger import read_runs
+from ghosttrain.study.studies import (
+    PREVIOUS,
+    controls,
+    load_study,
+    study_cells,
+    study_names,
+)
 from ghosttrain.study.study_pictures import pareto_front
 
 STUDY = """
@@ -44,6 +53,7 @@ control: low
 seeds: [0, 1]
 metric: ap
 """
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 ARMS = ["low + once", "low + twice", "high + once", "high + twice"]
 
 
@@ -72,7 +82,7 @@ def launched(monkeypatch):
         run = run_folder(config)
         run.mkdir(parents=True)
         write_config(run, config)
-        (run / "provenance.json").write_text("{}")
+        write_json(run / "provenance.json", {"code": "c0de", "started": "today"})
         result = some_result(config)
         result["weights"]["ema"]["top1"] = top1(config)
         result["seconds"] = 60.0 + config.optim.lr * 1000 if config.train.epochs == 1 else 9.0
@@ -163,7 +173,7 @@ def test_damaged_and_other_seeds_are_in_no_mean(ghosttrain, folder, launched, tm
     report = ghosttrain("study", "report", "rates", "seed=5,6", *where)
     assert report.code == 0 and table(report.out)["low + once"][0] == "1"
     assert "- damaged: " in report.out and ": low + once, seed 5" in report.out
-    assert table(report.out)["high + once"][3] == "n < 2"  # one pair is left
+    assert table(report.out)["high + once"][3] == "1 pair"  # one pair is left
     assert ghosttrain("study", "report", "rates", *where).out.count("- not run: ") == 4
 
 
@@ -199,6 +209,7 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     with file.open(newline="") as text:
         rows = list(csv.DictReader(text))
     assert len(rows) == 8 and {row["arm"] for row in rows} == {*ARMS}
+    assert {(row["code"], row["started"]) for row in rows} == {("c0de", "today")}
     for row in rows:  # the command of a row is the run that its numbers are of
         *_, words = row["command"].partition("ghosttrain ")
         composed = compose(shlex.split(words), folder)
@@ -230,18 +241,75 @@ def test_a_row_counts_wherever_its_images_lie(ghosttrain, folder, launched, imag
     here.rename(there)
     again = ghosttrain("study", "run", "rates", *where, f"data.root={there}")
     assert again.code == 0 and "4 finished, 0 to run" in again.out and len(launched[0]) == 4
+    rows = (tmp_path / "out" / "runs.csv").read_text()
+    # The images are nowhere: what was typed is what runs are known by. A report needs no images.
+    report = ghosttrain("study", "report", "rates", *where, f"data.root={here}")
+    assert report.code == 0 and table(report.out)["low + once"][0] == "1", report.err
+    assert "data folder here" in report.out and "other images" not in report.out
+    # Other images lie there now: their runs count, and the report says so.
+    make_images(here, classes=2)
+    other = ghosttrain("study", "report", "rates", *where, f"data.root={here}")
+    assert "4 runs of runs.csv saw other images" in other.out
+    assert (tmp_path / "out" / "runs.csv").read_text() == rows
+    elsewhere = ghosttrain("study", "report", "rates", *where, f"data.root={tmp_path / 'no'}")
+    assert table(elsewhere.out)["low + once"][0] == "0"
+    assert "of other settings or seeds than this command: high + once seed 0" in elsewhere.out
+
+
+def test_what_an_arm_is_compared_with(ghosttrain, folder, launched, tmp_path):
+    """With the arm of one choice in place of its own; with the arm before it."""
+    study = load_study("rates", folder)
+    assert controls(study) == dict.fromkeys(ARMS[1:], ARMS[0])
+    by_rate = study.model_copy(update={"control": "low"})
+    assert controls(by_rate) == {"high + once": "low + once", "high + twice": "low + twice"}
+    in_turn = study.model_copy(update={"control": PREVIOUS})
+    assert controls(in_turn) == dict(zip(ARMS[1:], ARMS, strict=False))
+    assert controls(study.model_copy(update={"control": "low + high"})) == {}
+
+    file = tmp_path / "own" / "study" / "rates.yaml"
+    file.write_text(STUDY.replace("control: low + once", "control: previous"))
+    words = ["rates", "--config-dir", folder, f"run.root={tmp_path / 'runs'}", "budget=full"]
+    done = ghosttrain("study", "run", *words, "seed=0,1", "--out", tmp_path / "o")
+    assert done.code == 0 and "Control of an arm: the one before it." in done.out
+    shown = table(done.out)
+    means = {arm: float(shown[arm][1].split(" ")[0]) for arm in ARMS}
+    for arm, before in zip(ARMS[1:], ARMS, strict=False):
+        assert float(shown[arm][2]) == pytest.approx(means[arm] - means[before], abs=0.011)
+    assert shown[ARMS[0]][2] == "control"
+    power = ghosttrain("study", "power", *words, "seed=0,1")
+    assert "paired t-test at 5 % / 3 comparisons" in power.out
+
+    (tmp_path / "runs" / "baseline").rename(tmp_path / "gone")  # a row without a later column
+    lacking = ghosttrain(
+        "study", "report", *words, "seed=0,1", "--out", tmp_path / "o", "--metric", "recall:7"
+    )
+    assert "- finished, without recall:7: low + once, seed 0, 1" in lacking.out
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in RESULTS.glob("*/runs.csv")))
+def test_published_runs_are_still_known_by_their_commands(name):
+    """Without images, teacher, stored outputs: a changed default or recipe would run them anew."""
+    rows = list({id(row): row for row in read_runs(RESULTS / name / "runs.csv").values()}.values())
+    for row in (rows[0], rows[-1]):
+        words = shlex.split(row["command"])[3:]
+        composed = compose(words, needs_data=False, needs_weights=False)
+        assert typed_hash(composed.config, composed.arguments) == row["typed"], row["arm"]
 
 
 def test_the_arms_of_a_policy_find_the_outputs_stored_for_it(tmp_path):
     """A folder of `cache.dir` by settings; a mixed image has no stored output."""
-    answers = "cache.dir=" + str(tmp_path) + "/${augment.randaugment_ops}-${augment.erasing_prob}"
+    answers = (
+        "cache.dir="
+        + str(tmp_path)
+        + "/${augment.policy}-${augment.randaugment_ops}-${augment.erasing_prob}"
+    )
     words = ["model=mobilenetv2_050", "teacher=efficientnet_lite0", "seed=0", answers]
     words += ["data=idx", "data.root=."]
     cells = study_cells(load_study("augment"), words, None)
     folders = {cell.arm: Path(cell.config.cache.dir or "/none").name for cell in cells}
     assert folders == {
-        "none": "2-0.25", "crop and flip": "0-0", "+RandAugment": "2-0",
-        "+RandomErasing": "2-0.25", "+Mixup": "none", "+CutMix": "none",
+        "none": "none-2-0.25", "crop and flip": "compact-0-0", "+RandAugment": "compact-2-0",
+        "+RandomErasing": "compact-2-0.25", "+Mixup": "none", "+CutMix": "none",
         "+Mixup and CutMix": "none",
     }  # fmt: skip
 
@@ -284,6 +352,8 @@ def test_an_arm_keeps_what_it_says_and_has_nothing_of_what_it_switches_off():
 def test_the_front_is_what_no_other_arm_beats():
     points = {"a": (3.0, 70.0), "b": (1.0, 60.0), "c": (2.0, 59.0), "d": (3.0, 69.0)}
     assert pareto_front(points) == ["b", "a"]
+    losses = {"a": (3.0, -0.9), "b": (1.0, -0.4), "c": (2.0, -1.2)}  # lower is better: less 0
+    assert pareto_front(losses) == ["b"]
     beaten = {
         one
         for one, (macs, value) in points.items()
@@ -364,7 +434,7 @@ def test_refusals(ghosttrain, folder, tmp_path):
     )
     file = tmp_path / "own" / "study" / "rates.yaml"
     for old, new, said in (
-        ("control: low + once", "control: low", "the control 'low' is no arm"),
+        ("control: low + once", "control: lo", "the control 'lo' is no arm"),
         ("seeds: [0, 1, 2]", "seeds: [0, 0]", "a seed stands twice"),
         ("seeds: [0, 1, 2]", "seeds: []", "seeds"),
         ("seeds:", "sedes:", "seeds: Field required"),
