@@ -25,8 +25,9 @@ detections an image, and by size."""
 NAMES = tuple(TITLES)
 RECALLS = np.linspace(0, 1, 101)
 """Where COCO reads the curve of precision against recall."""
-PRIORS = 100
-"""Detections an image of the detector that ignores it: as many as COCO counts."""
+PRIORS = 300
+"""Detections an image of the detector that ignores it: as many as those of torchvision give (COCO
+counts 100 of each class)."""
 _SAMPLE = 1000  # training boxes of a class that its priors are chosen from
 _NEAR = 0.5  # IoU from which a prior finds a box
 

@@ -146,10 +146,18 @@ def retinanet(backbone: Backbone, num_classes: int, channels: int = 256) -> Reti
 
 
 def _connected(detector: Any) -> Any:
-    """Return a detector that takes images as they are and says where its backbone stands."""
+    """Return a detector that takes images as they are, whose losses are computed in float32, and
+    that says where its backbone stands.
+    """
     detector.transform = AsTheyAre()
+    detector.head.register_forward_hook(_in_float32)
     detector.backbone_path = BACKBONE_PATH
     return detector
+
+
+def _in_float32(_: nn.Module, __: Any, output: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under autocast a focal loss in bfloat16 would take 1 - p in steps of .004."""
+    return {name: values.float() for name, values in output.items()}
 
 
 def create_detector(

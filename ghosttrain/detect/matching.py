@@ -14,8 +14,6 @@ from ghosttrain.detect.coco_numbers import Found, intersection, iou
 
 NEAR = 0.5
 """IoU from which a detection is that box."""
-MOST = 100
-"""Detections of an image that count: those of the highest scores, as in COCO."""
 RIGHT, WRONG, ON_CROWD = 1, 0, -1
 """What a detection is; on a crowd it counts neither for nor against."""
 
@@ -24,7 +22,7 @@ class Matched(NamedTuple):
     """The detections of one image beside its boxes."""
 
     found: Found
-    """The `MOST` of the highest scores, by falling score."""
+    """All of the image, by falling score."""
     kind: np.ndarray
     """(D,) `RIGHT`, `WRONG` or `ON_CROWD`."""
     box: np.ndarray
@@ -56,7 +54,7 @@ def match(found: Found, corners: np.ndarray, labels: np.ndarray, crowd: np.ndarr
     """Match detections with boxes: by falling score each takes the free box of its class with the
     highest IoU, from `NEAR`; else a crowd that holds half of it.
     """
-    order = np.argsort(-found.scores, kind="stable")[:MOST]
+    order = np.argsort(-found.scores, kind="stable")
     found = Found(*(values[order] for values in found))
     kind = np.full(len(order), WRONG)
     box = np.full(len(order), -1)

@@ -8,7 +8,8 @@ study finds the folder of each by its settings, so runs that are there already c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from ghosttrain.engine.metrics import judged_by
 from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import read_limited
+from ghosttrain.files import Damaged, expanded, read_json, read_limited
 from ghosttrain.study.ledger import (
     Kept,
     Numbers,
@@ -221,8 +222,11 @@ def kept_runs(out: Path | None) -> Kept:
 def looked_at(study: Study, cells: Sequence[Cell], kept: Kept) -> list[Cell]:
     """Return the cells with what became of their runs by now, here or as a row of `runs.csv`."""
     now: list[Cell] = []
+    codes = _exit_codes({expanded(cell.config.run.root) for cell in cells})
     for cell in cells:
         found, fault = _outcome(cell.folder, cell.config, study.metric)
+        if found is None and (code := codes.get(str(cell.folder.resolve()))):
+            fault = f"failed (exit code {code})"
         curve = {} if found is None else learning_curve(read_metrics(cell.folder))
         row = kept.get(cell.key) or kept.get(cell.typed_key) if found is None else None
         if row is not None:
@@ -231,6 +235,18 @@ def looked_at(study: Study, cells: Sequence[Cell], kept: Kept) -> list[Cell]:
             fault = f"finished, without {study.metric}"
         now.append(replace(cell, numbers=found, curve=curve, fault=fault, row=row))
     return now
+
+
+def _exit_codes(roots: Collection[Path]) -> dict[str, int]:
+    """Return run folder -> how the newest sweep that ran it says that it ended."""
+    files = [file for root in roots for file in (root / ".sweeps").glob("*/*.json")]
+    codes = {}
+    for file in sorted(files):  # a sweep is named by its time
+        with suppress(OSError, Damaged, KeyError):
+            outcome = read_json(file, LARGEST)
+            if not outcome["elsewhere"]:
+                codes[outcome["run"]] = outcome["exit_code"]
+    return codes
 
 
 def _validate_metric(metric: str, arm: str, config: Config) -> None:

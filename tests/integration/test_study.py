@@ -120,7 +120,7 @@ def test_what_is_missing_runs_and_the_report_is_right(ghosttrain, folder, launch
     assert "runs: 12 = 4 arms x 3 seeds (0, 1, 2); 0 finished, 12 to run" in first.out
     assert "length: 18 epochs in all; the time is known when a run has finished" in first.out
     assert "failed: " in first.err and "optim.lr=0.01" in first.err and "exit code 137" in first.err
-    assert "- not run: high + once, seed 1" in first.out
+    assert "- failed (exit code 137): high + once, seed 1" in first.out
     assert table(first.out)["high + once"][0] == "2"
 
     failing.clear()
@@ -195,13 +195,14 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     assert pictures == ["effects.png", "learning.png"]  # one model: there is no front to draw
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http-eq", "")
-    assert page.count("<li>") == 9 and "not run: high + once, seed 1" in page
+    assert page.count("<li>") == 9 and "failed (exit code 137): high + once, seed 1" in page
     links = re.findall(r'href="([^"]+)/"', page)
     assert len(links) == 7 and all((tmp_path / "out" / link).is_dir() for link in links)
     assert all(html.escape(cell) in page for row in table(report).values() for cell in row)
     assert "not ImageNet" in page and "not ImageNet" in report
     launched[1].clear()
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    report = report.replace("failed (exit code 137)", "not run")  # the sweep's folder is not here
     assert ghosttrain("study", "report", "rates", *where).out == report
     assert ghosttrain("study", "run", "rates", *where).code == 0
     assert launched[0][8:] == [(0.01, 1, 1)]

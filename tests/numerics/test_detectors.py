@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou
 
 from ghosttrain.detect.backbones import build_backbone, create_torchvision_model
@@ -100,6 +101,39 @@ def test_every_parameter_learns_on_every_kind_of_backbone(kind, name):
         for row in detector.eval()(images):
             assert row["boxes"].shape == (len(row["scores"]), 4)
             assert ((row["labels"] >= 1) & (row["labels"] <= 3)).all()
+
+
+@pytest.mark.parametrize("name", ["ssdlite", "retinanet"])
+def test_losses_under_autocast_are_those_of_the_same_outputs_in_float32(name):
+    """In bfloat16, of a negative with p = .001 the focal loss would be 0."""
+    torch.manual_seed(0)
+    if name == "ssdlite":
+        detector = ssdlite(network("mobilenetv2_050", SSDLITE_REDUCTIONS), 3, 128)
+    else:
+        detector = retinanet(network("mobilenetv2_050", PYRAMID), 3, channels=32)
+    kept, handle = head_outputs(detector)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector.train()(torch.randn(3, 3, 128, 128), targets_of(BOXES))
+    handle.remove()
+    assert {values.dtype for values in kept.values()} == {torch.float32}
+    detector.head = Fixed(kept)
+    again = detector(torch.randn(3, 3, 128, 128), targets_of(BOXES))
+    for key, loss in losses.items():
+        torch.testing.assert_close(loss, again[key], rtol=1e-6, atol=0)
+
+
+class Fixed(torch.nn.Module):
+    """A head that says what it said before."""
+
+    def __init__(self, said):
+        super().__init__()
+        self.said = said
+
+    def forward(self, maps):
+        return self.said
+
+    def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
+        return RetinaNetHead(32, 9, 4).compute_loss(targets, head_outputs, anchors, matched_idxs)
 
 
 @pytest.mark.parametrize("name", ["ssdlite", "retinanet"])

@@ -54,9 +54,12 @@ def test_coco_is_read_as_it_is_written(root):
     again = build_datasets(coco(root))[0]
     assert again.identity() == train.identity()
     content = read_annotations(root, "train2017")
-    content["annotations"][0]["bbox"][2] += 1
-    write_coco(root, "train2017", content)
-    assert build_datasets(coco(root))[0].identity() != train.identity()
+    for change in ({"bbox": [1, 2, 30, 31]}, {"area": 7.0}):
+        content["annotations"][0] |= change
+        write_coco(root, "train2017", content)
+        other = build_datasets(coco(root))[0].identity()
+        assert other not in (again.identity(), train.identity())
+        train = build_datasets(coco(root))[0]
 
 
 def test_faults_of_boxes_are_counted_and_mended_as_stated(root):
@@ -97,6 +100,7 @@ def test_faults_of_boxes_are_counted_and_mended_as_stated(root):
         (lambda c: c["annotations"][0].update(bbox=7), "a row is not as COCO's are"),
         (lambda c: c.pop("categories"), "it has no list 'categories'"),
         (lambda c: c["images"][1].update(id=1000), "two images have the same id"),
+        (lambda c: c["categories"].append({**c["categories"][0], "name": "x"}), "have the id"),
         (lambda c: c["images"][0].update(file_name="../x.jpg"), "names no folder of its own"),
         (lambda c: c["images"].clear(), "the annotations list no images"),
         (lambda c: c["images"][0].update(width=0), "an image of 0 x 64 pixels"),
@@ -113,6 +117,20 @@ def test_files_that_cannot_be_used_are_one_line(root, spoil, message):
     with pytest.raises(UserError, match=message) as caught:
         build_datasets(coco(root))
     assert "\n" not in str(caught.value)
+
+
+def test_categories_of_one_name_are_one_class(root):
+    """As some exports have them: a parent category beside its only child."""
+    content = read_annotations(root, "train2017")
+    before, _ = build_datasets(coco(root))
+    parent = {"id": 0, "name": content["categories"][1]["name"]}
+    content["categories"].append(parent)
+    content["annotations"][0]["category_id"] = 0
+    write_coco(root, "train2017", content)
+    train, _ = build_datasets(coco(root))
+    assert sorted(train.classes) == sorted(before.classes)
+    assert train.classes[train.boxes.labels[0]] == parent["name"]
+    assert "categories of one name are one class" in " ".join(train.left_out)
 
 
 def test_missing_files(root):

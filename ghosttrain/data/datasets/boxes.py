@@ -73,7 +73,8 @@ class Boxes:
 
     def content(self) -> bytes:
         """Return bytes that tell these boxes from others."""
-        parts = (self.starts, self.corners.round(3), self.labels, self.crowd, self.sizes)
+        corners, areas = self.corners.round(3), self.areas.round(3)
+        parts = (self.starts, corners, self.labels, self.crowd, areas, self.sizes)
         return b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
 
 

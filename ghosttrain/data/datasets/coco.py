@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ghosttrain.data.datasets.base import Dataset, splits
 from ghosttrain.data.datasets.boxes import LARGEST, checked_boxes
 from ghosttrain.data.datasets.folder import FileDataset
 from ghosttrain.errors import UserError
-from ghosttrain.text import one_line, printable
+from ghosttrain.text import listed, one_line, printable
 
 
 def read_coco(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
@@ -33,7 +34,7 @@ def read_coco(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     train_json = _read(train_file)
     with _named(train_file):
         rows = sorted(train_json["categories"], key=lambda row: row["id"])
-        classes = [str(row["name"]) for row in rows]
+        classes = list(dict.fromkeys(str(row["name"]) for row in rows))
         "".join(classes).encode()  # half a character is no text
         train = _half(data, root, train_split, train_file, train_json, classes)
     val_file = _annotations(root, val_split, val_key)
@@ -46,6 +47,7 @@ def _half(
     data: DataConfig, root: Path, split: str, file: Path, found: dict[str, Any], classes: list[str]
 ) -> FileDataset:
     label_of = {name: k for k, name in enumerate(classes)}
+    same = _same_categories(found["categories"], file)
     labels = {row["id"]: label_of.get(str(row["name"]), -1) for row in found["categories"]}
     images, missing = files_there(data, root / split, [row["file_name"] for row in found["images"]])
     rows = [found["images"][i] for i in images]
@@ -72,10 +74,25 @@ def _half(
         str(file),
         lambda number: printable(str(rows[number]["file_name"])),
     )
+    notes += same
     if strays:
         notes += (f"{file}: {strays:,} boxes are of images that it does not list: left out",)
     return box_files(data, root / split, classes, [row["file_name"] for row in rows], boxes,
                      (*missing, *notes), (file, root / split))  # fmt: skip
+
+
+def _same_categories(categories: list[dict[str, Any]], file: Path) -> tuple[str, ...]:
+    """Return a line about categories of one name, which are one class.
+
+    Raises:
+        UserError: two have one id.
+    """
+    ids = Counter(row["id"] for row in categories)
+    if twice := [each for each, count in ids.items() if count > 1]:
+        raise UserError(f"{file}: two categories have the id {twice[0]}: mend the file")
+    names = Counter(str(row["name"]) for row in categories)
+    alike = [printable(name) for name, count in names.items() if count > 1]
+    return (f"{file}: categories of one name are one class: {listed(alike, 5)}",) * bool(alike)
 
 
 def files_there(data: DataConfig, folder: Path, names: list[str]) -> tuple[list[int], list[str]]:
