@@ -139,6 +139,16 @@ def test_a_run_leaves_what_a_run_leaves_and_is_measured_again(ghosttrain, words,
     ):
         wrong = ghosttrain("detect", *words_of_it)
         assert wrong.code == 2 and said in wrong.err and wrong.err.count("\n") == 1, wrong.err
+    held_out_only = tmp_path / "held_out_only"
+    shutil.copytree(coco, held_out_only, ignore=shutil.ignore_patterns("*train2017*"))
+    alone = ghosttrain("detect", "eval", run, f"data.root={held_out_only}")
+    assert alone.code == 0 and alone.out.count("   as reported") == 3, alone.err
+    content = read_annotations(held_out_only, "val2017")
+    content["categories"] = [{**row, "name": "x" + row["name"]} for row in content["categories"]]
+    write_coco(held_out_only, "val2017", content)
+    none_known = ghosttrain("detect", "eval", run, f"data.root={held_out_only}")
+    assert none_known.code == 2 and none_known.err.count("\n") == 1, none_known.err
+    assert "no box of a class that" in none_known.err and "(disc, bar)" in none_known.err
     larger = ghosttrain("detect", "eval", run, "data.eval_size=96")
     assert larger.code == 2 and larger.err.count("\n") == 1
     assert "the anchors of this run are those of 64 px" in larger.err

@@ -28,7 +28,7 @@ def read_coco(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     Raises:
         UserError: a file is missing or not of this format, or a box is not finite.
     """
-    (train_split, train_key), (val_split, val_key) = splits(data)
+    (train_split, train_key), _ = splits(data)
     train_file = _annotations(root, train_split, train_key)
     train_json = _read(train_file)
     with _named(train_file):
@@ -36,10 +36,19 @@ def read_coco(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
         classes = [str(row["name"]) for row in rows]
         "".join(classes).encode()  # half a character is no text
         train = _half(data, root, train_split, train_file, train_json, classes)
-    val_file = _annotations(root, val_split, val_key)
-    with _named(val_file):
-        held_out = _half(data, root, val_split, val_file, _read(val_file), classes)
-    return train, held_out
+    return train, held_out_coco(data, root, classes)
+
+
+def held_out_coco(data: DataConfig, root: Path, classes: list[str]) -> Dataset:
+    """Return the held-out half alone; its boxes are matched to `classes` by name.
+
+    Raises:
+        UserError: as `read_coco`.
+    """
+    _, (split, key) = splits(data)
+    file = _annotations(root, split, key)
+    with _named(file):
+        return _half(data, root, split, file, _read(file), classes)
 
 
 def _half(
