@@ -13,7 +13,7 @@ from ghosttrain.engine.predict import give_predictions
 from ghosttrain.engine.run_files import read_config
 from ghosttrain.engine.same_data import renamed
 from ghosttrain.engine.state import fit_saved, student_weights
-from ghosttrain.engine.student import build_student, has_fused_form
+from ghosttrain.engine.student import build_student, has_fused_form, without_start
 from ghosttrain.engine.weights_file import WeightsKind, read_weights
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
@@ -90,13 +90,6 @@ def _last(folder: Path) -> Checkpoint:
     if found is None:
         raise UserError(f"{folder} has no weights yet: no checkpoint was written")
     return found[0]
-
-
-def without_start(config: Config) -> Config:
-    """Return the settings without `model.weights`: a saved run does not need the file it started
-    from.
-    """
-    return config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
 
 
 def held_out_of(folder: Path, config: Config) -> tuple[Dataset, int]:
