@@ -34,14 +34,10 @@ from ghosttrain.engine.cache_writer import draws_of
 from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.freeze import freeze_at, freeze_network
 from ghosttrain.engine.identify import settled
+from ghosttrain.engine.load import without_start
 from ghosttrain.engine.plan import Plan, make_plan
 from ghosttrain.engine.run_files import read_result
-from ghosttrain.engine.student import (
-    build_network,
-    has_fused_form,
-    trained_depths,
-    without_start,
-)
+from ghosttrain.engine.student import build_network, has_fused_form, trained_depths
 from ghosttrain.errors import UserError
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.create import create_model, create_timm_model

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ghosttrain.config.identity import fault_below
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset, splits
 from ghosttrain.data.datasets.boxes import LARGEST, checked_boxes
 from ghosttrain.data.datasets.folder import FileDataset
+from ghosttrain.data.decode import BrokenImage, upright_size
 from ghosttrain.errors import UserError
 from ghosttrain.text import one_line, printable
 
@@ -116,6 +119,33 @@ def files_there(data: DataConfig, folder: Path, names: list[str]) -> tuple[list[
     return kept, [f"{line} and are left out with their boxes"]
 
 
+@dataclass(frozen=True, eq=False)
+class BoxFiles(FileDataset):
+    """Image files with boxes."""
+
+    _: KW_ONLY
+    orientation: str = "ignore"
+    """`data.orientation`: how the images lie in whose pixels the boxes are."""
+
+    def open(self, index: int) -> Image.Image:
+        """Return image `index`, not decoded yet.
+
+        Raises:
+            BrokenImage: it cannot be read, or has another size than its annotation says: its boxes
+                would lie elsewhere.
+        """
+        image = super().open(index)
+        assert self.boxes is not None
+        width, height = upright_size(image, self.orientation)
+        listed = tuple(self.boxes.sizes[index].tolist())
+        if listed == (width, height):
+            return image
+        raise BrokenImage(
+            f"{self.path(index)} is {width} x {height} pixels, its annotation says {listed[0]} x "
+            f"{listed[1]}: mend the annotation"
+        )
+
+
 def box_files(
     data: DataConfig,
     folder: Path,
@@ -124,7 +154,7 @@ def box_files(
     boxes: Any,
     notes: tuple[str, ...],
     listed: tuple[Path, ...],
-) -> FileDataset:
+) -> BoxFiles:
     """Return image files in `folder` with their boxes.
 
     Raises:
@@ -132,7 +162,7 @@ def box_files(
     """
     if not names:
         raise UserError(f"{folder}: the annotations list no images")
-    return FileDataset(
+    return BoxFiles(
         str(folder),
         classes,
         np.zeros(len(names), dtype=np.int64),
@@ -143,6 +173,7 @@ def box_files(
         bit_depth=data.bit_depth,
         boxes=boxes,
         max_pixels=data.max_pixels,
+        orientation=data.orientation,
     )
 
 
