@@ -289,6 +289,20 @@ def test_an_image_of_another_size_than_its_annotation_is_one_line(root):
     assert json.dumps([each.reason for each in batch.broken])
 
 
+@pytest.mark.parametrize("setting", ["ignore", "apply"])
+def test_a_turned_photograph_says_which_orientation_its_boxes_are_of(root, setting):
+    """The remedy is the other value than the one that is set."""
+    other = {"ignore": "apply", "apply": "ignore"}[setting]
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    # Annotated is 80 x 64: the upright photograph, or the file as it is stored.
+    stored = (64, 80) if setting == "ignore" else (80, 64)
+    Image.new("RGB", stored).save(root / "train2017" / "0000.jpg", exif=exif)
+    with pytest.raises(UserError, match=f"EXIF turns it: type data.orientation={other}"):
+        build_datasets(coco(root, orientation=setting))[0].open(0)
+    build_datasets(coco(root, orientation=other))[0].open(0)
+
+
 def test_data_check_names_all_images_of_another_size(root, ghosttrain):
     for split in ("train2017", "val2017"):
         content = read_annotations(root, split)

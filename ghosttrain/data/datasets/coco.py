@@ -140,9 +140,13 @@ class BoxFiles(FileDataset):
         listed = tuple(self.boxes.sizes[index].tolist())
         if listed == (width, height):
             return image
+        other = "apply" if self.orientation == "ignore" else "ignore"
+        remedy = "mend the annotation"
+        if listed == upright_size(image, other):
+            remedy = f"its EXIF turns it: type data.orientation={other}"
         raise BrokenImage(
             f"{self.path(index)} is {width} x {height} pixels, its annotation says {listed[0]} x "
-            f"{listed[1]}: mend the annotation"
+            f"{listed[1]}: {remedy}"
         )
 
 
