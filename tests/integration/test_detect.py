@@ -270,6 +270,7 @@ def test_a_frozen_backbone_stays_and_the_rest_learns(ghosttrain, words, tmp_path
 
 
 def test_a_backbone_that_has_learnt_is_taken_from_a_run(ghosttrain, words, tiny, tmp_path):
+    tiny = [word.replace("shufflenetv2_050", "ghostnetv3_050") for word in tiny]
     classes = ghosttrain(*tiny, "train.max_steps=1", f"run.root={tmp_path / 'first'}")
     assert classes.code == 0, classes.err
     run = only_run(tmp_path / "first")
