@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ghosttrain.commands.arguments import Arguments, validate_counts, with_config_dir
 from ghosttrain.errors import UserError
@@ -54,15 +55,17 @@ def run(options: Namespace) -> int:
     from ghosttrain.config.detection import validate_classifies
 
     config = compose(words, options.config_dir, trains=False).config
-    if names[0] != "show":
-        validate_classifies(config, f"data {names[0]}")
+    if names[0] == "stats":
+        validate_classifies(config, "data stats")
     if names[0] == "check":
         from ghosttrain.study.data_check import as_json, check_data, describe
 
         report = check_data(config.data, say=lambda line: print(line, file=sys.stderr))
-        print(
-            json.dumps(as_json(report), indent=1) if options.json else "\n".join(describe(report))
-        )
+        if options.json:
+            found = _without_class(as_json(report)) if config.detects else as_json(report)
+            print(json.dumps(found, indent=1))
+        else:
+            print("\n".join(describe(report)))
         return int(bool(report.faults))
     from ghosttrain.study.data_look import draw_sheet, statistics
 
@@ -72,3 +75,10 @@ def run(options: Namespace) -> int:
         out = None if options.out is None else Path(options.out)
         print(draw_sheet(config, options.samples, options.draws, out))
     return 0
+
+
+def _without_class(found: Any) -> Any:
+    """Return what was found without the class of an image: one with boxes has none of its own."""
+    if isinstance(found, dict):
+        return {key: _without_class(value) for key, value in found.items() if key != "class"}
+    return [_without_class(each) for each in found] if isinstance(found, list) else found

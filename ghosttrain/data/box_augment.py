@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ghosttrain.config.schema import AugmentConfig, DataConfig
 from ghosttrain.data.datasets.boxes import SMALLEST, Boxes
-from ghosttrain.data.decode import BrokenImage, decoded
+from ghosttrain.data.decode import decoded
 from ghosttrain.data.order import mix
 
 THIN = 16
@@ -71,14 +71,6 @@ def _sample(
     pixels = pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()
     height, width = pixels.shape[1:]
     corners, labels = boxes.objects(number)
-    listed = tuple(boxes.sizes[number].tolist())
-    path = getattr(image, "filename", "")  # of what stands for a broken one: none
-    if path and listed != (width, height):
-        raise BrokenImage(
-            f"{path} is {width} x {height} pixels, its annotation says {listed[0]} x {listed[1]}: "
-            "mend the annotation, type data.orientation=ignore where the file is turned by its "
-            "EXIF, or data.on_error=skip to leave the image out"
-        )
     sample = {
         "pixels": tv_tensors.Image(pixels),
         "boxes": tv_tensors.BoundingBoxes(

@@ -26,11 +26,13 @@ from ghosttrain.detect.pkd import pearson_loss
 from ghosttrain.distill.features import Network
 from ghosttrain.distill.losses import at
 from ghosttrain.engine import distributed
+from ghosttrain.engine.detector_start import load_the_rest, same_kind
 from ghosttrain.engine.evaluate import Evaluation, HeldOutImages, evaluating
-from ghosttrain.engine.student import build_student
+from ghosttrain.engine.student import build_student, without_start
 from ghosttrain.errors import UserError
 from ghosttrain.models.reparam import using_forward
 from ghosttrain.models.sync_bn import synchronize
+from ghosttrain.models.weights.sources import about_weights
 
 TERMS = {"classification": "class", "bbox_regression": "box", "pkd": "pkd"}
 """torchvision's name of a loss -> that of a run's term."""
@@ -88,7 +90,8 @@ class DetectorNetwork(Network):
 
 
 def build_detector(config: Config, classes: Sequence[str]) -> nn.Module:
-    """Return the detector of `config`, freshly initialised but for the weights of its backbone.
+    """Return the detector of `config`, freshly initialised but for `model.weights`: those of its
+    backbone, or all of it where they are of a detector of the same kind.
 
     Args:
         config: all settings.
@@ -98,7 +101,10 @@ def build_detector(config: Config, classes: Sequence[str]) -> nn.Module:
         UserError: weights that cannot be had or are of another network; a backbone that does not
             give the maps.
     """
-    student: Any = build_student(config, classes)
+    whole = same_kind(config)
+    # Of other networks than students a detector holds what the maps need, which is no network.
+    begun = whole is not None and config.model.source != "ghosttrain"
+    student: Any = build_student(without_start(config) if begun else config, classes)
     detector: Any = create_detector(
         config.detector.name,
         student,
@@ -110,6 +116,14 @@ def build_detector(config: Config, classes: Sequence[str]) -> nn.Module:
     if config.model.weights:  # what the head of the log says
         detector.weights_dialect = getattr(student, "weights_dialect", None) or config.model.source
         detector.weights_note = "the backbone"
+        if whole is not None:
+            path = detector.backbone_path
+            detector.weights_note = load_the_rest(detector, config, whole, classes, path)
+        elif (other := about_weights(config.model.weights).detector) is not None:
+            kind = " ".join(f"{key}={value}" for key, value in other.items())
+            detector.weights_note += (
+                f" alone: the rest is of another detector, {kind}, and left out"
+            )
     return detector
 
 

@@ -7,17 +7,18 @@ from pathlib import Path
 from torch import nn
 
 from ghosttrain.config.schema import Config
-from ghosttrain.data.datasets import Dataset, build_datasets
+from ghosttrain.data.datasets import Dataset, build_held_out
 from ghosttrain.engine.checkpoint import Checkpoint, newest_checkpoint
 from ghosttrain.engine.predict import give_predictions
 from ghosttrain.engine.run_files import read_config
 from ghosttrain.engine.same_data import renamed
 from ghosttrain.engine.state import fit_saved, student_weights
-from ghosttrain.engine.student import build_student, has_fused_form
+from ghosttrain.engine.student import build_student, has_fused_form, without_start
 from ghosttrain.engine.weights_file import WeightsKind, read_weights
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
 from ghosttrain.models.reparam import fuse
+from ghosttrain.text import listed
 
 
 def load_run(folder: str | Path, weights: WeightsKind = "ema") -> nn.Module:
@@ -91,24 +92,25 @@ def _last(folder: Path) -> Checkpoint:
     return found[0]
 
 
-def without_start(config: Config) -> Config:
-    """Return the settings without `model.weights`: a saved run does not need the file it started
-    from.
-    """
-    return config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
-
-
 def held_out_of(folder: Path, config: Config) -> tuple[Dataset, int]:
-    """Return the held-out images of a run, and how many of them to look at in one forward pass.
+    """Return the held-out images of a run, and how many of them to look at in one forward pass. The
+    training images need not be there.
 
     Raises:
-        UserError: the data are not there, or have other classes than the run.
+        UserError: the data are not there, have other classes than the run, or no box of any of
+            them.
     """
-    held_out, train = build_datasets(config.data)[1], config.train
-    if (classes := classes_of(folder)) != held_out.classes:
+    classes, train = classes_of(folder), config.train
+    held_out = build_held_out(config.data, classes)
+    if classes != held_out.classes:
         raise UserError(
             f"{held_out.source} has other classes than {folder} was trained on "
             f"({renamed(classes, held_out.classes)}): type data.root=/the/data/it/was/trained/on"
+        )
+    if held_out.boxes is not None and held_out.boxes.crowd.all():
+        raise UserError(
+            f"{held_out.source} has no box of a class that {folder} was trained on "
+            f"({listed(classes)}): type data.root=/path of data that have some"
         )
     return held_out, train.eval_batch or train.micro_batch or train.global_batch
 

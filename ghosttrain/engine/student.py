@@ -126,6 +126,13 @@ def build_student(
     return student
 
 
+def without_start(config: Config) -> Config:
+    """Return the settings without `model.weights`: a saved run does not need the file it started
+    from.
+    """
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
+
+
 def trained_depths(student: nn.Module, config: Config) -> dict[str, int] | None:
     """Leave what is frozen for the whole run without gradients; return how deep each parameter
     lies, by its name in the network that is trained, where `optim.layer_decay` needs it.

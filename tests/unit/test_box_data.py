@@ -294,11 +294,45 @@ def test_an_image_of_another_size_than_its_annotation_is_one_line(root):
     content["images"][0]["width"] = 81
     write_coco(root, "val2017", content)
     _, held_out = build_datasets(coco(root))
-    transform = box_transform(coco(root), None, held_out.boxes)
-    with pytest.raises(UserError, match="is 80 x 64 pixels, its annotation says 81 x 64"):
-        transform(lambda: held_out.open(0), 0, 0)
+    message = "is 80 x 64 pixels, its annotation says 81 x 64: mend the annotation;"
+    with (
+        eval_loader(held_out, coco(root), torch.device("cpu")) as loader,
+        pytest.raises(UserError, match=message),
+    ):
+        next(loader.batches([[0, 1]]))
     data = coco(root, on_error="skip")
     with eval_loader(held_out, data, torch.device("cpu")) as loader:
         batch = next(loader.batches([[0, 1]]))
     assert [each.number for each in batch.broken] == [0]
     assert json.dumps([each.reason for each in batch.broken])
+
+
+@pytest.mark.parametrize("setting", ["ignore", "apply"])
+def test_a_turned_photograph_says_which_orientation_its_boxes_are_of(root, setting):
+    """The remedy is the other value than the one that is set."""
+    other = {"ignore": "apply", "apply": "ignore"}[setting]
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    # Annotated is 80 x 64: the upright photograph, or the file as it is stored.
+    stored = (64, 80) if setting == "ignore" else (80, 64)
+    Image.new("RGB", stored).save(root / "train2017" / "0000.jpg", exif=exif)
+    with pytest.raises(UserError, match=f"EXIF turns it: type data.orientation={other}"):
+        build_datasets(coco(root, orientation=setting))[0].open(0)
+    build_datasets(coco(root, orientation=other))[0].open(0)
+
+
+def test_data_check_names_all_images_of_another_size(root, ghosttrain):
+    for split in ("train2017", "val2017"):
+        content = read_annotations(root, split)
+        for image in content["images"][:2]:
+            image["height"] += 1
+        write_coco(root, split, content)
+    words = ["data", "check", "+recipe=detect_ssdlite", "data=coco", f"data.root={root}"]
+    found = ghosttrain(*words)
+    assert found.code == 1 and "unreadable: 4 (" in found.out, found.err
+    assert found.out.count("is 80 x 64 pixels, its annotation says 80 x 65") == 4
+    assert "1 of 16 images have no boxes and are kept" in found.out
+    assert ghosttrain(*words, "data.on_error=skip").code == 0
+    parsed = json.loads(ghosttrain(*words, "--json").out)
+    assert len(parsed["unreadable"]) == 4
+    assert {*parsed["unreadable"][0]} == {"half", "image", "reason"}  # no class of its own

@@ -164,5 +164,5 @@ def test_the_sheet_has_the_boxes_where_the_objects_are(tmp_path, monkeypatch, ca
     assert len(inside) > 12
     for patch in inside:  # red or blue, not grey
         assert abs(float(patch[..., 0].mean()) - float(patch[..., 2].mean())) > 150
-    assert main(["data", "check", *words]) == 2
-    assert "data check is for classification" in capsys.readouterr().err
+    assert main(["data", "stats", *words]) == 2
+    assert "data stats is for classification" in capsys.readouterr().err

@@ -14,9 +14,8 @@ from torch import nn
 
 from ghosttrain.config.schema import PLAIN, Config, DataConfig, ModelConfig
 from ghosttrain.engine.checkpoint import read_checkpoint, write_checkpoint
-from ghosttrain.engine.load import without_start
 from ghosttrain.engine.state import fit_saved
-from ghosttrain.engine.student import has_fused_form
+from ghosttrain.engine.student import has_fused_form, without_start
 from ghosttrain.engine.weights_file import describe_weights, read_weights, write_weights
 from ghosttrain.errors import UserError, mistake
 from ghosttrain.models.weights import files, packing

@@ -14,10 +14,15 @@ from pathlib import Path
 
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import ArrayDataset, Dataset
-from ghosttrain.data.datasets.coco import read_coco
+from ghosttrain.data.datasets.coco import held_out_coco, read_coco
 from ghosttrain.data.datasets.digits import read_digits
-from ghosttrain.data.datasets.folder import FileDataset, FolderDataset, read_folders
-from ghosttrain.data.datasets.idx import read_idx
+from ghosttrain.data.datasets.folder import (
+    FileDataset,
+    FolderDataset,
+    held_out_folders,
+    read_folders,
+)
+from ghosttrain.data.datasets.idx import held_out_idx, read_idx
 from ghosttrain.data.datasets.inspection import (
     classes_note,
     duplicates_note,
@@ -25,9 +30,10 @@ from ghosttrain.data.datasets.inspection import (
     unusual_notes,
 )
 from ghosttrain.data.datasets.scenes import read_scenes
-from ghosttrain.data.datasets.selection import selected
-from ghosttrain.data.datasets.table import read_table
-from ghosttrain.data.datasets.voc import read_voc
+from ghosttrain.data.datasets.selection import of_classes, selected
+from ghosttrain.data.datasets.splitting import is_split_here
+from ghosttrain.data.datasets.table import held_out_table, read_table
+from ghosttrain.data.datasets.voc import held_out_voc, read_voc
 from ghosttrain.errors import UserError
 from ghosttrain.files import expanded
 
@@ -37,6 +43,7 @@ __all__ = [
     "FileDataset",
     "FolderDataset",
     "build_datasets",
+    "build_held_out",
     "classes_note",
     "duplicates_note",
     "notes_on",
@@ -52,6 +59,15 @@ READERS = {
     "voc": read_voc,
 }
 """`data.name` -> what reads both halves of data that lie in a folder."""
+HELD_OUT_READERS = {
+    "folder": held_out_folders,
+    "imagenet": held_out_folders,
+    "idx": held_out_idx,
+    "table": held_out_table,
+    "coco": held_out_coco,
+    "voc": held_out_voc,
+}
+"""`data.name` -> what reads the held-out half alone."""
 EMBEDDED = {"digits": read_digits, "scenes": read_scenes}
 """`data.name` -> what makes both halves of data that are part of the installation."""
 
@@ -76,6 +92,24 @@ def build_datasets(data: DataConfig) -> tuple[Dataset, Dataset]:
             "example)"
         )
     return train, held_out
+
+
+def build_held_out(data: DataConfig, classes: list[str]) -> Dataset:
+    """Return the held-out images alone: the training images need not be there, unless one set is
+    split here. Boxes are matched to `classes` by name. The classes of other data are those of the
+    held-out half, which may not be `classes`: the caller compares.
+
+    Args:
+        data: the settings.
+        classes: names of the classes that were trained, in the order of their labels.
+
+    Raises:
+        UserError: the images are not there or not complete.
+    """
+    if data.name in EMBEDDED or is_split_here(data):
+        return build_datasets(data)[1]
+    half = HELD_OUT_READERS[data.name](data, _root(data), classes)
+    return of_classes(half, data.classes) if data.classes else half
 
 
 def _root(data: DataConfig) -> Path:

@@ -7,16 +7,19 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ghosttrain.config.identity import fault_below
 from ghosttrain.config.schema import DataConfig
 from ghosttrain.data.datasets.base import Dataset, splits
 from ghosttrain.data.datasets.boxes import LARGEST, checked_boxes
 from ghosttrain.data.datasets.folder import FileDataset
+from ghosttrain.data.decode import BrokenImage, upright_size
 from ghosttrain.errors import UserError
 from ghosttrain.text import listed, one_line, printable
 
@@ -29,7 +32,7 @@ def read_coco(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     Raises:
         UserError: a file is missing or not of this format, or a box is not finite.
     """
-    (train_split, train_key), (val_split, val_key) = splits(data)
+    (train_split, train_key), _ = splits(data)
     train_file = _annotations(root, train_split, train_key)
     train_json = _read(train_file)
     with _named(train_file):
@@ -37,10 +40,19 @@ def read_coco(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
         classes = list(dict.fromkeys(str(row["name"]) for row in rows))
         "".join(classes).encode()  # half a character is no text
         train = _half(data, root, train_split, train_file, train_json, classes)
-    val_file = _annotations(root, val_split, val_key)
-    with _named(val_file):
-        held_out = _half(data, root, val_split, val_file, _read(val_file), classes)
-    return train, held_out
+    return train, held_out_coco(data, root, classes)
+
+
+def held_out_coco(data: DataConfig, root: Path, classes: list[str]) -> Dataset:
+    """Return the held-out half alone; its boxes are matched to `classes` by name.
+
+    Raises:
+        UserError: as `read_coco`.
+    """
+    _, (split, key) = splits(data)
+    file = _annotations(root, split, key)
+    with _named(file):
+        return _half(data, root, split, file, _read(file), classes)
 
 
 def _half(
@@ -124,6 +136,37 @@ def files_there(data: DataConfig, folder: Path, names: list[str]) -> tuple[list[
     return kept, [f"{line} and are left out with their boxes"]
 
 
+@dataclass(frozen=True, eq=False)
+class BoxFiles(FileDataset):
+    """Image files with boxes."""
+
+    _: KW_ONLY
+    orientation: str = "ignore"
+    """`data.orientation`: how the images lie in whose pixels the boxes are."""
+
+    def open(self, index: int) -> Image.Image:
+        """Return image `index`, not decoded yet.
+
+        Raises:
+            BrokenImage: it cannot be read, or has another size than its annotation says: its boxes
+                would lie elsewhere.
+        """
+        image = super().open(index)
+        assert self.boxes is not None
+        width, height = upright_size(image, self.orientation)
+        listed = tuple(self.boxes.sizes[index].tolist())
+        if listed == (width, height):
+            return image
+        other = "apply" if self.orientation == "ignore" else "ignore"
+        remedy = "mend the annotation"
+        if listed == upright_size(image, other):
+            remedy = f"its EXIF turns it: type data.orientation={other}"
+        raise BrokenImage(
+            f"{self.path(index)} is {width} x {height} pixels, its annotation says {listed[0]} x "
+            f"{listed[1]}: {remedy}"
+        )
+
+
 def box_files(
     data: DataConfig,
     folder: Path,
@@ -132,7 +175,7 @@ def box_files(
     boxes: Any,
     notes: tuple[str, ...],
     listed: tuple[Path, ...],
-) -> FileDataset:
+) -> BoxFiles:
     """Return image files in `folder` with their boxes.
 
     Raises:
@@ -140,7 +183,7 @@ def box_files(
     """
     if not names:
         raise UserError(f"{folder}: the annotations list no images")
-    return FileDataset(
+    return BoxFiles(
         str(folder),
         classes,
         np.zeros(len(names), dtype=np.int64),
@@ -151,6 +194,7 @@ def box_files(
         bit_depth=data.bit_depth,
         boxes=boxes,
         max_pixels=data.max_pixels,
+        orientation=data.orientation,
     )
 
 

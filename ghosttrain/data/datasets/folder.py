@@ -110,6 +110,21 @@ def read_folders(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     return train, _images_of(val_dir, classes, data)
 
 
+def held_out_folders(data: DataConfig, root: Path, classes: list[str]) -> Dataset:
+    """Return the held-out half alone. Its classes are those of its folders; with
+    `data.val_classes=subset`, which lets it lack some, also `classes`.
+
+    Raises:
+        UserError: as `read_folders`.
+    """
+    _, (split, key) = splits(data)
+    folder = _split(root, split, key)
+    own = class_names(folder)
+    if data.val_classes == "subset":
+        own = sorted({*own, *classes}, key=os.fsencode)
+    return _images_of(folder, own, data)
+
+
 def _split_folder(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     """Return the two halves of one folder of classes."""
     classes = class_names(root)

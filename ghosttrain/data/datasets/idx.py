@@ -6,6 +6,7 @@ import gzip
 import math
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,40 +31,51 @@ def read_idx(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     Raises:
         UserError: a file is missing or damaged, or the files do not fit each other.
     """
-    loaded = []
-    for split, key in splits(data):
-        image_file, label_file = (
-            _idx_file(root, split, key, kind) for kind in ("images-idx3", "labels-idx1")
-        )
-        images, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
-        if len(images) != len(labels):
-            raise UserError(
-                f"{image_file} holds {len(images):,} images, "
-                f"but {label_file} {len(labels):,} labels: fetch both again"
-            )
-        if not images.size:
-            raise UserError(f"{image_file} holds no images: its header says {images.shape}")
-        files = tuple(os.fsencode(file) for file in (image_file, label_file))
-        loaded.append((str(image_file), images, labels, files))
-    values = np.unique(loaded[0][2])
-    unknown = np.setdiff1d(loaded[1][2], values)
-    if unknown.size:
-        raise UserError(
-            f"{loaded[1][0]} has labels that {loaded[0][0]} lacks: {listed(unknown.tolist())}"
-        )
-    classes = [str(value) for value in values]
-    train, val = (
-        ArrayDataset(
-            name,
-            classes,
-            np.searchsorted(values, labels),
-            data.in_chans,
-            images,
-            listed=files,
-        )
-        for name, images, labels, files in loaded
+    train, val = (_half(data, root, *split) for split in splits(data))
+    unknown = sorted({*val.classes} - {*train.classes}, key=int)
+    if unknown:
+        raise UserError(f"{val.source} has labels that {train.source} lacks: {listed(unknown)}")
+    return train, _among(val, train.classes)
+
+
+def held_out_idx(data: DataConfig, root: Path, classes: list[str]) -> Dataset:
+    """Return the held-out half alone. Its classes are `classes` and the values of its labels.
+
+    Raises:
+        UserError: as `read_idx`.
+    """
+    half = _half(data, root, *splits(data)[1])
+    return _among(half, sorted({*half.classes, *classes}, key=int))
+
+
+def _half(data: DataConfig, root: Path, split: str, key: str) -> ArrayDataset:
+    """Return one half. Its classes are the values that occur among its labels."""
+    image_file, label_file = (
+        _idx_file(root, split, key, kind) for kind in ("images-idx3", "labels-idx1")
     )
-    return train, val
+    images, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
+    if len(images) != len(labels):
+        raise UserError(
+            f"{image_file} holds {len(images):,} images, "
+            f"but {label_file} {len(labels):,} labels: fetch both again"
+        )
+    if not images.size:
+        raise UserError(f"{image_file} holds no images: its header says {images.shape}")
+    values, numbers = np.unique(labels, return_inverse=True)
+    return ArrayDataset(
+        str(image_file),
+        [str(value) for value in values],
+        numbers,
+        data.in_chans,
+        images,
+        listed=tuple(os.fsencode(file) for file in (image_file, label_file)),
+    )
+
+
+def _among(half: ArrayDataset, classes: list[str]) -> ArrayDataset:
+    """Return a half with the labels of more classes."""
+    places = np.array([classes.index(name) for name in half.classes])
+    return replace(half, classes=classes, labels=places[half.labels])
 
 
 def _idx_file(root: Path, split: str, key: str, kind: str) -> Path:

@@ -32,7 +32,7 @@ def selected(data: DataConfig, train: Dataset, held_out: Dataset) -> tuple[Datas
         UserError: a class that there is not.
     """
     if data.classes:
-        train, held_out = (_of_classes(half, data.classes) for half in (train, held_out))
+        train, held_out = (of_classes(half, data.classes) for half in (train, held_out))
     if data.fraction is None and data.max_per_class is None:
         return train, held_out
     kept = np.zeros(len(train), dtype=bool)
@@ -46,7 +46,12 @@ def selected(data: DataConfig, train: Dataset, held_out: Dataset) -> tuple[Datas
     return train.part(kept, (*train.left_out, _note(data, kept))), held_out
 
 
-def _of_classes(half: Dataset, wanted: tuple[str, ...]) -> Dataset:
+def of_classes(half: Dataset, wanted: tuple[str, ...]) -> Dataset:
+    """Return the images of the classes `wanted`.
+
+    Raises:
+        UserError: a class that there is not.
+    """
     unknown = [name for name in wanted if name not in half.classes]
     if unknown:
         raise UserError(

@@ -32,35 +32,71 @@ def read_table(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
         UserError: no such table or column, rows without a path or label, files that are missing, a
             half without images.
     """
-    table = root / expanded(str(data.table))
-    if not table.is_file():
-        raise UserError(f"data.table={data.table}: {no_file(table)}; give a .csv or .jsonl file")
+    table = _table(data, root)
     rows = list(_rows(table, data))
     if not rows:
         raise UserError(f"{table} has no rows")
-    paths, labels, halves = zip(*rows, strict=True)
-    _validate_files(table, root, paths)
-    known = [data.train_split, data.val_split]
-    wanted = [half in known for half in halves] if data.split_column else [True] * len(rows)
-    classes = sorted({label for label, kept in zip(labels, wanted, strict=True) if kept})
+    _validate_files(table, root, [path for path, _, _ in rows])
+    known = (data.train_split, data.val_split)
+    wanted = [row for row in rows if row[2] in known] if data.split_column else rows
+    whole = _images(data, root, table, wanted)
+    if is_split_here(data):
+        return split_here(data, whole)
+    held = np.array([half == data.val_split for _, _, half in wanted], dtype=bool)
+    others = Counter(half for _, _, half in rows if half not in known)
+    return _halves(data, table, whole, held, others)
+
+
+def held_out_table(data: DataConfig, root: Path, classes: list[str]) -> Dataset:
+    """Return the held-out half alone. Its classes are those of the rows of both halves that there
+    are; with `data.val_classes=subset`, which lets it lack some, also `classes`.
+
+    Raises:
+        UserError: as `read_table`.
+    """
+    table = _table(data, root)
+    known = (data.train_split, data.val_split)
+    rows = [row for row in _rows(table, data) if row[2] in known]
+    held = np.array([half == data.val_split for _, _, half in rows], dtype=bool)
+    if not held.any():
+        raise UserError(
+            f"{table}: no row has {data.val_split!r} in column {data.split_column!r}: type "
+            "data.val_split=WORD"
+        )
+    _validate_files(table, root, [path for path, _, half in rows if half == data.val_split])
+    more = classes if data.val_classes == "subset" else ()
+    return _images(data, root, table, rows, more).part(held)
+
+
+def _table(data: DataConfig, root: Path) -> Path:
+    table = root / expanded(str(data.table))
+    if not table.is_file():
+        raise UserError(f"data.table={data.table}: {no_file(table)}; give a .csv or .jsonl file")
+    return table
+
+
+def _images(
+    data: DataConfig,
+    root: Path,
+    table: Path,
+    rows: Sequence[tuple[str, str, str]],
+    more: Sequence[str] = (),
+) -> FileDataset:
+    """Return the images of some rows. Their classes are those that they name, and `more`."""
+    classes = sorted({*(label for _, label, _ in rows), *more})
     for name in classes:
         validate_class_name(name, table)
     number = {name: k for k, name in enumerate(classes)}
-    whole = FileDataset(
+    return FileDataset(
         str(root),
         classes,
-        np.array([number[x] for x, kept in zip(labels, wanted, strict=True) if kept], np.int64),
+        np.array([number[label] for _, label, _ in rows], np.int64),
         data.in_chans,
-        np.array([os.fsencode(x) for x, kept in zip(paths, wanted, strict=True) if kept]),
+        np.array([os.fsencode(path) for path, _, _ in rows]),
         listed=(os.fsencode(table),),
         bit_depth=data.bit_depth,
         max_pixels=data.max_pixels,
     )
-    if is_split_here(data):
-        return split_here(data, whole)
-    held = np.array([x == data.val_split for x, kept in zip(halves, wanted, strict=True) if kept])
-    others = Counter(half for half, kept in zip(halves, wanted, strict=True) if not kept)
-    return _halves(data, table, whole, held, others)
 
 
 def _halves(

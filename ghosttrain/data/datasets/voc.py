@@ -34,11 +34,20 @@ def read_voc(data: DataConfig, root: Path) -> tuple[Dataset, Dataset]:
     Raises:
         UserError: a file is missing or not of this format, or a box is not finite.
     """
-    (train_split, train_key), (val_split, val_key) = splits(data)
+    (train_split, train_key), _ = splits(data)
     train = _objects(data, root, train_split, train_key)
     classes = sorted({each.name for each in train[0]})
-    held_out = _objects(data, root, val_split, val_key)
-    return _half(data, root, classes, *train), _half(data, root, classes, *held_out)
+    return _half(data, root, classes, *train), held_out_voc(data, root, classes)
+
+
+def held_out_voc(data: DataConfig, root: Path, classes: list[str]) -> Dataset:
+    """Return the held-out half alone, with the boxes of `classes`.
+
+    Raises:
+        UserError: as `read_voc`.
+    """
+    _, (split, key) = splits(data)
+    return _half(data, root, classes, *_objects(data, root, split, key))
 
 
 def _objects(

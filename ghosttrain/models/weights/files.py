@@ -77,6 +77,8 @@ class WeightsInfo:
     """Channel standard deviations."""
     interpolation: str | None = None
     """`bilinear` or `bicubic`."""
+    detector: Mapping[str, Any] | None = None
+    """Settings `detector.*` where the network is the backbone of one."""
 
 
 def read_state(path: str | Path) -> State:
@@ -286,6 +288,7 @@ def _about_run(values: Mapping[str, Any]) -> WeightsInfo:
         mean=_tuple(seen.get("mean")),
         std=_tuple(seen.get("std")),
         interpolation=seen.get("interpolation"),
+        detector=values.get("detector"),
     )
 
 
