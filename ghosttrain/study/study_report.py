@@ -62,8 +62,8 @@ def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | Non
     text = "\n".join([f"# {title}", "", study.about, "", *markdown(rows), *below])
     if out is None:
         return text
+    keep_rows(cells, out)
     try:
-        write_runs(out / "runs.csv", _rows(cells, kept))
         pictures = _draw(study, cells, out)
         shown = [
             line for picture, about in pictures.items() for line in ("", f"![{about}]({picture})")
@@ -76,10 +76,16 @@ def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | Non
     return text
 
 
-def _rows(cells: Sequence[Cell], kept: Kept) -> list[Mapping[str, Any]]:
-    """Return the rows of `runs.csv`: those it has as they stand, but for runs whose folders say
-    other numbers now.
+def keep_rows(cells: Sequence[Cell], out: Path | None) -> None:
+    """Add the finished runs to `runs.csv`. Rows that it has stay as they stand, but for runs whose
+    folders say other numbers now.
+
+    Raises:
+        UserError: `out` cannot be written, or its `runs.csv` is damaged.
     """
+    if out is None:
+        return
+    kept = read_runs(out / "runs.csv")
     rows: dict[tuple[str, int], Mapping[str, Any]] = {
         (row["settings"], int(row["seed"])): row for row in kept.values()
     }
@@ -88,7 +94,10 @@ def _rows(cells: Sequence[Cell], kept: Kept) -> list[Mapping[str, Any]]:
             continue
         if cell.key not in kept or numbers(kept[cell.key]) != cell.numbers:
             rows[cell.key] = _row(cell)
-    return list(rows.values())
+    try:
+        write_runs(out / "runs.csv", list(rows.values()))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; type another --out") from None
 
 
 def _row(cell: Cell) -> dict[str, Any]:

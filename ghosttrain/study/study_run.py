@@ -11,7 +11,7 @@ from ghosttrain.config.names import Names
 from ghosttrain.engine.identify import settled
 from ghosttrain.study.cost import Known, run_cost
 from ghosttrain.study.studies import Cell, Study, kept_runs, load_study, looked_at, study_cells
-from ghosttrain.study.study_report import faults_of, study_report
+from ghosttrain.study.study_report import faults_of, keep_rows, study_report
 from ghosttrain.study.sweep import name_failures, run_cells
 from ghosttrain.study.trial import kept_trial
 from ghosttrain.text import clock
@@ -38,10 +38,13 @@ def run_study(
         print(study_report(name, study, cells, out))
         return 0
     lines = Names(config_dir).lines([cell.words for cell in missing], hydra_words)
-    _, failed, elsewhere = run_cells(
-        lines, [cell.composed for cell in missing], hydra_words, config_dir
-    )
-    cells = looked_at(study, cells, kept_runs(out))
+    try:
+        _, failed, elsewhere = run_cells(
+            lines, [cell.composed for cell in missing], hydra_words, config_dir
+        )
+    finally:
+        cells = looked_at(study, cells, kept_runs(out))
+        keep_rows(cells, out)  # those of a study that was stopped too
     print("\n" + study_report(name, study, cells, out))
     return name_failures(failed, elsewhere)
 

@@ -232,6 +232,23 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     assert "type another --out" in one_line(ghosttrain("study", "report", "rates", *where))
 
 
+def test_a_study_that_is_stopped_keeps_what_ran(
+    ghosttrain, folder, launched, tmp_path, monkeypatch
+):
+    launch = sweep.launch
+
+    def stopped(composed, run_everywhere=None):
+        if len(launched[0]) == 3:
+            raise KeyboardInterrupt
+        return launch(composed, run_everywhere)
+
+    monkeypatch.setattr(sweep, "launch", stopped)
+    words = ["--config-dir", folder, f"run.root={tmp_path / 'runs'}", "budget=full", "seed=0"]
+    assert ghosttrain("study", "run", "rates", *words, "--out", tmp_path / "out").code == 130
+    kept = read_runs(tmp_path / "out" / "runs.csv").values()
+    assert {row["arm"] for row in kept} == {*ARMS[:3]}
+
+
 def test_a_row_counts_wherever_its_images_lie(ghosttrain, folder, launched, image_folder, tmp_path):
     where = ["--config-dir", folder, "--out", tmp_path / "out", "seed=0", "budget=full"]
     where += [f"run.root={tmp_path / 'runs'}", "data=folder"]
