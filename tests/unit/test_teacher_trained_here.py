@@ -188,5 +188,5 @@ def test_the_metadata_of_a_run_are_read_back(tmp_path: Path) -> None:
     assert json.loads(json.dumps(about.__dict__)) == {
         "name": "mobilenetv2_050", "source": "ghosttrain", "input_stride": "small",
         "classes": ["dog", "ant", "cat", "bee"], "input_size": SIZE, "mean": [0.1, 0.2, 0.3],
-        "std": [0.5, 0.6, 0.7], "interpolation": "bilinear",
+        "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "detector": None,
     }  # fmt: skip
