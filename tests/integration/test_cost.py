@@ -26,7 +26,7 @@ from ghosttrain.study.studies import load_study, study_cells
 
 @pytest.fixture
 def tiny(tiny):
-    """A network whose memory is that of its maps, as of the networks that are trained in earnest."""
+    """A network whose memory is that of its maps, as of those that are trained in earnest."""
     return [word.replace("shufflenetv2_050", "mobilenetv2_050") for word in tiny]
 
 
