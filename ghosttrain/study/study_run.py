@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ghosttrain.config.names import Names
-from ghosttrain.engine.identify import settled
 from ghosttrain.study.cost import Known, run_cost
 from ghosttrain.study.studies import Cell, Study, kept_runs, load_study, looked_at, study_cells
 from ghosttrain.study.study_report import faults_of, keep_rows, study_report
@@ -92,7 +91,7 @@ def _cost(cells: Sequence[Cell], missing: Sequence[Cell]) -> str:
 
 
 def _by_trial(cell: Cell, known: Known) -> float | None:
-    trial = kept_trial(settled(cell.composed))
+    trial = kept_trial(cell.config)
     return None if trial is None else run_cost(cell.composed, known, trial=trial).seconds
 
 

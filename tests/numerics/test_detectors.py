@@ -81,6 +81,12 @@ def network(kind, reductions):
     return build_backbone(create_model(kind, 3), reductions, kind)
 
 
+def detector_on(kind, name, size):
+    if name == "ssdlite":
+        return ssdlite(network(kind, SSDLITE_REDUCTIONS), 3, size)
+    return retinanet(network(kind, PYRAMID), 3, channels=32)
+
+
 @pytest.mark.parametrize(
     "kind", ["ghostnetv3_050", "mobilenetv2_050", "shufflenetv2_050", "timm", "torchvision"]
 )
@@ -88,10 +94,7 @@ def network(kind, reductions):
 def test_every_parameter_learns_on_every_kind_of_backbone(kind, name):
     """What no loss reaches would stop training on several GPUs."""
     torch.manual_seed(0)
-    if name == "ssdlite":
-        detector = ssdlite(network(kind, SSDLITE_REDUCTIONS), 3, 128)
-    else:
-        detector = retinanet(network(kind, PYRAMID), 3, channels=32)
+    detector = detector_on(kind, name, 128)
     images = torch.randn(3, 3, 128, 128)
     losses = detector.train()(images, targets_of(BOXES))
     sum(losses.values()).backward()
@@ -107,10 +110,7 @@ def test_every_parameter_learns_on_every_kind_of_backbone(kind, name):
 def test_losses_under_autocast_are_those_of_the_same_outputs_in_float32(name):
     """In bfloat16, of a negative with p = .001 the focal loss would be 0."""
     torch.manual_seed(0)
-    if name == "ssdlite":
-        detector = ssdlite(network("mobilenetv2_050", SSDLITE_REDUCTIONS), 3, 128)
-    else:
-        detector = retinanet(network("mobilenetv2_050", PYRAMID), 3, channels=32)
+    detector = detector_on("mobilenetv2_050", name, 128)
     kept, handle = head_outputs(detector)
     with torch.autocast("cpu", torch.bfloat16):
         losses = detector.train()(torch.randn(3, 3, 128, 128), targets_of(BOXES))
@@ -140,10 +140,7 @@ class Fixed(torch.nn.Module):
 def test_the_fused_detector_finds_the_same_boxes(name):
     """On statistics that a few steps left: matched at IoU >= .99, scores to 1e-4."""
     torch.manual_seed(0)
-    if name == "ssdlite":
-        detector = ssdlite(network("ghostnetv3_050", SSDLITE_REDUCTIONS), 3, 96)
-    else:
-        detector = retinanet(network("ghostnetv3_050", PYRAMID), 3, channels=32)
+    detector = detector_on("ghostnetv3_050", name, 96)
     detector.score_thresh, images = 0.05, torch.randn(4, 3, 96, 96)
     with torch.no_grad():
         for _ in range(20):
