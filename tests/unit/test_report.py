@@ -13,6 +13,7 @@ from ghosttrain.engine.run_files import write_config
 from ghosttrain.errors import UserError
 from ghosttrain.files import write_json
 from ghosttrain.study.report import report
+from ghosttrain.study.table import markdown
 
 
 def leave_run(folder: Path, result: dict | None, config: Config | None = None) -> Path:
@@ -119,3 +120,8 @@ def test_detectors_are_compared_by_ap_also_beside_classifiers(tmp_path):
     both = report([tmp_path], classes=True)
     assert "EMA AP %" in both and "EMA top-1 %" in both
     assert both.count("row 2") == 0  # of a classifier's classes there is no AP
+
+
+def test_a_bar_in_a_name_makes_no_column_of_a_table():
+    head, _, row = markdown([["arm", "n"], ["a|b", "3"]])
+    assert row == r"| a\|b | 3 |" and head.count("|") == 3
