@@ -6,7 +6,6 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from ghosttrain.commands.arguments import Arguments, validate_counts, with_config_dir
 from ghosttrain.errors import UserError
@@ -62,8 +61,7 @@ def run(options: Namespace) -> int:
 
         report = check_data(config.data, say=lambda line: print(line, file=sys.stderr))
         if options.json:
-            found = _without_class(as_json(report)) if config.detects else as_json(report)
-            print(json.dumps(found, indent=1))
+            print(json.dumps(as_json(report, with_class=not config.detects), indent=1))
         else:
             print("\n".join(describe(report)))
         return int(bool(report.faults))
@@ -75,10 +73,3 @@ def run(options: Namespace) -> int:
         out = None if options.out is None else Path(options.out)
         print(draw_sheet(config, options.samples, options.draws, out))
     return 0
-
-
-def _without_class(found: Any) -> Any:
-    """Return what was found without the class of an image: one with boxes has none of its own."""
-    if isinstance(found, dict):
-        return {key: _without_class(value) for key, value in found.items() if key != "class"}
-    return [_without_class(each) for each in found] if isinstance(found, list) else found

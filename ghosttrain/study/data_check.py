@@ -300,15 +300,20 @@ def _equal(
     )
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """Return all of the report as JSON values."""
+def as_json(report: Report, with_class: bool = True) -> dict[str, Any]:
+    """Return all of the report as JSON values.
+
+    Args:
+        report: what was found.
+        with_class: whether to name the class of an image; one with boxes has none of its own.
+    """
 
     def about(image: Image) -> dict[str, Any]:
         half, number = report.halves[image.half], image.number
         return {
             "half": HALVES[image.half],
             "image": half.path(number) if isinstance(half, FileDataset) else half.name_of(number),
-            "class": report.class_of(image),
+            **({"class": report.class_of(image)} if with_class else {}),
         }
 
     def groups(every: Sequence[Sequence[Image]]) -> list[list[dict[str, Any]]]:
