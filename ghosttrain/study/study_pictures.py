@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from ghosttrain.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH, DPI = 4.8, 220
 """Inches; dots per inch: letters can be read on a phone 390 points wide."""
@@ -27,16 +29,19 @@ def draw_effects(
     """Draw the difference of each arm to its control with its interval, the first arm on top; an
     arm without an interval is a hollow point.
     """
-    figure = new_figure(WIDTH, 1.1 + 0.34 * len(differences))
+    names = [_plain(textwrap.fill(arm, 24)) for arm in differences]
+    lines = max(name.count("\n") + 1 for name in names)
+    figure = new_figure(WIDTH, 1.1 + (0.17 + 0.17 * lines) * len(names))
     axis = figure.subplots()
     for place, each in enumerate(differences.values()):
         axis.plot([each.low, each.high], [place, place], color="tab:blue", linewidth=2)
         style = "none" if math.isnan(each.low) else "full"
         axis.plot(each.mean, place, "o", color="tab:blue", fillstyle=style)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(differences)), [_plain(arm) for arm in differences])
-    axis.set_ylim(len(differences) - 0.4, -0.6)
-    axis.set_xlabel(_plain(f"{metric}, less {control} (95 % interval)"))
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    about = textwrap.fill(f"{metric}, less {control} (95 % interval)", 56)
+    figure.supxlabel(_plain(about), fontsize="medium")  # below the names of the arms too
     _finish(axis)
     save_figure(figure, path, DPI)
 
@@ -58,8 +63,7 @@ def draw_learning(path: Path, curves: Mapping[str, Sequence[Curve]], judged: str
         axis.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
     axis.set_xlabel("step")
     axis.set_ylabel(f"held-out EMA {judged} %")
-    columns = 1 + (len(curves) > 4)
-    figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower center")
+    _legend(figure, list(curves))
     _finish(axis)
     save_figure(figure, path, DPI)
 
@@ -72,16 +76,17 @@ def draw_pareto(
     lower: bool = False,
 ) -> None:
     """Draw the metric against the MACs after fusing, and the front: the arms that no other beats at
-    the same MACs or fewer.
+    the same MACs or fewer, which are full points.
 
     Args:
         path: of the picture.
         points: arm -> (MACs, mean of the metric).
         metric: its title.
-        published: name -> the same, of values from elsewhere: hollow, and in no front.
+        published: name -> the same, of values from elsewhere: crosses, and in no front.
         lower: whether a lower value is better.
     """
-    figure = new_figure(WIDTH, 3.6)
+    every = {**points, **published}
+    figure = new_figure(WIDTH, 3.4 + 0.1 * len(every))
     axis = figure.subplots()
     sign = -1 if lower else 1
     front = pareto_front({arm: (macs, sign * value) for arm, (macs, value) in points.items()})
@@ -90,21 +95,12 @@ def draw_pareto(
         [points[arm][1] for arm in front],
         color="0.7", drawstyle="steps-post", zorder=0,
     )  # fmt: skip
-    every = {**points, **published}
-    low, high = min(macs for macs, _ in every.values()), max(macs for macs, _ in every.values())
-    for arm, (macs, value) in every.items():
-        style = "none" if arm in published else "full"
-        color = "tab:blue" if arm in front else "0.6"
-        axis.plot(macs / 1e6, value, "o", color=color, fillstyle=style)
-        on_the_right = macs > statistics.mean((low, high))
-        axis.annotate(
-            f"{_plain(arm)}  " if on_the_right else f"  {_plain(arm)}",
-            (macs / 1e6, value),
-            ha="right" if on_the_right else "left",
-            va="center",
-            fontsize=8,
-        )
-    axis.margins(x=0.2, y=0.1)
+    for number, (arm, (macs, value)) in enumerate(every.items()):
+        marker = "x" if arm in published else "os^D"[number // 10 % 4]
+        style = "full" if arm in front else "none"
+        color = f"C{number % 10}"
+        axis.plot(macs / 1e6, value, marker, color=color, fillstyle=style, label=_plain(arm), ls="")
+    _legend(figure, list(every))
     axis.set_xlabel("million MACs after fusing")
     axis.set_ylabel(_plain(metric + " (lower is better)" * lower))
     _finish(axis)
@@ -123,6 +119,11 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 def _plain(text: str) -> str:
     """Return text that matplotlib does not read as mathematics."""
     return printable(text, lines=True).replace("$", r"\$")
+
+
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    columns = 2 if len(names) > 4 and max(map(len, names)) <= 30 else 1
+    figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower center")
 
 
 def _finish(axis: Axes) -> None:

@@ -474,8 +474,9 @@ def test_list_names_every_study(ghosttrain, folder):
 
 
 @pytest.mark.parametrize("name", ["ladder", "leave_one_out", "distill_loss", "students", "reparam"])
-def test_one_cache_serves_a_study_whose_control_has_no_teacher(name: str) -> None:
-    words = ["cache.dir=answers", "seed=0", *(["model=mobilenetv2_050"] * (name != "students"))]
+def test_one_cache_and_one_teacher_serve_a_study_with_an_arm_that_has_none(name: str) -> None:
+    words = ["teacher=digits", "cache.dir=answers", "seed=0"]
+    words += ["model=mobilenetv2_050"] * (name != "students")
     cells = study_cells(load_study(name), words, None)
     taught = [cell for cell in cells if "distill=none" not in " ".join(cell.words)]
     assert taught and len(cells) >= 5
