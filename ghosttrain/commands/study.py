@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ ARGUMENTS = with_config_dir(
 ARGUMENTS.add_argument(
     "--out",
     metavar="FOLDER",
-    help="write report.html, report.md and runs.csv; its runs count as finished",
+    help="runs of its runs.csv count as finished; run and report write it, report.html, report.md",
 )
 ARGUMENTS.add_argument(
     "--metric", metavar="NAME", help="a column of report.metrics, in place of the study's: balanced"
@@ -42,7 +43,9 @@ def run(options: Namespace) -> int:
     names = [word for word in options.words if "=" not in word]
     action, *rest = names or [""]
     if action not in ACTIONS:
-        raise UserError(f"study {action}: type study {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}")
+        raise UserError(
+            f"{f'study {action}'.strip()}: type study {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
+        )
     if action == "list":
         print(studies.list_studies(options.config_dir))
         return 0
@@ -60,7 +63,7 @@ def run(options: Namespace) -> int:
     cells = studies.study_cells(study, overrides, folder, out, to_run=False)
     if action == "report":
         print(study_report.study_report(name, study, cells, out))
-    elif options.difference <= 0:
+    elif not 0 < options.difference < math.inf:
         raise UserError(f"--difference {options.difference:g}: give a number above 0")
     else:
         print(study_report.study_power(study, cells, options.difference))

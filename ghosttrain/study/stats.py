@@ -49,7 +49,7 @@ def paired_difference(
     mean = float(differences.mean())
     if len(seeds) < 2:
         return Difference(len(seeds), mean, math.nan, math.nan, math.nan)
-    if np.ptp(differences) == 0:
+    if all_equal(differences):
         # A spread of 0 is that of a measure in steps, such as one image of 360: the t-test would
         # be certain of 2 seeds. The test of signs knows no spread.
         p = 2 * 0.5 ** len(seeds) if mean else 1.0
@@ -57,6 +57,13 @@ def paired_difference(
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(level)
     return Difference(len(seeds), mean, float(low), float(high), float(test.pvalue))
+
+
+def all_equal(values: Sequence[float] | np.ndarray) -> bool:
+    """Whether numbers differ by no more than rounding, such as 100 * 356 / 360 - 100 * 355 / 360
+    and 100 * 355 / 360 - 100 * 354 / 360.
+    """
+    return bool(np.ptp(values) <= 1e-9 * max(1.0, np.abs(values).max()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -83,7 +90,8 @@ def power(seeds: int, difference: float, deviation: float, level: float = 0.95) 
     freedom = seeds - 1
     bound = stats.t.ppf((1 + level) / 2, freedom)
     shift = difference / deviation * math.sqrt(seeds)
-    return float(stats.nct.sf(bound, freedom, shift) + stats.nct.cdf(-bound, freedom, shift))
+    found = float(stats.nct.sf(bound, freedom, shift) + stats.nct.cdf(-bound, freedom, shift))
+    return 1.0 if math.isnan(found) else found  # scipy's answer far from 0
 
 
 def seeds_needed(

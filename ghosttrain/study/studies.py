@@ -43,6 +43,8 @@ from ghosttrain.text import first_fault, listed
 
 LARGEST = 1_000_000
 """Bytes that a file of a study may have."""
+NOT_ENDED = ("not run", "not finished")
+"""Faults of a run that has not begun, and of one that has."""
 PREVIOUS = "previous"
 """Control of a study whose arms add one thing after another."""
 
@@ -132,6 +134,8 @@ def load_study(name: str, config_dir: str | None = None, metric: str | None = No
     if metric is not None:
         study = study.model_copy(update={"metric": metric})
     validate_metrics([study.metric])
+    if len(_arms(study)) < 2:
+        raise UserError(f"{path}: one arm alone compares nothing; write a second choice in axes")
     if not controls(study):
         raise UserError(
             f"{path}: the control {study.control!r} is no arm, no choice of one axis and not "
@@ -156,6 +160,8 @@ def controls(study: Study) -> dict[str, str]:
     arms = list(_arms(study))
     if study.control == PREVIOUS:
         return dict(zip(arms[1:], arms, strict=False))
+    if study.control in arms:
+        return {arm: study.control for arm in arms if arm != study.control}
     axes, wanted = list(study.axes.values()), study.control.split(" + ")
     places = [[i for i, axis in enumerate(axes) if choice in axis] for choice in wanted]
     fixed = {found[0]: choice for found, choice in zip(places, wanted, strict=True) if found}
@@ -190,6 +196,7 @@ def study_cells(
     kept = kept_runs(out)
     seeds, typed = _seeds(study, overrides)
     cells: list[Cell] = []
+    run_in: dict[Path, str] = {}
     for seed in seeds:  # all arms of a seed first: a study that is stopped early has whole pairs
         arm_of: dict[str, str] = {}
         for arm, words in _arms(study).items():
@@ -206,7 +213,14 @@ def study_cells(
                     f"arms {same!r} and {arm!r} are the same run: change one of them in the "
                     "study, or leave out of the command what sets both alike"
                 )
-            cells.append(Cell(arm, seed, line, composed, config, run_folder(config)))
+            folder, run = run_folder(config), f"{arm!r}, seed {seed}"
+            if folder in run_in:
+                raise UserError(
+                    f"{run_in[folder]} and {run} have one folder, {folder}: leave run.name out, "
+                    "and each run has its own"
+                )
+            run_in[folder] = run
+            cells.append(Cell(arm, seed, line, composed, config, folder))
     return looked_at(study, cells, kept)
 
 
@@ -225,7 +239,7 @@ def looked_at(study: Study, cells: Sequence[Cell], kept: Kept) -> list[Cell]:
     codes = _exit_codes({expanded(cell.config.run.root) for cell in cells})
     for cell in cells:
         found, fault = _outcome(cell.folder, cell.config, study.metric)
-        if found is None and (code := codes.get(str(cell.folder.resolve()))):
+        if fault in NOT_ENDED and (code := codes.get(str(cell.folder.resolve()))):
             fault = f"failed (exit code {code})"
         curve = {} if found is None else learning_curve(read_metrics(cell.folder))
         row = kept.get(cell.key) or kept.get(cell.typed_key) if found is None else None
@@ -294,7 +308,7 @@ def _outcome(folder: Path, config: Config, metric: str) -> tuple[Numbers | None,
         return None, f"damaged: {error}"
     if result is not None and result["settings"] == settings_hash(config):
         return numbers_of(result, [metric]), ""
-    return None, "not finished" if has_begun(folder) else "not run"
+    return None, NOT_ENDED[has_begun(folder)]
 
 
 def list_studies(config_dir: str | None) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ghosttrain.config.identity import knows_all_paths
 from ghosttrain.config.schema import DataConfig, TrainConfig
@@ -31,7 +32,7 @@ from ghosttrain.study.report import (
     spread,
     title_of,
 )
-from ghosttrain.study.stats import Difference, holm, paired_difference, seeds_needed
+from ghosttrain.study.stats import Difference, all_equal, holm, paired_difference, seeds_needed
 from ghosttrain.study.studies import PREVIOUS, Cell, Study, controls
 from ghosttrain.study.study_pictures import Curve, draw_effects, draw_learning, draw_pareto
 from ghosttrain.study.table import markdown
@@ -92,8 +93,10 @@ def keep_rows(cells: Sequence[Cell], out: Path | None) -> None:
     for cell in cells:
         if cell.numbers is None or cell.row is not None:
             continue
-        if cell.key not in kept or numbers(kept[cell.key]) != cell.numbers:
-            rows[cell.key] = _row(cell)
+        old = numbers(kept[cell.key]) if cell.key in kept else {}
+        same_run = all(cell.numbers[key] == old[key] for key in cell.numbers.keys() & old.keys())
+        if not cell.numbers.keys() <= old.keys() or not same_run:
+            rows[cell.key] = {**(old if same_run else {}), **_row(cell)}
     try:
         write_runs(out / "runs.csv", list(rows.values()))
     except OSError as error:
@@ -141,8 +144,7 @@ def _table(study: Study, cells: Sequence[Cell]) -> list[list[str]]:
     differences = _differences(study, cells)
     p_values = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
     beside, compared = ["ap50"] * (study.metric == "ap"), controls(study)
-    title = title_of(study.metric) + " (lower is better)" * (study.metric in LOWER_IS_BETTER)
-    rows = [["arm", "n", title, "less control", "95 % interval", "p (Holm)"]]
+    rows = [["arm", "n", _metric_title(study.metric), "less control", "95 % interval", "p (Holm)"]]
     rows[0] += [*map(title_of, beside), "MACs", "parameters", "images/s", "time"]
     for arm, of_arm in values_of(study, cells).items():
         finished = [c.numbers for c in cells if c.arm == arm and c.numbers is not None]
@@ -155,8 +157,12 @@ def _table(study: Study, cells: Sequence[Cell]) -> list[list[str]]:
     return rows
 
 
+def _metric_title(metric: str) -> str:
+    return title_of(metric) + " (lower is better)" * (metric in LOWER_IS_BETTER)
+
+
 def _note(study: Study, cells: Sequence[Cell]) -> list[str]:
-    boxes, configs = is_of_boxes(study.metric), [cell.composed.config for cell in cells]
+    boxes, configs = is_of_boxes(study.metric), [cell.config for cell in cells]
     usual = all(c.data.name == "coco" if boxes else is_imagenet(c) for c in configs)
     where = "COCO" if boxes else "ImageNet"
     return [
@@ -208,7 +214,7 @@ def _no_look(cells: Sequence[Cell]) -> list[str]:
 
 def _published(study: Study, cells: Sequence[Cell]) -> list[str]:
     """Return a line for each published value of the networks of the study."""
-    found = [each for cell in cells for each in published(cell.composed.config, study.metric)]
+    found = [each for cell in cells for each in published(cell.config, study.metric)]
     return [
         f"Published: {each.model}, {each.how}: {each.top1} % ({each.source})."
         for each in dict.fromkeys(found)
@@ -221,7 +227,7 @@ def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
     if differences := _differences(study, cells):
         control = _control_in_words(study)[1]
         pictures["effects.png"] = f"difference of each arm to {control}, with its interval"
-        draw_effects(out / "effects.png", differences, control, metric)
+        draw_effects(out / "effects.png", differences, control, _metric_title(study.metric))
     curves: dict[str, list[Curve]] = {}
     for cell in cells:
         if cell.curve:
@@ -235,14 +241,14 @@ def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
     points = {
         arm: (macs[arm], statistics.mean(values[arm].values())) for arm in macs if values[arm]
     }
-    if len({cost for cost, _ in points.values()}) > 1:
+    beside = {
+        f"{each.model}, {each.how} (published)": (cell.numbers["macs"], each.top1)
+        for cell in cells
+        if cell.numbers is not None
+        for each in published(cell.config, study.metric)
+    }
+    if len({cost for cost, _ in points.values()}) > 1 or beside:
         pictures["pareto.png"] = f"{metric} against MACs, with the front"
-        beside = {
-            f"{each.model}, {each.how} (published)": (cell.numbers["macs"], each.top1)
-            for cell in cells
-            if cell.numbers is not None
-            for each in published(cell.composed.config, study.metric)
-        }
         lower = study.metric in LOWER_IS_BETTER
         draw_pareto(out / "pareto.png", points, metric, beside, lower)
     return pictures
@@ -280,7 +286,7 @@ def _run_line(cell: Cell, out: Path) -> str:
     name = html.escape(f"{cell.arm}, seed {cell.seed}")
     if cell.folder.is_dir():
         link = os.path.relpath(cell.folder.resolve(), out.resolve())
-        name = f'<a href="{html.escape(Path(link).as_posix())}/">{name}</a>'
+        name = f'<a href="{html.escape(quote(Path(link).as_posix()))}/">{name}</a>'
     return f"<li>{name}<br><code>{html.escape(_command(cell))}</code></li>"
 
 
@@ -307,8 +313,10 @@ def faults_of(cells: Sequence[Cell]) -> list[str]:
 
 
 def _setting(cells: Sequence[Cell]) -> str:
-    """Return data, budget and length: what the numbers hold for."""
-    configs = [cell.composed.config for cell in cells]
+    """Return what the numbers hold for: data and budget, all where arms differ in them; model,
+    length and image size where all runs share them.
+    """
+    configs = [cell.config for cell in cells]
     said: dict[str, set[str]] = {
         "data": {_data(config.data) for config in configs},
         "model": {config.model.name for config in configs},
@@ -316,8 +324,10 @@ def _setting(cells: Sequence[Cell]) -> str:
         "length": {_length(config.train) for config in configs},
         "px": {str(config.data.eval_size) for config in configs},
     }
-    same = {key: next(iter(found)) for key, found in said.items() if len(found) == 1}
-    return ", ".join(f"{key} {text}" for key, text in same.items())
+    told = {
+        key: found for key, found in said.items() if key in ("data", "budget") or len(found) == 1
+    }
+    return ", ".join(f"{key} {' or '.join(sorted(found))}" for key, found in told.items())
 
 
 def _data(data: DataConfig) -> str:
@@ -377,7 +387,7 @@ def study_power(study: Study, cells: Sequence[Cell], difference: float) -> str:
         seeds = finished[arm].keys() & finished[control].keys()
         pairs = [finished[arm][seed] - finished[control][seed] for seed in sorted(seeds)]
         if len(pairs) > 1:
-            deviation = statistics.stdev(pairs)
+            deviation = 0.0 if all_equal(pairs) else statistics.stdev(pairs)
             needed = seeds_needed(difference, deviation, level=level) if deviation else None
             text = str(needed) if needed else "more than 1000" if deviation else "pairs are equal"
             rows.append([arm, str(len(pairs)), f"{deviation:.2f}", text])

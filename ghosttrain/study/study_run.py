@@ -36,6 +36,7 @@ def run_study(
     if not missing:
         print(study_report(name, study, cells, out))
         return 0
+    keep_rows(cells, out)  # also to know before the first run that the folder can be written
     lines = Names(config_dir).lines([cell.words for cell in missing], hydra_words)
     try:
         _, failed, elsewhere = run_cells(

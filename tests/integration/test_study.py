@@ -283,6 +283,12 @@ def test_what_an_arm_is_compared_with(ghosttrain, folder, launched, tmp_path):
     in_turn = study.model_copy(update={"control": PREVIOUS})
     assert controls(in_turn) == dict(zip(ARMS[1:], ARMS, strict=False))
     assert controls(study.model_copy(update={"control": "low + high"})) == {}
+    alike = {axis: {"none": [], "some": ["seed=1"]} for axis in ("branches", "teacher")}
+    both = study.model_copy(update={"axes": alike, "control": "none + none"})
+    assert {*controls(both)} == {"none + some", "some + none", "some + some"}
+    joined = {"parts": {"none": [], "KD + EMA": []}}
+    one = study.model_copy(update={"axes": joined, "control": "KD + EMA"})
+    assert controls(one) == {"none": "KD + EMA"}
 
     file = tmp_path / "own" / "study" / "rates.yaml"
     file.write_text(STUDY.replace("control: low + once", "control: previous"))
@@ -442,7 +448,12 @@ def test_refusals(ghosttrain, folder, tmp_path):
     assert "are the same run" in line("run", "ladder", "ema=none")
     assert "arm 'baseline': " in line("run", "ladder", "optim.rl=1")
     assert "--difference 'x' is no number" in line("power", "ladder", "--difference", "x")
-    assert "give a number above 0" in line("power", "ladder", "--difference", "0")
+    for number in ("0", "nan", "inf"):
+        assert "give a number above 0" in line("power", "ladder", "--difference", number)
+    assert "have one folder" in line("run", "ladder", "run.name=x")
+    (tmp_path / "taken").write_text("")
+    taken = ["--out", str(tmp_path / "taken")]
+    assert "cannot write" in line("run", "ladder", f"run.root={tmp_path / 'runs'}", *taken)
     assert "Did you mean 'balanced'?" in line("report", "ladder", "--metric", "balance")
     assert "and the study goes by metric: ap" in line("report", "ladder", "--metric", "ap")
     runs = f"run.root={tmp_path / 'runs'}"

@@ -82,11 +82,15 @@ def test_only_common_seeds_count_and_one_pair_has_no_interval():
     same = paired_difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
     assert same.p == 0.5 and math.isnan(same.low)  # the test of signs: both of 2 say more
     assert paired_difference({0: 2.0, 1: 3.0}, {0: 2.0, 1: 3.0}).p == 1.0
+    right = {0: 100 * 355 / 360, 1: 100 * 354 / 360}  # one image more, but for rounding
+    one_more = paired_difference({0: 100 * 356 / 360, 1: 100 * 355 / 360}, right)
+    assert one_more.p == 0.5 and math.isnan(one_more.low)
     with pytest.raises(ValueError, match="no common seed"):
         paired_difference({0: 1.0}, {1: 1.0})
 
 
 def test_the_number_of_seeds_finds_the_difference_as_often_as_asked():
+    assert seeds_needed(0.3, 1e-9) == 2
     seeds = seeds_needed(0.3, 0.25)
     assert power(seeds - 1, 0.3, 0.25) < 0.8 <= power(seeds, 0.3, 0.25)
     rng = np.random.default_rng(3)
