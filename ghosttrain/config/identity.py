@@ -101,6 +101,8 @@ def typed_hash(config: Config, words: Sequence[str]) -> str:
     """
     settings = result_settings(config, exclude_defaults=True)
     typed = dict(word.lstrip("+").partition("=")[::2] for word in words)
+    if "budget" in typed:  # not the one that the number of images chose
+        settings["budget"] = typed["budget"]
     if "teacher.run" in typed:  # composed, it is the teacher's weights
         typed["teacher.weights"] = typed["teacher.run"]
     return _short(settings | {key: typed[key] for key in settings if _digest(key) and key in typed})

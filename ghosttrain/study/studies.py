@@ -79,6 +79,9 @@ class Cell:
     composed: Composed
     config: Config
     """As it is trained (`settled`)."""
+    typed: str
+    """What stands for its settings where its images and teacher are not here, or are others
+    (`typed_hash`)."""
     folder: Path
     numbers: Numbers | None = None
     """Of its run folder, else of a row of `runs.csv`; None where it has not ended."""
@@ -97,8 +100,8 @@ class Cell:
 
     @property
     def typed_key(self) -> tuple[str, int]:
-        """What stands for it where its images and teacher are not here, or are others."""
-        return typed_hash(self.composed.config, self.composed.arguments), self.seed
+        """The same, wherever its images and teacher are not here, or are others."""
+        return self.typed, self.seed
 
 
 def study_names(names: Names) -> list[str]:
@@ -220,8 +223,18 @@ def study_cells(
                     "and each run has its own"
                 )
             run_in[folder] = run
-            cells.append(Cell(arm, seed, line, composed, config, folder))
+            typed_as = _typed_hash(line, composed, config_dir)
+            cells.append(Cell(arm, seed, line, composed, config, typed_as, folder))
     return looked_at(study, cells, kept)
+
+
+def _typed_hash(line: Sequence[str], composed: Composed, config_dir: str | None) -> str:
+    """Return what stands for a run also where nobody can count its images."""
+    config = composed.config
+    if config.budget == "small" and not any(word.startswith("budget=") for word in line):
+        whole = [*line, "budget=full"]
+        config = compose(whole, config_dir, False, needs_data=False, needs_weights=False).config
+    return typed_hash(config, composed.arguments)
 
 
 def kept_runs(out: Path | None) -> Kept:
