@@ -17,7 +17,7 @@ def test_every_recipe_is_listed_with_its_command(ghosttrain):
     for name in names.choices("recipe"):
         assert f"\n{name}\n" in f"\n{listed.out}"
         head = "\n".join(head_of(names.recipe_file(name).read_text(encoding="utf-8")))
-        assert "python -m ghosttrain" in head, name
+        assert "python -m ghosttrain" in head and "reaches" in head, name
     assert "reaches (theirs): 77.3 %" in listed.out and "override" not in listed.out
     assert ghosttrain("recipes", "x").code == 2
 
