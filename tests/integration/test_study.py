@@ -249,8 +249,12 @@ def test_a_study_that_is_stopped_keeps_what_ran(
     assert {row["arm"] for row in kept} == {*ARMS[:3]}
 
 
-def test_a_row_counts_wherever_its_images_lie(ghosttrain, folder, launched, image_folder, tmp_path):
-    where = ["--config-dir", folder, "--out", tmp_path / "out", "seed=0", "budget=full"]
+@pytest.mark.parametrize("budget", [["budget=full"], []], ids=["full", "small"])
+def test_a_row_counts_wherever_its_images_lie(
+    ghosttrain, folder, launched, image_folder, tmp_path, budget
+):
+    """Also where the budget is computed from the number of images."""
+    where = ["--config-dir", folder, "--out", tmp_path / "out", "seed=0", *budget]
     where += [f"run.root={tmp_path / 'runs'}", "data=folder"]
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(image_folder, here)
