@@ -102,7 +102,7 @@ def draw_pareto(
         axis.plot(macs / 1e6, value, marker, color=color, fillstyle=style, label=_plain(arm), ls="")
     _legend(figure, list(every))
     axis.set_xlabel("million MACs after fusing")
-    axis.set_ylabel(_plain(metric + " (lower is better)" * lower))
+    axis.set_ylabel(_plain(metric))
     _finish(axis)
     save_figure(figure, path, DPI)
 

@@ -250,7 +250,7 @@ def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
     if len({cost for cost, _ in points.values()}) > 1 or beside:
         pictures["pareto.png"] = f"{metric} against MACs, with the front"
         lower = study.metric in LOWER_IS_BETTER
-        draw_pareto(out / "pareto.png", points, metric, beside, lower)
+        draw_pareto(out / "pareto.png", points, _metric_title(study.metric), beside, lower)
     return pictures
 
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from ghosttrain.engine.rows import row_line
 from ghosttrain.engine.run_files import write_config, write_result
 from ghosttrain.files import write_json
 from ghosttrain.study import sweep
-from ghosttrain.study.ledger import read_runs
+from ghosttrain.study.ledger import COSTS, read_runs
 from ghosttrain.study.studies import (
     PREVIOUS,
     controls,
@@ -31,6 +32,7 @@ from ghosttrain.study.studies import (
     study_names,
 )
 from ghosttrain.study.study_pictures import pareto_front
+from ghosttrain.study.study_report import keep_rows
 
 STUDY = """
 about: Does a higher learning rate help?
@@ -276,6 +278,17 @@ def test_a_row_counts_wherever_its_images_lie(
     elsewhere = ghosttrain("study", "report", "rates", *where, f"data.root={tmp_path / 'no'}")
     assert table(elsewhere.out)["low + once"][0] == "0"
     assert "of other settings or seeds than this command: high + once seed 0" in elsewhere.out
+
+
+def test_a_row_keeps_what_a_later_report_does_not_ask_for(folder, tmp_path):
+    words = [f"run.root={tmp_path / 'runs'}", "seed=0"]
+    cell, out = study_cells(load_study("rates", folder), words, folder)[0], tmp_path / "out"
+    costs = dict.fromkeys(COSTS, 1.0)
+    for more in ({"recall:7": 2.0}, {}, {"recall:3": 3.0}):
+        keep_rows([replace(cell, numbers={"top1": 50.0, **more, **costs})], out)
+    assert read_runs(out / "runs.csv")[cell.key]["recall:7"] == "2.0"
+    keep_rows([replace(cell, numbers={"top1": 60.0, **costs})], out)  # another run: nothing of it
+    assert "recall:7" not in read_runs(out / "runs.csv")[cell.key]
 
 
 def test_what_an_arm_is_compared_with(ghosttrain, folder, launched, tmp_path):
