@@ -169,9 +169,13 @@ def draw(path: Path, points: Sequence[Point], backend: str) -> None:
             continue
         shown = known or list(points)
         height = "top1" if known else "latency_ms"
+        named = set()
         for point in shown:
             x, y = getattr(point, cost) / unit, getattr(point, height)
             axis.plot([x], [y], "o", color="tab:blue")
+            if (point.model, x) in named:
+                continue  # two published values of one network: names over each other
+            named.add((point.model, x))
             axis.annotate(
                 point.model, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points"
             )

@@ -19,11 +19,18 @@ class Published(NamedTuple):
     source: str
 
 
+IFORMER = "https://arxiv.org/abs/2501.15369, table 3"
+
 PUBLISHED = (
-    Published("ghostnetv3_100", "600 epochs", 77.1, "iFormer, table 3"),
-    Published("ghostnetv3_100", "official weights, EMA", 77.134, "PaddleClas"),
+    Published("ghostnetv3_100", "600 epochs", 77.1, IFORMER),
+    Published(
+        "ghostnetv3_100",
+        "official weights, EMA",
+        77.134,
+        "https://github.com/PaddlePaddle/PaddleClas/pull/3413",
+    ),
     Published("ghostnetv3_130", "600 epochs", 79.1, "https://arxiv.org/abs/2404.11202"),
-    Published("ghostnetv3_160", "600 epochs", 80.4, "iFormer, table 3"),
+    Published("ghostnetv3_160", "600 epochs", 80.4, IFORMER),
     Published("mobilenetv2_100", "labels", 72.2, "https://arxiv.org/abs/2103.05959"),
 )
 
