@@ -360,7 +360,7 @@ class Names:
                 f"recipes build on each other in a circle: {' -> '.join((*above, name))}"
             )
         path = self.recipe_file(name)
-        body = _load_yaml(path)
+        body = load_yaml(path)
         lines = body.pop("defaults", [])
         if not isinstance(lines, list):
             raise UserError(
@@ -433,7 +433,7 @@ class Names:
             raise UserError(
                 f"no budget is called {name!r}.{did_you_mean(name, self.choices('budget'))}"
             )
-        body = _load_yaml(_find([d / "budget" for d in self.conf], name))
+        body = load_yaml(_find([d / "budget" for d in self.conf], name))
         values_of: dict[str, str] = {}
         if name == "small":
             if images is None:
@@ -595,7 +595,12 @@ def _find(folders: Sequence[Path], name: str) -> Path:
     return next(p for d in folders if (p := d / f"{name}.yaml").is_file())
 
 
-def _load_yaml(path: Path) -> dict[str, Any]:
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a file of settings, as Hydra reads it: no name may stand in it twice.
+
+    Raises:
+        UserError: it is no YAML, or no mapping.
+    """
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path)) or {}
         if not isinstance(tree, dict):

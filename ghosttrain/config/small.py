@@ -13,6 +13,8 @@ from ghosttrain.files import expanded
 
 LIMIT = 50_000
 """Training images below which `budget=small` is chosen."""
+COUNTED = ("folder", "table")
+"""Data whose images are counted."""
 LARGEST_BATCH, LEAST_BATCH, STEPS = 64, 8, 16
 """Images of a step: the largest power of two, between the first two, of which an epoch has
 `STEPS`."""
@@ -29,7 +31,7 @@ def training_images(data: Mapping[str, Any]) -> int | None:
     Files are counted by their names; what is among them besides images is said when they are
     listed.
     """
-    if data["name"] not in ("folder", "table"):
+    if data["name"] not in COUNTED:
         return None
     share = 1.0
     if data["split"] is not None or data["fold"] is not None:

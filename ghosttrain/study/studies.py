@@ -13,12 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ghosttrain.config.compose import Composed, compose
 from ghosttrain.config.identity import settings_hash, typed_hash
-from ghosttrain.config.names import Names
+from ghosttrain.config.names import Names, load_yaml
 from ghosttrain.config.schema import Config
 from ghosttrain.engine.folder import has_begun, run_folder
 from ghosttrain.engine.identify import settled
@@ -26,7 +25,7 @@ from ghosttrain.engine.metrics import judged_by
 from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_result
 from ghosttrain.errors import UserError, did_you_mean
-from ghosttrain.files import Damaged, expanded, read_json, read_limited
+from ghosttrain.files import Damaged, expanded, read_json
 from ghosttrain.study.ledger import (
     Kept,
     Numbers,
@@ -42,7 +41,7 @@ from ghosttrain.study.table import markdown
 from ghosttrain.text import first_fault, listed
 
 LARGEST = 1_000_000
-"""Bytes that a file of a study may have."""
+"""Bytes that a sweep's file about a run may have."""
 NOT_ENDED = ("not run", "not finished")
 """Faults of a run that has not begun, and of one that has."""
 PREVIOUS = "previous"
@@ -129,16 +128,19 @@ def load_study(name: str, config_dir: str | None = None, metric: str | None = No
     paths = (root / "study" / f"{name}.yaml" for root in names.conf)
     path = next(path for path in paths if path.is_file())
     try:
-        study = Study.model_validate(yaml.safe_load(read_limited(path, LARGEST)))
+        study = Study.model_validate(load_yaml(path))
     except ValidationError as error:
         raise UserError(f"{path}: {first_fault(error)}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if metric is not None:
         study = study.model_copy(update={"metric": metric})
     validate_metrics([study.metric])
     if len(_arms(study)) < 2:
         raise UserError(f"{path}: one arm alone compares nothing; write a second choice in axes")
+    if study.control == PREVIOUS and any(PREVIOUS in axis for axis in study.axes.values()):
+        raise UserError(
+            f"{path}: the control {PREVIOUS!r} is the arm before, and a choice of axes has that "
+            "name too; give the choice another"
+        )
     if not controls(study):
         raise UserError(
             f"{path}: the control {study.control!r} is no arm, no choice of one axis and not "

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from ghosttrain.config.identity import knows_all_paths
 from ghosttrain.config.schema import DataConfig, TrainConfig
+from ghosttrain.config.small import COUNTED
 from ghosttrain.data.datasets.selection import SELECTION_SETTINGS
 from ghosttrain.engine.run_files import read_provenance
 from ghosttrain.errors import UserError
@@ -69,7 +70,7 @@ def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | Non
         shown = [
             line for picture, about in pictures.items() for line in ("", f"![{about}]({picture})")
         ]
-        write_text(out / "report.md", "\n".join([text, *shown]) + "\n")
+        write_text(out / "report.md", "\n".join([text, *shown, *_commands(cells)]) + "\n")
         text_of_page = _page(title, study.about, rows, " ".join(note), faults, pictures, cells, out)
         write_text(out / "report.html", text_of_page)
     except OSError as error:
@@ -113,6 +114,15 @@ def _row(cell: Cell) -> dict[str, Any]:
     labels |= {key: made.get(key, "") for key in ("code", "started")}
     labels |= {"command": _command(cell), "curve": curve_text(cell.curve)}
     return {**labels, **(cell.numbers or {})}
+
+
+def _commands(cells: Sequence[Cell]) -> list[str]:
+    """Return the command of each arm, of its first seed."""
+    seeds = list(dict.fromkeys(cell.seed for cell in cells))
+    others = f"; other seeds: {', '.join(map(str, seeds[1:]))}" if seeds[1:] else ""
+    first = [cell for cell in cells if cell.seed == seeds[0]]
+    blocks = [line for cell in first for line in (f"# {cell.arm}", _command(cell))]
+    return ["", f"The command of each arm, seed {seeds[0]}{others}.", "", "```", *blocks, "```"]
 
 
 def _command(cell: Cell) -> str:
@@ -314,7 +324,8 @@ def faults_of(cells: Sequence[Cell]) -> list[str]:
 
 def _setting(cells: Sequence[Cell]) -> str:
     """Return what the numbers hold for: data and budget, all where arms differ in them; model,
-    length and image size where all runs share them.
+    length and image size where all runs share them. Where a budget depends on how many images there
+    are, and they are not here, nobody knows it, nor the length.
     """
     configs = [cell.config for cell in cells]
     said: dict[str, set[str]] = {
@@ -324,10 +335,17 @@ def _setting(cells: Sequence[Cell]) -> str:
         "length": {_length(config.train) for config in configs},
         "px": {str(config.data.eval_size) for config in configs},
     }
+    if any(_budget_is_unknown(cell) for cell in cells):
+        said |= {"budget": {"not known (its images are not here)"}, "length": set()}
     told = {
         key: found for key, found in said.items() if key in ("data", "budget") or len(found) == 1
     }
     return ", ".join(f"{key} {' or '.join(sorted(found))}" for key, found in told.items())
+
+
+def _budget_is_unknown(cell: Cell) -> bool:
+    typed = any(word.startswith("budget=") for word in cell.words)
+    return cell.config.data.name in COUNTED and cell.config.data.digest is None and not typed
 
 
 def _data(data: DataConfig) -> str:

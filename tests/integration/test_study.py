@@ -192,7 +192,8 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     launched[1].add((0.01, 1, 1))
     assert ghosttrain("study", "run", "rates", *where).code == 1 and len(launched[0]) == 8
     report = ghosttrain("study", "report", "rates", *where).out
-    assert (tmp_path / "out" / "report.md").read_text().startswith(report)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith(report)
     pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert pictures == ["effects.png", "learning.png"]  # one model: there is no front to draw
     page = (tmp_path / "out" / "report.html").read_text()
@@ -209,11 +210,11 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     assert ghosttrain("study", "run", "rates", *where).code == 0
     assert launched[0][8:] == [(0.01, 1, 1)]
     file = tmp_path / "out" / "runs.csv"
-    with file.open(newline="") as text:
-        rows = list(csv.DictReader(text))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
     assert len(rows) == 8 and {row["arm"] for row in rows} == {*ARMS}
     assert {(row["code"], row["started"]) for row in rows} == {("c0de", "today")}
     for row in rows:  # the command of a row is the run that its numbers are of
+        assert (f"# {row['arm']}\n{row['command']}\n" in text) == (row["seed"] == "0")
         *_, words = row["command"].partition("ghosttrain ")
         composed = compose(shlex.split(words), folder)
         top1 = launched[2](composed.config)
@@ -270,6 +271,8 @@ def test_a_row_counts_wherever_its_images_lie(
     report = ghosttrain("study", "report", "rates", *where, f"data.root={here}")
     assert report.code == 0 and table(report.out)["low + once"][0] == "1", report.err
     assert "data folder here" in report.out and "other images" not in report.out
+    known = "full" if budget else "not known (its images are not here)"
+    assert f"budget {known}, px" in report.out.splitlines()[0]
     # Other images lie there now: their runs count, and the report says so.
     make_images(here, classes=2)
     other = ghosttrain("study", "report", "rates", *where, f"data.root={here}")
@@ -484,12 +487,16 @@ def test_refusals(ghosttrain, folder, tmp_path):
         ("seeds: [0, 1, 2]", "seeds: [0, 0]", "a seed stands twice"),
         ("seeds: [0, 1, 2]", "seeds: []", "seeds"),
         ("seeds:", "sedes:", "seeds: Field required"),
+        ("    high:", "    low:", "found duplicate key low"),
         ("control:", "extra: 1\ncontrol:", "extra"),
-        ("axes:", "axes: [", "is no YAML"),
+        ("axes:", "axes: [", "not readable YAML"),
         ("seeds:", "metric: top2\nseeds:", "there is no metric 'top2'"),
     ):
         file.write_text(STUDY.replace(old, new))
         assert said in refusal(lambda: load_study("rates", folder))
+    in_turn = STUDY.replace("control: low + once", "control: previous")
+    file.write_text(in_turn.replace("once:", "previous:"))
+    assert "give the choice another" in refusal(lambda: load_study("rates", folder))
     file.with_name("ladder.yaml").write_text(STUDY)
     assert "ladder" in line("run", "ladder", "--config-dir", folder)
 
