@@ -22,7 +22,7 @@ from ghosttrain.engine.folder import run_folder
 from ghosttrain.engine.identify import settled
 from ghosttrain.engine.rows import row_line
 from ghosttrain.engine.run_files import write_config, write_result
-from ghosttrain.files import write_json
+from ghosttrain.files import read_json, write_json
 from ghosttrain.study import sweep
 from ghosttrain.study.ledger import COSTS, read_runs
 from ghosttrain.study.studies import (
@@ -174,7 +174,7 @@ def test_damaged_and_other_seeds_are_in_no_mean(ghosttrain, folder, launched, tm
     file = cells[0].folder / "result.json"
     file.write_bytes(file.read_bytes()[:-40])
     for record in (tmp_path / "runs" / ".sweeps").glob("*/*.json"):  # the file says more than this
-        record.write_text(record.read_text().replace('"exit_code": 0', '"exit_code": 1'))
+        write_json(record, {**read_json(record, 10**6), "exit_code": 1})
     report = ghosttrain("study", "report", "rates", "seed=5,6", *where)
     assert report.code == 0 and table(report.out)["low + once"][0] == "1"
     assert "- damaged: " in report.out and ": low + once, seed 5" in report.out
