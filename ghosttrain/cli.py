@@ -135,12 +135,18 @@ def parse(arguments: Arguments, args: list[str]) -> Namespace:
     """Return the options and words of a verb.
 
     Raises:
-        UserError: an unknown option, one of another verb, one without its value.
+        UserError: an unknown option, one of another verb, one without its value, or with an
+            empty one, as `--out "$UNSET"` has.
     """
     validate_not_hydras(args)
     options, unknown = arguments.parse_known_intermixed_args(args)
     if unknown:
         validate_known(arguments, unknown[0], VERBS)
+    for name, value in vars(options).items():
+        if value == "":
+            raise UserError(
+                f"--{name.replace('_', '-')} is empty: give it a value, or leave it out"
+            )
     return options
 
 

@@ -47,6 +47,8 @@ def run(options: Namespace) -> int:
             f"{f'study {action}'.strip()}: type study {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
         )
     if action == "list":
+        if options.words[1:]:
+            raise UserError(f"study list takes no other words, not {options.words[1]!r}")
         print(studies.list_studies(options.config_dir))
         return 0
     if len(rest) != 1:

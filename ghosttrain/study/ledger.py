@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ghosttrain.engine.metrics import largest
 from ghosttrain.errors import UserError
 from ghosttrain.files import read_limited, write_text
 from ghosttrain.study.report import METRICS, value_of
@@ -46,11 +47,21 @@ def numbers_of(result: Mapping[str, Any], metrics: Sequence[str]) -> Numbers:
     values = {name: value_of(result, name) for name in [*METRICS, *metrics]}
     return {
         **{name: value for name, value in values.items() if value is not None},
+        **_held_out(result["classes"]),
         "macs": result["model"]["macs_fused"],
         "parameters": result["model"]["params_fused"],
         "images_per_second": result["images_per_second"],
         "seconds": result["seconds"],
     }
+
+
+def _held_out(classes: Mapping[str, Any]) -> Numbers:
+    """Return how many images a classifier is judged by, and what always naming the largest class
+    would reach.
+    """
+    if "images" not in classes:
+        return {}
+    return {"held_out": sum(classes["images"]), "always_top1": largest(classes["images"])[1]}
 
 
 def curve_text(curve: Mapping[int, float]) -> str:

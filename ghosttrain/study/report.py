@@ -20,7 +20,7 @@ from ghosttrain.engine.rows import read_metrics
 from ghosttrain.engine.run_files import read_config, read_result
 from ghosttrain.errors import UserError, did_you_mean
 from ghosttrain.study.table import markdown
-from ghosttrain.text import clock, printable
+from ghosttrain.text import clock, listed, printable
 
 MOST_CLASSES = 30
 """Lines of the table of classes."""
@@ -94,16 +94,20 @@ def report(
         groups.setdefault((run.config.recipe, _hash_of_row(run.config)), []).append(run)
     rows = _ordered(list(groups.values()))
     shown = metrics or default_metrics([run.result for run in finished])
+    _validate_present(metrics, [run.result for run in finished])
     told_apart = [row.settings for row in rows]
+    numbered = classes or curves is not None  # both speak of rows by their number
     head = ["recipe", "data", "model", "px", *(["settings"] if any(told_apart) else []), "seeds"]
+    head = [*["row"] * numbered, *head]
     table = [[*head, *(title_of(name) for name in shown), "time"]]
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         label = [*row.label, *([row.settings] if any(told_apart) else [])]
+        label = [*[str(number)] * numbered, *label]
         results = [run.result for run in row.runs]
         numbers = [spread([value_of(result, name) for result in results]) for name in shown]
         seconds = statistics.mean(result["seconds"] for result in results)
         table.append([*label, _seeds([r.config for r in row.runs]), *numbers, clock(seconds)])
-        below += _no_better(row.runs[0].config, results)
+        below += _no_better(row, results)
     lines = [*markdown(table), *below]
     if classes and rows:
         lines += ["", *_classes(rows)]
@@ -270,9 +274,20 @@ def validate_metrics(names: Sequence[str]) -> None:
         kind, _, of_class = name.partition(":")
         if name not in METRICS and not (kind in OF_A_CLASS and of_class):
             known = [*METRICS, *(f"{kind}:CLASS" for kind in OF_A_CLASS)]
+            raise UserError(f"there is no metric {name!r}.{did_you_mean(name, known, len(known))}")
+
+
+def _validate_present(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse columns of the other kind of network, or of a class that no run knows."""
+    for name in names:
+        of_class = name.partition(":")[2]
+        same_kind = [r for r in results if ("ignoring" in r) == is_of_boxes(name)]
+        classes = dict.fromkeys(known for r in same_kind for known in r["classes"]["names"])
+        if results and not same_kind:
+            raise UserError(f"no finished run here has the metric {name!r}")
+        if results and of_class and of_class not in classes:
             raise UserError(
-                f"there is no metric {name!r}; there are {', '.join(known)}."
-                f"{did_you_mean(name, known)}"
+                f"{name!r}: no run here has this class; there are {listed(classes, 12)}"
             )
 
 
@@ -302,17 +317,17 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
     return None if value == -1 else value  # -1: no object of this size
 
 
-def _no_better(config: Config, results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _no_better(row: Row, results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line where no run of a row beats the largest class."""
+    name = " ".join([*row.label[:3], *([row.settings] if row.settings else [])])
     if "ignoring" in results[0]:
         if any(r["weights"]["ema"]["ap"] > r["ignoring"]["ap"] for r in results):
             return []
-        what = f"{config.recipe} {config.data.name} {config.model.name}"
-        return [f"{what}: no better than a detector that ignores the picture"]
+        return [f"{name}: no better than a detector that ignores the picture"]
     verdicts = [verdict(r["weights"]["ema"]["top1"], r["classes"]) for r in results]
     if not all(line.startswith("note:") for line in verdicts):
         return []
-    return [f"{config.recipe} {config.data.name} {config.model.name}: {verdicts[0]}"]
+    return [f"{name}: {verdicts[0]}"]
 
 
 def _is_aside(name: str) -> bool:

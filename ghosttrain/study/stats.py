@@ -66,16 +66,30 @@ def all_equal(values: Sequence[float] | np.ndarray) -> bool:
     return bool(np.ptp(values) <= 1e-9 * max(1.0, np.abs(values).max()))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], comparisons: int = 0) -> list[float]:
     """Return p-values corrected for their number (Holm, Scand. J. Statist. 6, 1979): where no arm
     differs, the chance that any falls below .05 is at most .05. NaN is not counted and stays.
+
+    Args:
+        p_values: of the comparisons that can be made so far.
+        comparisons: how many there will be, where they are more: the others count as the largest
+            p, so that no p grows by them later.
     """
     corrected, largest = list(p_values), 0.0
     tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    number = max(comparisons, len(tested))
     for rank, (p, i) in enumerate(tested):
-        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        largest = max(largest, min(1.0, p * (number - rank)))
         corrected[i] = largest
     return corrected
+
+
+def largest_deviation(deviation: float, pairs: int, level: float = 0.95) -> float:
+    """Return the upper end of the interval of a standard deviation of so many normal values
+    (chi-squared): 6.3 times what 3 of them show.
+    """
+    bound = stats.chi2.ppf((1 - level) / 2, pairs - 1)
+    return deviation * math.sqrt((pairs - 1) / float(bound))
 
 
 def power(seeds: int, difference: float, deviation: float, level: float = 0.95) -> float:

@@ -105,7 +105,8 @@ class Cell:
 
 def study_names(names: Names) -> list[str]:
     """Return the studies there are, shipped and one's own."""
-    return sorted({path.stem for root in names.conf for path in (root / "study").glob("*.yaml")})
+    paths = (path for root in names.conf for path in (root / "study").glob("*.yaml"))
+    return sorted({path.stem for path in paths if path.is_file()})
 
 
 def load_study(name: str, config_dir: str | None = None, metric: str | None = None) -> Study:
@@ -122,15 +123,16 @@ def load_study(name: str, config_dir: str | None = None, metric: str | None = No
     names = Names(config_dir)
     known = study_names(names)
     if name not in known:
-        raise UserError(
-            f"there is no study {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}"
-        )
+        raise UserError(f"there is no study {name!r}.{did_you_mean(name, known, len(known))}")
     paths = (root / "study" / f"{name}.yaml" for root in names.conf)
     path = next(path for path in paths if path.is_file())
     try:
         study = Study.model_validate(load_yaml(path))
     except ValidationError as error:
-        raise UserError(f"{path}: {first_fault(error)}") from None
+        raise UserError(
+            f"{path}: {first_fault(error)}; a study says about, axes, control and seeds: type them "
+            "as conf/study/ladder.yaml does"
+        ) from None
     if metric is not None:
         study = study.model_copy(update={"metric": metric})
     validate_metrics([study.metric])
@@ -148,6 +150,9 @@ def load_study(name: str, config_dir: str | None = None, metric: str | None = No
         )
     if len({*study.seeds}) < len(study.seeds):
         raise UserError(f"{path}: a seed stands twice in {study.seeds}")
+    every = [*study.overrides, *(word for words in _arms(study).values() for word in words)]
+    if seed := next((word for word in every if _setting_of(word) == "seed"), None):
+        raise UserError(f"{path}: {seed!r}: the seeds of a study stand below seeds")
     return study
 
 
@@ -259,7 +264,8 @@ def looked_at(study: Study, cells: Sequence[Cell], kept: Kept) -> list[Cell]:
         curve = {} if found is None else learning_curve(read_metrics(cell.folder))
         row = kept.get(cell.key) or kept.get(cell.typed_key) if found is None else None
         if row is not None:
-            found, curve, fault = numbers(row), read_curve(row["curve"]), ""
+            found, curve = numbers(row), read_curve(row["curve"])
+            fault = f"{fault}; its row in runs.csv counts" if fault.startswith("damaged") else ""
         if found is not None and study.metric not in found:
             fault = f"finished, without {study.metric}"
         now.append(replace(cell, numbers=found, curve=curve, fault=fault, row=row))
@@ -282,19 +288,19 @@ def _validate_metric(metric: str, arm: str, config: Config) -> None:
     if config.detects != is_of_boxes(metric):
         does = "detects" if config.detects else "classifies"
         raise UserError(
-            f"arm {arm!r} {does}, and the study goes by metric: {metric}; write metric: "
-            f"{judged_by(config)} in its file"
+            f"arm {arm!r} {does}, and the study goes by the metric {metric}; type --metric "
+            f"{judged_by(config)}, or write metric: {judged_by(config)} in its file"
         )
 
 
 def _seeds(study: Study, overrides: Sequence[str]) -> tuple[list[int], list[str]]:
     """Take `seed=0,1` out of the overrides."""
-    typed = [word for word in overrides if not word.startswith("seed=")]
-    given = [word for word in overrides if word.startswith("seed=")]
+    typed = [word for word in overrides if _setting_of(word) != "seed"]
+    given = [word for word in overrides if _setting_of(word) == "seed"]
     if not given:
         return study.seeds, typed
     try:
-        seeds = [int(text) for text in given[-1].removeprefix("seed=").split(",")]
+        seeds = [int(text) for text in given[-1].partition("=")[2].split(",")]
     except ValueError:
         raise UserError(f"{given[-1]!r}: whole numbers, such as seed=0,1,2") from None
     if len({*seeds}) < len(seeds):
@@ -332,7 +338,7 @@ def list_studies(config_dir: str | None) -> str:
     studies = {name: load_study(name, config_dir) for name in names}
     rows = [["study", "arms", "seeds", "question"]]
     rows += [
-        [name, listed(list(_arms(study)), 9), str(len(study.seeds)), study.about]
+        [name, listed(list(_arms(study)), 4), str(len(study.seeds)), study.about]
         for name, study in studies.items()
     ]
     return "\n".join(markdown(rows))

@@ -33,7 +33,14 @@ from ghosttrain.study.report import (
     spread,
     title_of,
 )
-from ghosttrain.study.stats import Difference, all_equal, holm, paired_difference, seeds_needed
+from ghosttrain.study.stats import (
+    Difference,
+    all_equal,
+    holm,
+    largest_deviation,
+    paired_difference,
+    seeds_needed,
+)
 from ghosttrain.study.studies import PREVIOUS, Cell, Study, controls
 from ghosttrain.study.study_pictures import Curve, draw_effects, draw_learning, draw_pareto
 from ghosttrain.study.table import markdown
@@ -58,7 +65,8 @@ def study_report(name: str, study: Study, cells: Sequence[Cell], out: Path | Non
     """
     rows = _table(study, cells)
     kept = {} if out is None else read_runs(out / "runs.csv")
-    title, faults = f"{name}: {_setting(cells)}", [*faults_of(cells), *_strangers(cells, kept)]
+    title = f"{name}: {_setting(cells)}"
+    faults = [*faults_of(cells), *_mixed(cells), *_strangers(cells, kept)]
     note = [*_note(study, cells), *_published(study, cells)]
     below = ["", *note, *(["", *faults] if faults else [])]
     text = "\n".join([f"# {title}", "", study.about, "", *markdown(rows), *below])
@@ -126,7 +134,7 @@ def _commands(cells: Sequence[Cell]) -> list[str]:
 
 
 def _command(cell: Cell) -> str:
-    return shlex.join(["python", "-m", "ghosttrain", *cell.words])
+    return shlex.join(["python", "-m", "ghosttrain", *cell.composed.arguments])
 
 
 def _differences(study: Study, cells: Sequence[Cell]) -> dict[str, Difference]:
@@ -152,8 +160,9 @@ def _control_in_words(study: Study) -> tuple[str, str]:
 def _table(study: Study, cells: Sequence[Cell]) -> list[list[str]]:
     """Return a row for each arm, below their head."""
     differences = _differences(study, cells)
-    p_values = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
     beside, compared = ["ap50"] * (study.metric == "ap"), controls(study)
+    corrected = holm([each.p for each in differences.values()], len(compared))
+    p_values = dict(zip(differences, corrected, strict=True))
     rows = [["arm", "n", _metric_title(study.metric), "less control", "95 % interval", "p (Holm)"]]
     rows[0] += [*map(title_of, beside), "MACs", "parameters", "images/s", "time"]
     for arm, of_arm in values_of(study, cells).items():
@@ -177,9 +186,11 @@ def _note(study: Study, cells: Sequence[Cell]) -> list[str]:
     where = "COCO" if boxes else "ImageNet"
     return [
         f"{_control_in_words(study)[0]} n: finished seeds; ±: standard deviation over them; the",
-        "difference, its interval and p are paired over the seeds that both finished; MACs and",
-        "parameters after fusing; images/s and time in training: medians, on the machine of each",
-        "run.",
+        "difference, its interval and p are paired over the seeds that both finished; an interval",
+        f"is that of one comparison, p is corrected for all {len(controls(study))} of the study;",
+        "MACs and parameters after fusing; images/s and time in training: medians, on the machine",
+        "of each run, whatever else ran there.",
+        *_held_out(cells),
         *_no_look(cells),
         *_of_other_files(cells),
         *([] if usual else [f"These are not {where} runs: what holds here need not hold there."]),
@@ -212,6 +223,36 @@ def _strangers(cells: Sequence[Cell], kept: Kept) -> list[str]:
     return [f"- in runs.csv, but of other settings or seeds than this command: {text}"]
 
 
+def _mixed(cells: Sequence[Cell]) -> list[str]:
+    """Return a line for each arm whose runs are of one command and of different files."""
+    seeds: dict[str, dict[str, list[str]]] = {}
+    for cell in cells:
+        if cell.numbers is not None:
+            settings = cell.row["settings"] if cell.row else cell.key[0]
+            seeds.setdefault(cell.arm, {}).setdefault(settings, []).append(str(cell.seed))
+    return [
+        f"- {arm}: runs of different images, teachers or other weights under the same paths: "
+        + "; ".join(f"seed {', '.join(found)} ({hash_})" for hash_, found in of_arm.items())
+        for arm, of_arm in seeds.items()
+        if len(of_arm) > 1
+    ]
+
+
+def _held_out(cells: Sequence[Cell]) -> list[str]:
+    """Return lines about how many images judge, and which runs do not beat the largest class."""
+    finished = [(cell, cell.numbers) for cell in cells if cell.numbers is not None]
+    known = {(run["held_out"], run["always_top1"]) for _, run in finished if "held_out" in run}
+    if len(known) != 1:
+        return []
+    (images, share), *_ = known
+    worse = [f"{c.arm} seed {c.seed} ({n['top1']:.2f})" for c, n in finished if n["top1"] <= share]
+    return [
+        f"Held-out images: {images:,.0f}, one is {100 / images:.2f} points; always naming the",
+        f"largest class would reach {share:.2f} % top-1.",
+        *([f"Not better than that: {listed(worse, 6)}."] if worse else []),
+    ]
+
+
 def _no_look(cells: Sequence[Cell]) -> list[str]:
     """Return a line about what a detector reaches that ignores the picture."""
     finished = [cell.numbers for cell in cells if cell.numbers is not None]
@@ -236,15 +277,17 @@ def _draw(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
     metric, pictures = title_of(study.metric), {}
     if differences := _differences(study, cells):
         control = _control_in_words(study)[1]
-        pictures["effects.png"] = f"difference of each arm to {control}, with its interval"
+        has_interval = any(each.pairs > 1 for each in differences.values())
+        about = f"difference of each arm to {control}" + ", with its interval" * has_interval
+        pictures["effects.png"] = about
         draw_effects(out / "effects.png", differences, control, _metric_title(study.metric))
     curves: dict[str, list[Curve]] = {}
     for cell in cells:
         if cell.curve:
             curves.setdefault(cell.arm, []).append(cell.curve)
     if curves:
-        pictures["learning.png"] = "held-out accuracy by steps; band: lowest to highest seed"
         judged = judged_in_words([cell.composed.config for cell in cells])
+        pictures["learning.png"] = f"held-out {judged} by steps; band: lowest to highest seed"
         draw_learning(out / "learning.png", curves, judged)
     macs = {cell.arm: cell.numbers["macs"] for cell in cells if cell.numbers is not None}
     values = values_of(study, cells)
@@ -282,7 +325,7 @@ def _page(
             f"<p>{html.escape(about)}</p>",
             *table(rows),
             f'<p class="note">{html.escape(note)}</p>',
-            *(["<h2>In no mean</h2><ul>", *missing, "</ul>"] if missing else []),
+            *(["<h2>What to know of the runs</h2><ul>", *missing, "</ul>"] if missing else []),
             *(figure((out / file).read_bytes(), text) for file, text in pictures.items()),
             "<h2>Runs</h2><ul>",
             *(_run_line(cell, out) for cell in cells),
@@ -400,15 +443,18 @@ def study_power(study: Study, cells: Sequence[Cell], difference: float) -> str:
     """
     finished, compared = values_of(study, cells), controls(study)
     level = 1 - 0.05 / len(compared)
-    rows = [["arm", "pairs", "deviation of the differences", "seeds needed"]]
+    rows = [["arm", "pairs", "deviation of the differences", "at most", "seeds needed", "at most"]]
     for arm, control in compared.items():
         seeds = finished[arm].keys() & finished[control].keys()
         pairs = [finished[arm][seed] - finished[control][seed] for seed in sorted(seeds)]
         if len(pairs) > 1:
             deviation = 0.0 if all_equal(pairs) else statistics.stdev(pairs)
-            needed = seeds_needed(difference, deviation, level=level) if deviation else None
-            text = str(needed) if needed else "more than 1000" if deviation else "pairs are equal"
-            rows.append([arm, str(len(pairs)), f"{deviation:.2f}", text])
+            row = [arm, str(len(pairs))]
+            for each in (deviation, largest_deviation(deviation, len(pairs))):
+                needed = seeds_needed(difference, each, level=level) if each else None
+                text = str(needed) if needed else "more than 1000" if each else "pairs are equal"
+                row += [f"{each:.2f}", text]
+            rows.append([*row[:3], row[4], row[3], row[5]])
     if len(rows) == 1:
         raise UserError(
             f"no arm has two finished seeds in common with its control ({study.control}): run the "

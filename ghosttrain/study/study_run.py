@@ -13,7 +13,7 @@ from ghosttrain.study.studies import Cell, Study, kept_runs, load_study, looked_
 from ghosttrain.study.study_report import faults_of, keep_rows, study_report
 from ghosttrain.study.sweep import name_failures, run_cells
 from ghosttrain.study.trial import kept_trial
-from ghosttrain.text import clock
+from ghosttrain.text import clock, counted
 
 
 def run_study(
@@ -57,7 +57,7 @@ def _plan(name: str, study: Study, cells: Sequence[Cell]) -> str:
     lines = [
         f"study {name}: {study.about}",
         f"arms: {', '.join(arms)}; control: {study.control}",
-        f"runs: {len(cells)} = {len(arms)} arms x {len(seeds)} seeds "
+        f"runs: {len(cells)} = {len(arms)} arms x {counted(len(seeds), 'seed')} "
         f"({', '.join(map(str, seeds))}); {len(done)} finished, {len(cells) - len(done)} to run",
     ]
     lines += faults_of(cells)

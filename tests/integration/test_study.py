@@ -155,9 +155,12 @@ def test_what_is_missing_runs_and_the_report_is_right(ghosttrain, folder, launch
 
     power = ghosttrain("study", "power", "rates", "--difference", "0.5", *where)
     assert power.code == 0 and "difference of 0.5 with a chance of 80 %" in power.out
-    assert power.out.count("| 3 ") == 3
+    assert power.out.count("| 3 ") >= 3
+    for arm in ARMS[1:]:
+        pairs, deviation, most, *_ = table(power.out)[arm]
+        assert pairs == "3" and float(most) == pytest.approx(6.28 * float(deviation), abs=0.05)
     by_other = ghosttrain("study", "report", "rates", "--metric", "macro_f1", *where)
-    assert "macro F1 %" in by_other.out and "top-1" not in by_other.out
+    assert "macro F1 %" in by_other.out and "EMA top-1" not in by_other.out
     files = [c.folder / "result.json" for c in cells if c.arm == cell.arm]
     f1 = [json.loads(f.read_text())["weights"]["ema"]["macro_f1"] for f in files]
     assert (
@@ -178,6 +181,10 @@ def test_damaged_and_other_seeds_are_in_no_mean(ghosttrain, folder, launched, tm
     report = ghosttrain("study", "report", "rates", "seed=5,6", *where)
     assert report.code == 0 and table(report.out)["low + once"][0] == "1"
     assert "- damaged: " in report.out and ": low + once, seed 5" in report.out
+    assert "Held-out images: 8, one is 12.50 points" in report.out
+    assert "largest class would reach 75.00 % top-1." in report.out
+    assert "Not better than that: " in report.out and "seed 6 (" in report.out
+    assert "p is corrected for all 3 of the study" in report.out
     assert "failed" not in report.out
     assert table(report.out)["high + once"][3] == "1 pair"  # one pair is left
     assert ghosttrain("study", "report", "rates", *where).out.count("- not run: ") == 4
@@ -219,12 +226,16 @@ def test_runs_of_a_csv_count_where_their_folders_are_not(ghosttrain, folder, lau
     assert len(rows) == 8 and {row["arm"] for row in rows} == {*ARMS}
     assert {(row["code"], row["started"]) for row in rows} == {("c0de", "today")}
     for row in rows:  # the command of a row is the run that its numbers are of
+        assert row["command"].endswith(f" --config-dir {folder}")
         assert (f"# {row['arm']}\n{row['command']}\n" in text) == (row["seed"] == "0")
         *_, words = row["command"].partition("ghosttrain ")
-        composed = compose(shlex.split(words), folder)
+        composed = compose(shlex.split(words)[:-2], folder)
         top1 = launched[2](composed.config)
         assert float(row["top1"]) == top1
         assert row["curve"] == f"1:{top1 - 9:.2f} 2:{top1 - 4.5:.2f} 3:{top1 - 3:.2f}"
+    (run, *_) = (tmp_path / "runs%20").rglob("result.json")
+    run.write_text("{")
+    assert "its row in runs.csv counts: " in ghosttrain("study", "report", "rates", *where).out
     other = ghosttrain("study", "report", "rates", *where[:-1], "seed=7")
     assert other.code == 0 and file.read_text().count("\n") == 9  # other seeds' rows are kept
 
@@ -282,6 +293,15 @@ def test_a_row_counts_wherever_its_images_lie(
     make_images(here, classes=2)
     other = ghosttrain("study", "report", "rates", *where, f"data.root={here}")
     assert "4 runs of runs.csv saw other images" in other.out
+    seeds = [word.replace("seed=0", "seed=0,1") for word in map(str, where)]
+    mixed = ghosttrain("study", "run", "rates", *seeds, f"data.root={here}")
+    said = (
+        "- low + once: runs of different images, teachers or other weights under the same paths: "
+    )
+    assert mixed.code == 0 and f"{said}seed 0 (" in mixed.out and "; seed 1 (" in mixed.out
+    assert "different images" not in report.out
+    rows = (tmp_path / "out" / "runs.csv").read_text()
+    other = ghosttrain("study", "report", "rates", *where, f"data.root={here}")
     assert (tmp_path / "out" / "runs.csv").read_text() == rows
     elsewhere = ghosttrain("study", "report", "rates", *where, f"data.root={tmp_path / 'no'}")
     assert table(elsewhere.out)["low + once"][0] == "0"
@@ -485,7 +505,11 @@ def test_refusals(ghosttrain, folder, tmp_path):
     taken = ["--out", str(tmp_path / "taken")]
     assert "cannot write" in line("run", "ladder", f"run.root={tmp_path / 'runs'}", *taken)
     assert "Did you mean 'balanced'?" in line("report", "ladder", "--metric", "balance")
-    assert "and the study goes by metric: ap" in line("report", "ladder", "--metric", "ap")
+    assert "type --metric top1" in line("report", "ladder", "--metric", "ap")
+    assert line("report", "ladder", "--metric", "acc").count("macro_f1") == 1
+    assert "--out is empty" in line("report", "ladder", "--out", "")
+    assert "study list takes no other words, not 'ladder'" in line("list", "ladder")
+    assert "a seed stands twice" in line("run", "ladder", "++seed=1,1")
     runs = f"run.root={tmp_path / 'runs'}"
     assert "no arm has two finished seeds" in line("power", "ladder", "seed=0", runs)
     assert "no launcher of this name" in line(
@@ -496,7 +520,8 @@ def test_refusals(ghosttrain, folder, tmp_path):
         ("control: low + once", "control: lo", "the control 'lo' is no arm"),
         ("seeds: [0, 1, 2]", "seeds: [0, 0]", "a seed stands twice"),
         ("seeds: [0, 1, 2]", "seeds: []", "seeds"),
-        ("seeds:", "sedes:", "seeds: Field required"),
+        ("seeds:", "sedes:", "seeds: Field required; a study says about, axes, control and seeds"),
+        ("    once: []", "    once: [seed=3]", "'seed=3': the seeds of a study stand below seeds"),
         ("    high:", "    low:", "found duplicate key low"),
         ("control:", "extra: 1\ncontrol:", "extra"),
         ("axes:", "axes: [", "not readable YAML"),
@@ -507,6 +532,8 @@ def test_refusals(ghosttrain, folder, tmp_path):
     in_turn = STUDY.replace("control: low + once", "control: previous")
     file.write_text(in_turn.replace("once:", "previous:"))
     assert "give the choice another" in refusal(lambda: load_study("rates", folder))
+    file.with_name("folder.yaml").mkdir()
+    assert "there is no study 'folder'" in line("run", "folder", "--config-dir", folder)
     file.with_name("ladder.yaml").write_text(STUDY)
     assert "ladder" in line("run", "ladder", "--config-dir", folder)
 

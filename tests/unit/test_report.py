@@ -61,6 +61,9 @@ def test_rows_stand_in_the_order_of_their_values_and_classes_and_curves_are_comp
             (run / "metrics.jsonl").write_text("".join(f"{row_line(row)}\n" for row in rows))
     picture = tmp_path / "curves.png"
     lines = report([tmp_path], ["top1"], classes=True, curves=str(picture)).splitlines()
+    assert [line.split("|")[1].strip() for line in (lines[0], *lines[2:5])] == [
+        *"row 1 2 3".split()
+    ]
     order = [line.split("optim.lr=")[1].split()[0] for line in lines[2:5]]
     assert order == ["0.02", "0.1", "1.5"]
     table = [[c.strip() for c in line.strip("|").split("|")] for line in lines[-5:-1]]
@@ -89,13 +92,18 @@ def test_swept_values_image_size_and_chosen_metrics_are_columns(tmp_path):
         r.split("|")[5].strip() for r in (first, second)
     }
     assert "2 (0, 1)" in first and " 224 " in first
-    assert note.startswith("none digits ghostnetv3_100: note: always 'a' would reach 75.00 %")
-    chosen = report([tmp_path], ["ece", "recall:b", "precision:zebra"]).splitlines()
+    where = "none digits ghostnetv3_100 optim.lr=0.001: "
+    assert note.startswith(f"{where}note: always 'a' would reach 75.00 %")
+    chosen = report([tmp_path], ["ece", "recall:b", "precision:a"]).splitlines()
     assert [c.strip() for c in chosen[0].strip("|").split("|")][6:] == [
-        "ECE %", "recall % of b", "precision % of zebra", "time",
+        "ECE %", "recall % of b", "precision % of a", "time",
     ]  # fmt: skip
     cells = [cell.strip() for cell in chosen[2].split("|")]
-    assert cells[7:10] == ["5.00 ± 0.00", "50.00 ± 0.00", "-"]
+    assert cells[7:9] == ["5.00 ± 0.00", "50.00 ± 0.00"]
+    with pytest.raises(UserError, match="'recall:zebra': no run here has this class; .* a, b$"):
+        report([tmp_path], ["recall:zebra"])
+    with pytest.raises(UserError, match="no finished run here has the metric 'ap'"):
+        report([tmp_path], ["ap"])
     with pytest.raises(UserError, match="there is no metric 'top2'.*Did you mean"):
         report([tmp_path], ["top2"])
 
@@ -106,7 +114,7 @@ def test_detectors_are_compared_by_ap_also_beside_classifiers(tmp_path):
         config = Config(seed=seed, recipe="boxes", detector=detector)
         run = leave_run(tmp_path / f"boxes{seed}", some_detection(config, ap), config)
         (run / "metrics.jsonl").write_text(row_line({"kind": "eval", "step": 5, "ema_ap": ap}))
-    columns = ["ap", "raw_ap", "ap_large", "no_look_ap", "ap:a", "ap:b", "recall:a"]
+    columns = ["ap", "raw_ap", "ap_large", "no_look_ap", "ap:a", "ap:b"]
     picture = tmp_path / "curves.png"
     lines = report([tmp_path], columns, classes=True, curves=str(picture)).splitlines()
     cells = [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ghosttrain.study.stats import holm, paired_difference, power, seeds_needed
+from ghosttrain.study.stats import (
+    holm,
+    largest_deviation,
+    paired_difference,
+    power,
+    seeds_needed,
+)
 
 
 def simulated(rng, seeds, difference, shared=1.0, own=0.3):
@@ -65,10 +71,18 @@ def test_a_measure_in_steps_finds_no_more_than_it_may(seeds):
     assert np.mean(found) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / rounds)
 
 
+def test_a_deviation_lies_below_its_largest_as_often_as_it_says():
+    values = np.random.default_rng(0).normal(0, 2, (4000, 3)).std(axis=1, ddof=1)
+    inside = np.mean([2 <= largest_deviation(float(value), 3) for value in values])
+    assert abs(inside - 0.975) < 0.01  # the upper end of a two-sided interval of 95 %
+
+
 def test_holm_by_hand():
     # 4 tests: .01 * 4, .02 * 3, .03 * 2 = .06, and the largest before it holds for .04 * 1
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.01, 0.03], 4) == pytest.approx([0.04, 0.09])  # as with two more of p 1
+    assert holm([0.01, 0.03], 1) == holm([0.01, 0.03])
     kept = holm([0.01, math.nan, 0.02])
     assert kept[0] == 0.02 and math.isnan(kept[1]) and kept[2] == 0.02
     assert holm([]) == []
