@@ -48,11 +48,20 @@ def test_it_trains(ghosttrain, tmp_path, words):
         assert rows[0]["loss"] == pytest.approx(rows[0]["kl"])
 
 
+def test_the_values_of_tiny_hold_where_images_are_few(image_folder):
+    words = ["+recipe=tiny", "data=folder", f"data.root={image_folder}"]
+    own, small = compose(words).config, compose([*words, "budget=small"]).config
+    assert (own.train.epochs, own.train.global_batch, own.augment.scale_min) == (100, 16, 0.2)
+    assert (small.train.epochs, small.augment.scale_min) == (200, 0.35)
+
+
 def test_what_they_ask_for_and_what_is_refused(ghosttrain, tmp_path):
     deit = compose(["+recipe=deit_hard", "data=imagenet", f"data.root={tmp_path}"]).config
     assert (deit.optim.clip_mode, deit.optim.clip_grad, deit.optim.lr) == ("agc", 0.02, 1e-3)
     long = compose(["+recipe=long_nokd", "data=imagenet", f"data.root={tmp_path}"]).config
     assert (long.train.epochs, long.optim.beta1, long.augment.mixup_alpha) == (9600, 0.6, 0)
+    light = compose(["+recipe=deit_hard_light", "data=imagenet", f"data.root={tmp_path}"]).config
+    assert (light.augment.mixup_alpha, light.augment.cutmix_alpha) == (0.2, 1)
     for words, message in (
         (["train.label_loss=bce", "train.focal_gamma=2"], "type train.label_loss=cross_entropy"),
         (["optim.weight_decay=0", "optim.weight_decay_end=0.1"], "a decay can change, not begin"),
