@@ -22,7 +22,7 @@ from ghosttrain.config.small import COUNTED
 from ghosttrain.data.datasets.selection import SELECTION_SETTINGS
 from ghosttrain.engine.run_files import read_provenance
 from ghosttrain.errors import UserError
-from ghosttrain.files import Damaged, write_text
+from ghosttrain.files import Damaged, expanded, write_text
 from ghosttrain.study.ledger import Kept, Numbers, curve_text, numbers, read_runs, write_runs
 from ghosttrain.study.page import figure, page, table
 from ghosttrain.study.published import is_imagenet, published
@@ -395,7 +395,7 @@ def _data(data: DataConfig) -> str:
     """Return the name of data with that of its folder, and what is chosen of it."""
     usual, names = DataConfig(), (*SELECTION_SETTINGS, "split", "fold")
     chosen = [name for name in names if getattr(data, name) != getattr(usual, name)]
-    folder = [] if data.root is None else [Path(data.root).name]
+    folder = [] if data.root is None else [expanded(data.root).name]
     return " ".join([data.name, *folder, *(f"{name}={getattr(data, name)}" for name in chosen)])
 
 
