@@ -61,12 +61,12 @@ def run(options: Namespace) -> int:
         return sweep.on_all_ranks(
             lambda: study_run.run_study(name, overrides, hydra_words, folder, out, metric)
         )
+    if action == "power" and not 0 < options.difference < math.inf:
+        raise UserError(f"--difference {options.difference:g}: give a number above 0")
     study = studies.load_study(name, folder, metric)
     cells = studies.study_cells(study, overrides, folder, out, to_run=False)
     if action == "report":
         print(study_report.study_report(name, study, cells, out))
-    elif not 0 < options.difference < math.inf:
-        raise UserError(f"--difference {options.difference:g}: give a number above 0")
     else:
         print(study_report.study_power(study, cells, options.difference))
     return 0

@@ -502,7 +502,7 @@ def test_refusals(ghosttrain, folder, tmp_path):
         assert "give a number above 0" in line("power", "ladder", "--difference", number)
     assert "have one folder" in line("run", "ladder", "run.name=x")
     (tmp_path / "taken").write_text("")
-    taken = ["--out", str(tmp_path / "taken")]
+    taken = ["seed=0", "--out", str(tmp_path / "taken")]
     assert "cannot write" in line("run", "ladder", f"run.root={tmp_path / 'runs'}", *taken)
     assert "Did you mean 'balanced'?" in line("report", "ladder", "--metric", "balance")
     assert "type --metric top1" in line("report", "ladder", "--metric", "ap")
