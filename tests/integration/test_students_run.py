@@ -165,7 +165,7 @@ def test_bench_step_prints_a_row_per_side(ghosttrain):
         (["step", "data.train_size=16"], "data.train_size=33 or more"),
         (["step", "data.train_size=16", "model.input_stride=small"], "data.train_size=17 or more"),
         (["step", "model.input_stride=tiny"], "'standard' or 'small'"),
-        (["step", "--forwards="], "'' is none"),
+        (["step", "--forwards="], "--forwards is empty"),
         (["step", "launch.device=cuda"], "launch.device=cuda, but"),
         (["step", "model=timm", "model.name=resnet18"], "this project's students"),
         (["optim", "batch=3"], "there is no setting 'batch'"),
