@@ -10,7 +10,8 @@ from pathlib import Path
 from ghosttrain.config.names import Names
 from ghosttrain.study.cost import Known, run_cost
 from ghosttrain.study.studies import Cell, Study, kept_runs, load_study, looked_at, study_cells
-from ghosttrain.study.study_report import faults_of, keep_rows, study_report
+from ghosttrain.study.study_report import keep_rows, study_report
+from ghosttrain.study.study_words import faults_of
 from ghosttrain.study.sweep import name_failures, run_cells
 from ghosttrain.study.trial import kept_trial
 from ghosttrain.text import clock, counted
