@@ -33,7 +33,7 @@ from ghosttrain.study.studies import (
     study_names,
 )
 from ghosttrain.study.study_pictures import pareto_front
-from ghosttrain.study.study_report import keep_rows
+from ghosttrain.study.study_report import keep_rows, study_report
 
 STUDY = """
 about: Does a higher learning rate help?
@@ -317,6 +317,22 @@ def test_a_row_keeps_what_a_later_report_does_not_ask_for(folder, tmp_path):
     assert read_runs(out / "runs.csv")[cell.key]["recall:7"] == "2.0"
     keep_rows([replace(cell, numbers={"top1": 60.0, **costs})], out)  # another run: nothing of it
     assert "recall:7" not in read_runs(out / "runs.csv")[cell.key]
+
+
+def test_p_counts_the_comparisons_that_have_not_run(folder, tmp_path):
+    study, values = (
+        load_study("rates", folder),
+        {"low + once": (50, 51, 54), "low + twice": (52, 54, 55)},
+    )
+    words, costs = [f"run.root={tmp_path / 'runs'}"], dict.fromkeys(COSTS, 1.0)
+    cells = [
+        replace(cell, numbers={"top1": values[cell.arm][cell.seed], **costs})
+        if cell.arm in values
+        else cell
+        for cell in study_cells(study, words, folder)
+    ]
+    p = stats.ttest_rel(values["low + twice"], values["low + once"]).pvalue
+    assert f"| {min(1, 3 * p):.3f} " in study_report("rates", study, cells)
 
 
 def test_what_an_arm_is_compared_with(ghosttrain, folder, launched, tmp_path):
