@@ -105,10 +105,13 @@ def test_a_command_runs(command: str, finished: Path, photo_folder: Path) -> Non
         pass
     elif words[0] == "data":
         if "+recipe=detect_ssdlite" in words:
-            words = [w for w in words if w.partition("=")[0] not in ("data", "data.root")]
+            words = [w for w in words if not w.startswith(("data=", "data.root="))]
         words = [w.replace("/path", str(photo_folder / "train")) for w in words]
     elif words[0] in ("report", *DEPLOY):
-        words = [w.replace("RUN", "runs/RUN", 1) for w in words]
+        if "litert" in command:
+            pytest.importorskip("litert_torch")
+        boxes = "--nms" in words or "onnx_nms" in command
+        words = [re.sub(r"^RUN", f"runs/{'ssdlite' if boxes else 'RUN'}", w) for w in words]
         words += DEPLOY.get(words[0], [])
     elif words[0] != "cache" or words[1].startswith("+"):
         verb = [word for word in words if word in ("cache", "lr_find")]
