@@ -238,10 +238,15 @@ def study_cells(
 def _typed_hash(line: Sequence[str], composed: Composed, config_dir: str | None) -> str:
     """Return what stands for a run also where nobody can count its images."""
     config = composed.config
-    if config.budget == "small" and not any(word.startswith("budget=") for word in line):
+    if config.budget == "small" and not budget_is_typed(line):
         whole = [*line, "budget=full"]
         config = compose(whole, config_dir, False, needs_data=False, needs_weights=False).config
     return typed_hash(config, composed.arguments)
+
+
+def budget_is_typed(words: Sequence[str]) -> bool:
+    """Whether a command line names its budget, so that no number of images chooses it."""
+    return any(_setting_of(word) == "budget" for word in words)
 
 
 def kept_runs(out: Path | None) -> Kept:

@@ -14,7 +14,7 @@ from ghosttrain.files import expanded
 from ghosttrain.study.ledger import Kept
 from ghosttrain.study.published import is_imagenet, published
 from ghosttrain.study.report import is_of_boxes
-from ghosttrain.study.studies import PREVIOUS, Cell, Study, controls
+from ghosttrain.study.studies import PREVIOUS, Cell, Study, budget_is_typed, controls
 from ghosttrain.text import listed
 
 # --- what the numbers hold for --------------------------------------------------------------------
@@ -42,8 +42,8 @@ def setting(cells: Sequence[Cell]) -> str:
 
 
 def _budget_is_unknown(cell: Cell) -> bool:
-    typed = any(word.startswith("budget=") for word in cell.words)
-    return cell.config.data.name in COUNTED and cell.config.data.digest is None and not typed
+    data = cell.config.data
+    return data.name in COUNTED and data.digest is None and not budget_is_typed(cell.words)
 
 
 def _data(data: DataConfig) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from ghosttrain.cli import main
 from ghosttrain.deploy.latency_of import network_for, networks_of
-from ghosttrain.deploy.pareto import Point, front
+from ghosttrain.deploy.pareto import Point, draw, front
 from ghosttrain.models.cost import count_macs, count_params
 from ghosttrain.models.create import create_model
 from ghosttrain.study.published import IFORMER
@@ -43,6 +45,18 @@ def test_runs_and_models_beside_published_values(
     # Published values are those of 224 px.
     assert main(["pareto", *asked, "--size", "96"]) == 0
     assert IFORMER not in capsys.readouterr().out
+
+
+def test_two_published_values_of_a_network_have_one_name_in_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    one, two = (Point("net", "ImageNet", top1, 224, 1, 1, 1.0) for top1 in (77.1, 77.134))
+    draw(tmp_path / "unused.png", [one, two, replace(one, model="other", top1=70.0)], "torch")
+    for axis in drawn[0].axes:
+        assert [text.get_text() for text in axis.texts] == ["net", "other"]
+        assert len([line for line in axis.lines if line.get_marker() == "o"]) == 3
 
 
 def test_a_backend_times_the_form_it_names() -> None:
